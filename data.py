@@ -1,0 +1,867 @@
+"""Captions to tokens, files to images, and a world of coloured shapes that needs no files at all.
+
+What it is, top to bottom: CLIP's tokenizer, which can also learn a vocabulary (METHOD 1, y -> tokens); reading
+images that may be broken; the sources that `--data` names; batches that are a pure function of the step; and the
+built-in data `shapes` with its checker, which judges a picture against its caption from the pixels alone.
+What it is not: latents or noise. This file imports no other of the project.
+
+Bad samples are never fatal and never silent: they are counted by cause, and too many of them stop the run.
+Read next: fusion.py and model.py.
+"""
+import gzip
+import hashlib
+import heapq
+import html
+import io
+import json
+import os
+import struct
+import sys
+import tarfile
+import warnings
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import ftfy
+import numpy as np
+import regex
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+
+# ---------------------------------------------------------------- tokenizer
+@lru_cache(maxsize=2 ** 16)
+def clean(caption: str) -> str:
+    """CLIP's cleaning: mojibake and HTML entities undone, white space collapsed, lower case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(caption)))
+    return regex.sub(r"\s+", " ", text).strip().lower()
+
+
+def words(caption: str) -> list[str]:
+    """The caption's words (runs of letters or digits), lower case: what a user would call a word."""
+    return regex.findall(r"[\p{L}\p{N}]+", clean(caption))
+
+
+# What BPE works within. CLIP's own pattern also matches its control tokens; a caption must not be able to say them.
+PIECES = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+WORD_END = "</w>"
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def byte_symbols() -> dict[int, str]:
+    """Each byte as one printable character, in CLIP's order: printable ones stand for themselves."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return dict(zip(printable + others, [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]))
+
+
+class Tokenizer:
+    """CLIP's byte-level byte-pair encoding (Radford et al. 2021).
+
+    merges: "left right" in the order they were learnt; context_length: L, tokens per caption with start and end.
+    """
+
+    def __init__(self, merges: list[str], context_length: int = 77) -> None:
+        self.merges, self.context_length = merges, context_length
+        self.symbols = byte_symbols()
+        self.rank = {tuple(merge.split(" ")): i for i, merge in enumerate(merges)}
+        base = list(self.symbols.values())
+        names = base + [s + WORD_END for s in base] + ["".join(pair) for pair in self.rank] + [START, END]
+        self.id = {name: i for i, name in enumerate(names)}
+        self.names, self.vocab_size = names, len(names)
+        self.start, self.end = self.vocab_size - 2, self.vocab_size - 1
+        self.cache: dict[str, list[int]] = {}
+
+    @classmethod
+    def from_file(cls, path: str | Path, context_length: int = 77) -> "Tokenizer":
+        """Read CLIP's bpe_simple_vocab_16e6.txt.gz, or a folder with vocab.json and merges.txt.
+
+        Raises FileNotFoundError, or ValueError if the two files of a folder do not describe CLIP's table.
+        """
+        path = Path(path)
+        if path.is_dir():
+            missing = [name for name in ("vocab.json", "merges.txt") if not (path / name).is_file()]
+            if missing:
+                raise FileNotFoundError(f"{path} has no {' and no '.join(missing)}: expected a tokenizer's folder")
+            lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+            tokenizer = cls([line for line in lines if line and not line.startswith("#version")], context_length)
+            if tokenizer.id != json.loads((path / "vocab.json").read_text(encoding="utf-8")):
+                raise ValueError(f"{path}: vocab.json is not the table that merges.txt gives by CLIP's rule")
+            return tokenizer
+        if not path.is_file():
+            raise FileNotFoundError(f"no vocabulary at {path}: expected bpe_simple_vocab_16e6.txt.gz or a folder")
+        try:
+            lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not CLIP's gzipped vocabulary: {error}") from None
+        return cls([line for line in lines[1:49152 - 256 - 2 + 1] if line], context_length)   # CLIP uses this many
+
+    @classmethod
+    def learn(cls, captions: Iterable[str], vocab_size: int, context_length: int = 77) -> "Tokenizer":
+        """Learn merges from captions: the most frequent pair first, ties in alphabetical order.
+
+        vocab_size: at most this many tokens, at least 514; fewer if nothing is left to merge.
+        """
+        if vocab_size < 514:
+            raise ValueError(f"vocab_size is {vocab_size}, expected at least 514 (bytes and control tokens)")
+        table = byte_symbols()
+        pieces = Counter(piece for caption in captions for piece in PIECES.findall(clean(caption)))
+        spelt = [[table[byte] for byte in piece.encode("utf-8")] for piece in pieces]
+        spelt = [[*symbols[:-1], symbols[-1] + WORD_END] for symbols in spelt]
+        return cls(learn_merges(spelt, list(pieces.values()), vocab_size - 514), context_length)
+
+    def to_dict(self) -> dict:
+        return {"merges": self.merges, "context_length": self.context_length}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Tokenizer":
+        return cls(values["merges"], values["context_length"])
+
+    def spell(self, piece: str) -> list[int]:
+        """One piece -> ids: start from bytes, apply the earliest learnt merge that fits until none does."""
+        if piece in self.cache:
+            return self.cache[piece]
+        parts = [self.symbols[byte] for byte in piece.encode("utf-8")]
+        parts[-1] += WORD_END
+        while len(parts) > 1:
+            pair = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, len(self.rank)))
+            if pair not in self.rank:
+                break
+            parts = merge_pair(parts, pair)
+        ids = [self.id[part] for part in parts]
+        if len(self.cache) < 2 ** 16:     # bounded: web captions hold endless odd strings
+            self.cache[piece] = ids
+        return ids
+
+    def encode(self, caption: str) -> list[int]:
+        """A caption -> ids, without start and end."""
+        return [i for piece in PIECES.findall(clean(caption)) for i in self.spell(piece)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids -> text, control tokens left out."""
+        byte_of = {symbol: byte for byte, symbol in self.symbols.items()}
+        text = "".join(self.names[int(i)] for i in ids if int(i) < self.start).replace(WORD_END, " ")
+        return bytes(byte for s in text for byte in ([byte_of[s]] if s in byte_of else b" ")).decode(
+            "utf-8", errors="replace").strip()
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """captions -> tokens [B, L] int64: start, ids, end, then padded with end.
+
+        Padding with the end token is Stable Diffusion's way. The first end is where the text query is read, and
+        attention is causal, so the padding serves both tasks. Longer captions are cut, the end token kept.
+        """
+        if isinstance(captions, str):
+            raise ValueError("expected a list of captions, came one string: write tokenizer([caption])")
+        tokens = torch.full((len(captions), self.context_length), self.end)
+        for row, caption in zip(tokens, captions):
+            ids = self.encode(caption)
+            if len(ids) > self.context_length - 2:
+                warnings.warn(f"a caption of {len(ids)} tokens is cut to the {self.context_length - 2} that fit: "
+                              f"{caption[:40]!r}…", stacklevel=2)
+                ids = ids[:self.context_length - 2]
+            row[:len(ids) + 1] = torch.tensor([self.start, *ids])
+        return tokens
+
+
+def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """Join each occurrence of the pair, from the left."""
+    merged, i = [], 0
+    while i < len(parts):
+        joined = i + 1 < len(parts) and (parts[i], parts[i + 1]) == pair
+        merged.append(parts[i] + parts[i + 1] if joined else parts[i])
+        i += 2 if joined else 1
+    return merged
+
+
+def learn_merges(spelt: list[list[str]], counts: list[int], limit: int) -> list[str]:
+    """The BPE algorithm on spelt words and their counts -> up to `limit` merges.
+
+    Only words that hold the merged pair are visited, and a heap with stale entries finds the next pair, so that
+    30,000 captions take seconds.
+    """
+    frequency, where = Counter(), defaultdict(set)
+    for i, parts in enumerate(spelt):
+        for pair in zip(parts, parts[1:]):
+            frequency[pair] += counts[i]
+            where[pair].add(i)
+    heap, merges = [(-n, pair) for pair, n in frequency.items()], []
+    heapq.heapify(heap)
+    while heap and len(merges) < limit:
+        count, pair = heapq.heappop(heap)
+        if frequency[pair] != -count or not count:
+            continue                     # stale: the true count was pushed when it changed
+        merges.append(" ".join(pair))
+        changed = set()
+        for i in where.pop(pair):
+            for sign, parts in ((-1, spelt[i]), (1, merge_pair(spelt[i], pair))):
+                for neighbours in zip(parts, parts[1:]):
+                    frequency[neighbours] += sign * counts[i]
+                    changed.add(neighbours)
+                    where[neighbours].add(i)
+                spelt[i] = parts
+        for neighbours in changed:
+            heapq.heappush(heap, (-frequency[neighbours], neighbours))
+    return merges
+
+
+# ---------------------------------------------------------------- images that may be broken
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
+MIN_SIDE, MAX_PIXELS = 8, 64_000_000      # px; beyond these a picture is noise, or a decompression bomb
+
+
+class BadSample(Exception):
+    """A sample that cannot be used, and why; `cause` is one of a few short strings, to be counted."""
+
+    def __init__(self, cause: str, key: str = "") -> None:
+        super().__init__(f"{key}: {cause}")
+        self.cause, self.key = cause, key
+
+
+def decode_image(raw: bytes, key: str = "") -> Image.Image:
+    """Bytes of a JPEG, PNG, WebP or GIF (first frame), of any mode -> upright RGB picture. Raises BadSample."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # Pillow's word on large pictures and odd metadata: judged below
+            image = Image.open(io.BytesIO(raw))
+            if image.width * image.height > MAX_PIXELS:
+                raise BadSample("decompression bomb", key)
+            if min(image.size) < MIN_SIDE:
+                raise BadSample("image too small", key)
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):      # 16 bits of grey: convert() would clip them all to white
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+    except Image.DecompressionBombError:
+        raise BadSample("decompression bomb", key) from None
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, zlib.error) as error:
+        raise BadSample("truncated image" if "truncated" in str(error) else "unreadable image", key) from None
+
+
+def to_square(image: Image.Image, size: int) -> np.ndarray:
+    """Centre square of the picture, resized (bicubic, antialiased) -> uint8 [size, size, 3]."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    if (side, image.size) == (size, (size, size)):
+        return np.asarray(image)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
+
+
+def to_tensor(pixels: list[np.ndarray]) -> Tensor:
+    """uint8 [H, W, 3] each -> float32 [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------- sources
+@dataclass
+class Sample:
+    image: Image.Image            # RGB
+    captions: list[str]
+    key: str
+    label: int | None = None
+
+
+class Source:
+    """Image-caption samples by index. `skipped` counts what indexing had to leave out, by cause."""
+    name: str
+    classes: list[str] | None = None
+    skipped: Counter
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def captions(self, index: int) -> list[str]:
+        """All captions of a sample, its image left undecoded. Raises BadSample."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> Sample:
+        """Raises BadSample."""
+        raise NotImplementedError
+
+    def vocabulary_captions(self, limit: int = 100_000) -> Iterator[str]:
+        """Captions to learn a vocabulary from: evenly spaced over the source, at most `limit` samples."""
+        for i in range(0, len(self), -(-len(self) // limit)):
+            try:
+                yield from self.captions(i)
+            except BadSample:
+                continue              # counted when it is read for training
+
+
+class TarSource(Source):
+    """img2dataset's tars (CC3M's layout): KEY.jpg, KEY.txt and/or KEY.json, members of a sample side by side.
+
+    The tars' headers are read once; after that a sample is a few reads at known places. So samples come in any
+    order at no cost, and nothing but a number need be remembered to go on where one was.
+    """
+    KINDS = ("image", "txt", "json")
+
+    def __init__(self, tars: list[Path], name: str) -> None:
+        self.name, self.tars, self.skipped = name, tars, Counter()
+        self.keys: list[str] = []
+        rows = []
+        for shard, path in enumerate(tars):
+            for key, members in self.index(path):
+                cause = ("no image" if "image" not in members else
+                         None if "txt" in members or "json" in members else "no caption")
+                if cause:
+                    self.skipped[cause] += 1
+                    continue
+                self.keys.append(key)
+                rows.append([shard, *(number for kind in self.KINDS for number in members.get(kind, (0, -1)))])
+        self.table = np.array(rows, np.int64).reshape(-1, 7)      # shard, then offset and size of each kind
+        self.files: dict[tuple[int, int], int] = {}
+
+    def index(self, path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+        """One tar's samples in order: key, {kind: (offset, size)}. What is wrong with a shard is counted and said."""
+        def problem(cause: str) -> None:
+            self.skipped[cause] += 1
+            print(f"warning: {path}: {cause}", file=sys.stderr)
+
+        key, members, found = None, {}, False
+        try:
+            with tarfile.open(path, "r:") as tar:
+                total = path.stat().st_size
+                for member in tar:
+                    found = True
+                    folder, base = os.path.split(member.name)
+                    stem, _, suffix = base.partition(".")
+                    if not member.isreg() or base.startswith("._"):     # links, folders, macOS's shadow files
+                        continue
+                    if member.offset_data + member.size > total:
+                        raise tarfile.ReadError("data cut short")
+                    kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
+                    # An extension seen again is another sample of the same name: never mix the two.
+                    if key != (key := os.path.join(folder, stem)) or kind in members:
+                        if members:
+                            yield previous, members
+                        members = {}
+                    members[kind], previous = (member.offset_data, member.size), key
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            head = path.open("rb").read(2)
+            problem("empty shard" if not head else "compressed shard: gunzip it" if head == b"\x1f\x8b" else
+                    "shard cut short" if found else f"unreadable shard ({error})")
+            members = {kind: place for kind, place in members.items()} if "txt" in members or "json" in members else {}
+        else:
+            if not found:
+                problem("empty shard")
+        if members:
+            yield previous, members
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def member(self, index: int, kind: str) -> bytes | None:
+        column = 1 + 2 * self.KINDS.index(kind)
+        shard, offset, size = (int(self.table[index, c]) for c in (0, column, column + 1))
+        if size < 0:
+            return None
+        place = (os.getpid(), shard)             # a forked worker must not share its parent's file
+        if place not in self.files:
+            if len(self.files) >= 256:           # stay far below the usual limit on open files
+                os.close(self.files.pop(next(iter(self.files))))
+            self.files[place] = os.open(self.tars[shard], os.O_RDONLY)
+        return os.pread(self.files[place], size, offset)
+
+    def captions(self, index: int) -> list[str]:
+        text, meta = self.member(index, "txt"), self.member(index, "json")
+        first = [] if text is None else [text.decode("utf-8-sig", errors="replace")]
+        try:
+            fields = json.loads(meta) if meta else {}
+        except ValueError:                        # not JSON, or not Unicode: the .txt may still do
+            fields = {}
+        fields = fields if isinstance(fields, dict) else {}
+        listed = fields.get("captions") or [fields.get("caption")]
+        listed = [c for c in listed if isinstance(c, str)] if isinstance(listed, list) else []
+        # .txt wins: the list is used only where it agrees with it.
+        found = listed if listed and (not first or first[0].strip() in [c.strip() for c in listed]) else first
+        found = [caption.strip() for caption in found if caption.strip()]
+        if not found:
+            raise BadSample("empty caption" if first or listed else "no caption", self.keys[index])
+        return found
+
+    def read(self, index: int) -> Sample:
+        captions = self.captions(index)
+        return Sample(decode_image(self.member(index, "image"), self.keys[index]), captions, self.keys[index])
+
+
+class FileSource(Source):
+    """Images as files: in class folders (the folder's name is the class), or with a .txt of captions beside each."""
+
+    def __init__(self, images: list[Path], name: str, classes: dict[str, int] | None, labels: list[int] | None) -> None:
+        self.name, self.images, self.labels, self.skipped = name, images, labels, Counter()
+        self.classes = None if classes is None else list(classes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def captions(self, index: int) -> list[str]:
+        if self.labels is not None:
+            name = self.classes[self.labels[index]]
+            return [f"a photo of a{'n' if name[0].lower() in 'aeiou' else ''} {name}"]
+        text = self.images[index].with_suffix(".txt").read_text("utf-8-sig", errors="replace")
+        found = [line.strip() for line in text.splitlines() if line.strip()]
+        if not found:
+            raise BadSample("empty caption", str(self.images[index]))
+        return found
+
+    def read(self, index: int) -> Sample:
+        path = self.images[index]
+        label = None if self.labels is None else self.labels[index]
+        return Sample(decode_image(path.read_bytes(), str(path)), self.captions(index), str(path), label)
+
+
+class Subset(Source):
+    """Some samples of another source."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.source, self.indices = source, indices
+        self.name, self.classes, self.skipped = source.name, source.classes, Counter(source.skipped)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def captions(self, index: int) -> list[str]:
+        return self.source.captions(int(self.indices[index]))
+
+    def read(self, index: int) -> Sample:
+        return self.source.read(int(self.indices[index]))
+
+
+def hold_out(source: Source, count: int) -> tuple[Source, Source]:
+    """Split off `count` samples for validation (at most a twentieth), evenly spaced; `shapes` has its own."""
+    if isinstance(source, Shapes):
+        val = Shapes("val", source.seed)
+        return source, Subset(val, np.arange(min(count, len(val))))
+    count = max(1, min(count, len(source) // 20))
+    held = np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64))
+    rest = np.setdiff1d(np.arange(len(source)), held)
+    return Subset(source, rest if len(rest) else held), Subset(source, held)
+
+
+CC3M_COMMAND = ("img2dataset --input_format tsv --url_list cc3m.tsv --url_col url --caption_col caption "
+                "--output_format webdataset --image_size 256 --processes_count 16 --thread_count 64 "
+                "--output_folder cc3m")
+
+
+def open_source(name: str, split: str = "train") -> Source:
+    """What `--data` names -> a source.
+
+    name: "shapes"; "cc3m" (./cc3m, ./data/cc3m or $DIFFDIS_DATA/cc3m); a tar; or a folder of tars (all below it),
+    of images with .txt beside them, or of class folders (DIR/CLASS/*.jpg, or DIR/{train,val}/CLASS/*.jpg, of which
+    `split` chooses). Raises FileNotFoundError or ValueError: what came, what was expected, what to do.
+    """
+    if name == "shapes":
+        return Shapes(split)
+    path = Path(name)
+    if name == "cc3m":
+        places = [Path("cc3m"), Path("data/cc3m"), *([Path(os.environ["DIFFDIS_DATA"]) / "cc3m"]
+                                                     if "DIFFDIS_DATA" in os.environ else [])]
+        path = next((place for place in places if place.is_dir()), None)
+        if path is None:
+            raise FileNotFoundError(f"no cc3m in {', '.join(map(str, places))}; to download it (after adding the line "
+                                    f"'caption<TAB>url' on top of its .tsv): {CC3M_COMMAND}")
+    if not path.exists():
+        raise FileNotFoundError(f"no data at {name}: expected 'shapes', 'cc3m', a tar, or a folder")
+    tars = [path] if path.is_file() else sorted(path.rglob("*.tar"))
+    if tars:
+        source = TarSource(tars, path.name)
+        if not len(source):
+            raise ValueError(f"{name}: {len(tars)} tars but no usable sample ({dict(source.skipped)}): expected "
+                             "KEY.jpg with KEY.txt or KEY.json")
+        return source
+    return open_folder(path, split)
+
+
+def open_folder(path: Path, split: str) -> FileSource:
+    """A folder without tars: captioned images, or class folders. Raises ValueError."""
+    images = [p for p in sorted(path.rglob("*")) if p.suffix[1:].lower() in IMAGE_SUFFIXES and p.is_file()]
+    captioned = [p for p in images if p.with_suffix(".txt").is_file()]
+    if captioned:
+        source = FileSource(captioned, path.name, None, None)
+        source.skipped["no caption"] = len(images) - len(captioned)
+        return source
+    root = path / split if (path / split).is_dir() else path
+    images = [p for p in images if p.is_relative_to(root)]
+    folders = sorted({p.relative_to(root).parts[0] for p in images if len(p.relative_to(root).parts) > 1})
+    if not folders:
+        raise ValueError(f"{path} holds {len(images)} images and no tars: expected tars, images with .txt beside them, "
+                         "or class folders of images")
+    images = [p for p in images if p.parent != root]
+    labels = [folders.index(p.relative_to(root).parts[0]) for p in images]
+    return FileSource(images, path.name, {folder.replace("_", " "): i for i, folder in enumerate(folders)}, labels)
+
+
+# ---------------------------------------------------------------- batches
+class Batch(NamedTuple):
+    images: Tensor                # [B, 3, S, S] in [-1, 1]
+    captions: list                # B captions; in evaluation B lists of captions
+    labels: list                  # B class numbers, or None each
+    keys: list[str]
+    skipped: Counter              # bad samples met on the way, by cause
+    visited: int                  # samples tried, good and bad
+
+
+class SkipReport:
+    """Counts bad samples by cause, and says when they are too many."""
+
+    def __init__(self, max_bad: float = 0.05) -> None:
+        self.max_bad, self.visited, self.skipped = max_bad, 0, Counter()
+
+    def add(self, skipped: Counter, visited: int) -> None:
+        self.visited += visited
+        self.skipped.update(skipped)
+
+    def check(self, final: bool = False) -> None:
+        """Raises ValueError when more than max_bad of the samples were bad; judged from the 100th on, or at last."""
+        bad = sum(self.skipped.values())
+        if (final or self.visited >= 100) and bad > self.max_bad * self.visited:
+            raise ValueError(f"too much of the data is unusable ({self}); mend it, or raise --max-bad")
+
+    def __str__(self) -> str:
+        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(self.skipped.items()))
+        return f"samples read: {self.visited}, skipped: {causes or 'none'}"
+
+    def to_dict(self) -> dict:
+        return {"visited": self.visited, "skipped": dict(self.skipped)}
+
+    def load(self, values: dict) -> None:
+        self.visited, self.skipped = values["visited"], Counter(values["skipped"])
+
+
+def check_index(source: Source, max_bad: float) -> None:
+    """The same judgement on what indexing left out. Raises ValueError."""
+    report = SkipReport(max_bad)
+    report.add(source.skipped, len(source) + sum(source.skipped.values()))
+    report.check(final=True)
+
+
+class TrainingBatches(Dataset):
+    """Item k is this rank's slice of global batch k: a pure function of (source, seed, k, batch size).
+
+    No state means: resuming needs the step alone, workers and ranks change nothing, and no rank can run dry.
+    """
+
+    def __init__(self, source: Source, image_size: int, batch_size: int, seed: int, rank: int, world: int) -> None:
+        self.source, self.image_size, self.seed = source, image_size, seed
+        self.batch_size, self.rank, self.rows = batch_size, rank, batch_size // world
+        self.order: tuple[int, np.ndarray | None] = (-1, None)
+
+    def index_at(self, position: int) -> tuple[int, int]:
+        """Position in the endless stream -> epoch, sample; every epoch is a fresh permutation of all samples."""
+        epoch, place = divmod(position, len(self.source))
+        if isinstance(self.source, Shapes):
+            return epoch, place          # drawn at random already
+        if self.order[0] != epoch:
+            self.order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.source)))
+        return epoch, int(self.order[1][place])
+
+    def read(self, position: int, skipped: Counter) -> tuple[Sample, str] | None:
+        """The sample at a position; a bad one is replaced by the next in the order (None after 100 in a row)."""
+        for attempt in range(100):
+            epoch, index = self.index_at(position + attempt)
+            try:
+                sample = self.source.read(index)
+            except BadSample as bad:
+                skipped[bad.cause] += 1
+                continue
+            choice = 0
+            if len(sample.captions) > 1:
+                choice = int(np.random.default_rng([self.seed, epoch, index]).integers(len(sample.captions)))
+            return sample, sample.captions[choice]
+        return None
+
+    def __getitem__(self, k: int) -> Batch:
+        first = k * self.batch_size + self.rank * self.rows
+        skipped: Counter = Counter()
+        found = [self.read(first + row, skipped) for row in range(self.rows)]
+        if None in found:
+            raise ValueError(f"100 unusable samples in a row ({dict(skipped)}): is this an image-caption data set?")
+        samples, captions = zip(*found)
+        return Batch(to_tensor([to_square(s.image, self.image_size) for s in samples]), list(captions),
+                     [s.label for s in samples], [s.key for s in samples], skipped,
+                     self.rows + sum(skipped.values()))
+
+
+def as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def training_batches(source: Source, image_size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0,
+                     world: int = 1, workers: int = 0) -> Iterator[Batch]:
+    """Endless training batches from number `start` on; of a global batch, the rows of one rank of `world`."""
+    dataset = TrainingBatches(source, image_size, batch_size, seed, rank, world)
+    return iter(DataLoader(dataset, batch_size=None, sampler=range(start, 2 ** 40), num_workers=workers,
+                           collate_fn=as_it_is, prefetch_factor=4 if workers else None))
+
+
+def evaluation_batches(source: Source, image_size: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+    """The source's samples in order, with all their captions; bad ones left out and counted."""
+    total = min(len(source), limit or len(source))
+    for first in range(0, total, batch_size):
+        samples, skipped = [], Counter()
+        for i in range(first, min(first + batch_size, total)):
+            try:
+                samples.append(source.read(i))
+            except BadSample as bad:
+                skipped[bad.cause] += 1
+        pixels = [to_square(s.image, image_size) for s in samples]
+        yield Batch(to_tensor(pixels) if pixels else torch.empty(0, 3, image_size, image_size),
+                    [s.captions for s in samples], [s.label for s in samples], [s.key for s in samples], skipped,
+                    len(samples) + sum(skipped.values()))
+
+
+# ---------------------------------------------------------------- built-in data: shapes
+SIDE, BACKGROUND = 32, 128.0                # px; mid-grey, which is 0 in [-1, 1]
+COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (240, 220, 50),
+           "purple": (160, 60, 200), "white": (250, 250, 250)}
+SHAPES = ("circle", "square", "triangle", "cross")
+RADII = {"": 6.0, "small": 3.6}             # px; the large size goes without saying
+RELATIONS = {"above": (0, -1), "below": (0, 1), "to the left of": (-1, 0), "to the right of": (1, 0)}
+PIXELS = np.mgrid[:SIDE, :SIDE].astype(np.float32) + 0.5      # y, x of pixel centres
+
+
+class Thing(NamedTuple):
+    size: str
+    colour: str
+    shape: str
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, self))
+
+
+class Scene(NamedTuple):
+    """One thing, or two of different colours and their relation ("first RELATION second")."""
+    things: tuple[Thing, ...]
+    relation: str | None
+    centres: tuple[tuple[float, float], ...]      # x, y in px
+
+    def caption(self) -> str:
+        return f" {self.relation} ".join(f"a {thing}" for thing in self.things)
+
+
+KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+PAIRS = [(a, b) for i, a in enumerate(KINDS) for b in KINDS[i + 1:] if a[0] != b[0]]
+
+
+@lru_cache(maxsize=None)
+def is_held_out(pair: tuple) -> bool:
+    """A fifth of the pairs of things, whatever their sizes and relation, is never shown in training.
+
+    The README's own prompt is among them, so that it shows a combination the model never saw.
+    """
+    name = " ".join(sorted(" ".join(kind) for kind in pair))
+    return name == "blue square red circle" or hashlib.sha256(name.encode()).digest()[0] < 51
+
+
+TRAIN_PAIRS = [pair for pair in PAIRS if not is_held_out(pair)]
+HELD_OUT_PAIRS = [pair for pair in PAIRS if is_held_out(pair)]
+
+
+def coverage(shape: str, centre_x, centre_y, radius) -> np.ndarray:
+    """How much of each pixel the shape covers, in [0, 1], from its signed distance: [..., SIDE, SIDE].
+
+    The centre is that of the bounding box; arguments broadcast against pixels.
+    """
+    y, x = PIXELS[0] - centre_y, np.abs(PIXELS[1] - centre_x)
+    if shape == "circle":
+        distance = np.sqrt(x * x + y * y) - radius
+    elif shape == "square":
+        distance = np.maximum(x, np.abs(y)) - 0.886 * radius
+    elif shape == "triangle":
+        inner, y = 0.68 * radius, y - 0.34 * radius          # equilateral, point up; inner is its inradius
+        distance = np.maximum(y, 0.866 * x - 0.5 * y) - inner
+    else:
+        arm, half, y = 1.1 * radius, 0.42 * radius, np.abs(y)
+        distance = np.minimum(np.maximum(x - arm, y - half), np.maximum(y - arm, x - half))
+    return np.clip(0.5 - distance, 0, 1)
+
+
+def render(scene: Scene) -> np.ndarray:
+    """A scene -> uint8 [32, 32, 3], anti-aliased."""
+    image = np.full((SIDE, SIDE, 3), BACKGROUND, np.float32)
+    for thing, (x, y) in zip(scene.things, scene.centres):
+        alpha = coverage(thing.shape, x, y, RADII[thing.size])[..., None]
+        image += alpha * (np.array(COLOURS[thing.colour], np.float32) - image)
+    return image.round().astype(np.uint8)
+
+
+def place(relation: str, rng: np.random.Generator) -> tuple[tuple[float, float], ...]:
+    """Centres of two things: 14 to 18 px apart along the relation's axis, loose across it; always inside."""
+    along, across = 8 * np.array([1.0, -1.0]) + rng.uniform(-1, 1, 2), rng.uniform(-5, 5, 2)
+    dx, dy = RELATIONS[relation]
+    return tuple((float(16 + dx * a + abs(dy) * c), float(16 + dy * a + abs(dx) * c)) for a, c in zip(along, across))
+
+
+def pair_scene(pair: tuple, sizes: tuple[str, str], relation: str, flip: bool, rng: np.random.Generator) -> Scene:
+    """A scene of two things; flipped, the same relation is told from the second one's side."""
+    things = tuple(Thing(size, *kind) for size, kind in zip(sizes, pair))
+    if flip:
+        dx, dy = RELATIONS[relation]
+        things, relation = things[::-1], next(name for name, d in RELATIONS.items() if d == (-dx, -dy))
+    return Scene(things, relation, place(relation, rng))
+
+
+def change_one(pair: tuple, sizes: tuple, relation: str, rng: np.random.Generator) -> tuple:
+    """Another meaning of the training set that differs in one attribute of one thing, or in the relation."""
+    while True:
+        which, attribute = rng.integers(2), rng.integers(4)
+        if attribute == 0:
+            return pair, sizes, list(RELATIONS)[(list(RELATIONS).index(relation) + rng.integers(1, 4)) % 4]
+        if attribute == 1:
+            flipped = "" if sizes[which] else "small"
+            return pair, (flipped, sizes[1]) if which == 0 else (sizes[0], flipped), relation
+        colour, shape = pair[which]
+        kind = ((list(COLOURS)[rng.integers(len(COLOURS))], shape) if attribute == 2 else
+                (colour, SHAPES[rng.integers(len(SHAPES))]))
+        changed = (kind, pair[1]) if which == 0 else (pair[0], kind)
+        if kind != pair[which] and changed[0][0] != changed[1][0] and not is_held_out(changed):
+            return changed, sizes, relation
+
+
+class Shapes(Source):
+    """Procedural scenes with captions: sample i is a function of (seed, split, i) alone.
+
+    In training, scenes come in groups of GROUP: one, and others that differ from it in one attribute. They share a
+    batch, so that telling captions apart means reading all of them, not just spotting a colour.
+
+    split "train": endless in practice, pairs of TRAIN_PAIRS, one scene in ten a single thing; "val": each meaning
+    of the held-out pairs exactly once ("A above B" and "B below A" are one meaning); "classes": single things,
+    labelled with one of 24 classes such as "red circle".
+    """
+    name, GROUP = "shapes", 4
+
+    def __init__(self, split: str = "train", seed: int = 0) -> None:
+        if split not in ("train", "val", "classes"):
+            raise ValueError(f"shapes has no split {split!r}, expected train, val or classes")
+        self.split, self.seed, self.skipped = split, seed, Counter()
+        self.classes = [" ".join(kind) for kind in KINDS] if split == "classes" else None
+        if split == "val":
+            meanings = [(pair, (a, b), relation) for pair in HELD_OUT_PAIRS for a in RADII for b in RADII
+                        for relation in RELATIONS]
+            order = np.random.default_rng(0).permutation(len(meanings))     # one order, whatever the seed
+            self.meanings = [meanings[i] for i in order]
+
+    def __len__(self) -> int:
+        return {"train": 10 ** 9, "val": len(HELD_OUT_PAIRS) * 16, "classes": 2400}[self.split]
+
+    def scene(self, index: int) -> Scene:
+        key = [self.seed, ("train", "val", "classes").index(self.split)]
+        rng, sizes = np.random.default_rng([*key, 1, index]), list(RADII)
+        if self.split == "val":
+            return pair_scene(*self.meanings[index], bool(rng.integers(2)), rng)
+        group = np.random.default_rng([*key, 0, index // self.GROUP])       # what the group's scenes share
+        if self.split == "classes" or group.random() < 0.1:
+            kind = KINDS[index % len(KINDS) if self.split == "classes" else rng.integers(len(KINDS))]
+            return Scene((Thing(sizes[rng.integers(2)], *kind),), None, (tuple(rng.uniform(8, 24, 2)),))
+        pair = TRAIN_PAIRS[group.integers(len(TRAIN_PAIRS))]
+        meaning = (pair, (sizes[group.integers(2)], sizes[group.integers(2)]), list(RELATIONS)[group.integers(4)])
+        if index % self.GROUP:
+            meaning = change_one(*meaning, rng)
+        return pair_scene(*meaning, bool(rng.integers(2)), rng)
+
+    def captions(self, index: int) -> list[str]:
+        return [self.scene(index).caption()]
+
+    def read(self, index: int) -> Sample:
+        scene = self.scene(index)
+        label = index % len(KINDS) if self.split == "classes" else None
+        return Sample(Image.fromarray(render(scene)), [scene.caption()], f"shapes-{self.split}-{index}", label)
+
+    def vocabulary_captions(self, limit: int = 1000) -> Iterator[str]:
+        for i in range(limit):
+            yield self.captions(i)[0]
+
+
+def held_out_captions(count: int) -> list[str]:
+    """Captions of the first `count` validation scenes."""
+    val = Shapes("val")
+    return [val.captions(i)[0] for i in range(min(count, len(val)))]
+
+
+# ---------------------------------------------------------------- the checker of shapes
+CAPTION = regex.compile(r"a (?:(?P<size>small) )?(?P<colour>{0}) (?P<shape>{1})(?: (?P<relation>{2}) (?P<rest>a .*))?"
+                        .format("|".join(COLOURS), "|".join(SHAPES), "|".join(RELATIONS)))
+
+
+def parse(caption: str) -> tuple[tuple[Thing, ...], str | None]:
+    """A caption of the grammar -> its things and relation. Raises ValueError on anything else."""
+    match = CAPTION.fullmatch(clean(caption))
+    if match is None:
+        raise ValueError(f"{caption!r} is not in the grammar of shapes, e.g. 'a red circle above a small blue square'")
+    thing = Thing(match["size"] or "", match["colour"], match["shape"])
+    if match["relation"] is None:
+        return (thing,), None
+    return (thing, *parse(match["rest"])[0]), match["relation"]
+
+
+MIN_MASS = 12.0          # px of a colour that count as a thing: about half of the smallest thing's inside
+MIN_OVERLAP = 0.75       # intersection over union with the best template: a clean thing has 0.95, a blurred blob 0.6
+
+
+def colour_masks(image: np.ndarray) -> dict[str, np.ndarray]:
+    """Per colour, how much of each pixel it covers: [32, 32] in [0, 1], of the pixels that are nearest to it.
+
+    A pixel at a thing's edge mixes its colour with the grey behind: it lies on the line between the two.
+    """
+    offset = image.astype(np.float32) - BACKGROUND
+    lines = np.array(list(COLOURS.values()), np.float32) - BACKGROUND                   # [6, 3]
+    alphas = np.clip(offset @ lines.T / (lines ** 2).sum(1), 0, 1)                      # [32, 32, 6]
+    nearest = ((offset[:, :, None] - alphas[..., None] * lines) ** 2).sum(-1).argmin(-1)
+    return {colour: np.where((nearest == i) & (alphas[..., i] > 0.35), alphas[..., i], 0)
+            for i, colour in enumerate(COLOURS)}
+
+
+def centroid(mask: np.ndarray) -> tuple[float, float]:
+    return float((mask * PIXELS[1]).sum() / mask.sum()), float((mask * PIXELS[0]).sum() / mask.sum())
+
+
+def best_fit(mask: np.ndarray) -> tuple[str, float, float]:
+    """Analysis by synthesis: shape, radius and overlap of the template that fits a mask best."""
+    x, y = centroid(mask)
+    shifts = np.array([-0.5, 0.0, 0.5], np.float32)
+    best = ("", 0.0, 0.0)
+    for shape in SHAPES:
+        unit = coverage(shape, 16.0, 16.0, 6.0)
+        lift = centroid(unit)[1] - 16.0                       # a triangle's centroid is below its box's centre
+        radius = 6.0 * (mask.sum() / unit.sum()) ** 0.5       # equal area
+        radii = radius * np.array([0.94, 1.0, 1.06], np.float32)[:, None, None, None, None]
+        templates = coverage(shape, x + shifts[:, None, None, None], y - lift * radius / 6 + shifts[:, None, None], radii)
+        templates = np.where(templates > 0.35, templates, 0)
+        overlap = np.minimum(templates, mask).sum((-1, -2)) / np.maximum(templates, mask).sum((-1, -2))
+        if overlap.max() > best[2]:
+            at = np.unravel_index(overlap.argmax(), overlap.shape)
+            best = (shape, float(radii[at[0]].item()), float(overlap.max()))
+    return best
+
+
+def check(image: np.ndarray, caption: str) -> dict[str, bool]:
+    """Whether a picture shows what a caption of `shapes` says, decided from the pixels alone.
+
+    image: uint8 [32, 32, 3] -> {"colour", "shape", "size", "relation", "all"}: the mentioned colours and no other
+    are there; each thing of its colour has the right shape, cleanly; the right size; and they stand as told.
+    """
+    things, relation = parse(caption)
+    masks = colour_masks(image)
+    # Only pixels mostly of a colour count here: faint noise all over the grey must not add up to a thing.
+    present = {colour for colour, mask in masks.items() if mask[mask > 0.5].sum() >= MIN_MASS}
+    verdict = {"colour": present == {thing.colour for thing in things}, "shape": True, "size": True, "relation": True}
+    middle = (RADII[""] * RADII["small"]) ** 0.5
+    for thing in things:
+        shape, radius, overlap = best_fit(masks[thing.colour]) if thing.colour in present else ("", 0.0, 0.0)
+        verdict["shape"] &= shape == thing.shape and overlap >= MIN_OVERLAP
+        verdict["size"] &= ("small" if radius < middle else "") == thing.size and radius > 0
+    if relation is not None:
+        verdict["relation"] = {thing.colour for thing in things} <= present
+        if verdict["relation"]:
+            (x0, y0), (x1, y1) = (centroid(masks[thing.colour]) for thing in things)
+            (dx, dy), across = RELATIONS[relation], abs(x0 - x1) * abs(RELATIONS[relation][1]) + abs(
+                y0 - y1) * abs(RELATIONS[relation][0])
+            verdict["relation"] = dx * (x0 - x1) + dy * (y0 - y1) > max(across, 4.0)
+    return {**verdict, "all": all(verdict.values())}

@@ -1,0 +1,168 @@
+"""The diffusion itself: schedules, noising, targets, losses, guidance, and the DDIM sampler.
+
+What it is: METHOD sections 2, 3 and 6 as functions on tensors. The same lines noise and denoise images and text
+queries, so names are generic here: x0 clean, x_t noised, t timestep, shapes (B, …).
+What it is not: a network. Samplers are handed a callable; nothing here knows what a UNet is.
+
+Notation: x_t = a x0 + s ε with a = γ √ᾱ_t and s = √(1-ᾱ_t); γ is 1 for images. Schedules are float64 tables.
+Read next: train.py (how it is trained), sample.py and evaluate.py (how it is used).
+"""
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]     # (x_t, t [B]) -> (x0_pred, eps_pred)
+
+
+# ---------------------------------------------------------------- randomness
+def generator_of(*key: int) -> torch.Generator:
+    """A CPU generator that is a function of the key alone, e.g. (seed, step, index) or (seed, image).
+
+    All noise is drawn this way, on the CPU: it depends on no device, batch layout, rank or earlier draw.
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+# ---------------------------------------------------------------- schedules
+def make_alphas_cumprod(kind: str, steps: int) -> Tensor:
+    """ᾱ_t = Π (1-β), float64 [T].
+
+    kind: "linear", Stable Diffusion's (linear in √β from √0.00085 to √0.012); or "cosine" (Nichol & Dhariwal 2021).
+    """
+    if kind == "linear":
+        betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps, dtype=torch.float64) ** 2
+    elif kind == "cosine":
+        u = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008
+        alpha_bar = torch.cos(u * math.pi / 2) ** 2
+        betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"schedule is {kind!r}, expected 'linear' or 'cosine'")
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def signal_and_noise(t: Tensor, like: Tensor, alphas_cumprod: Tensor, gamma: float = 1.0) -> tuple[Tensor, Tensor]:
+    """a = γ √ᾱ_t and s = √(1-ᾱ_t) for t [B] -> two float32 tensors that broadcast with `like` (B, …)."""
+    alpha_bar = alphas_cumprod[t].view(-1, *[1] * (like.dim() - 1))   # rooted in float64: 1-ᾱ cancels near t = 0
+    return (gamma * alpha_bar.sqrt()).float(), (1 - alpha_bar).sqrt().float()
+
+
+def q_sample(x0: Tensor, t: Tensor, noise: Tensor, alphas_cumprod: Tensor, gamma: float = 1.0) -> Tensor:
+    """x_t = γ √ᾱ_t x0 + √(1-ᾱ_t) ε (Eq. 6; with γ = 1, Eq. 4's z_t). x0, noise (B, …), t [B]."""
+    a, s = signal_and_noise(t, x0, alphas_cumprod, gamma)
+    return a * x0 + s * noise
+
+
+# ---------------------------------------------------------------- what the network predicts
+def make_target(kind: str, x0: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    """What a network with target `kind` should say: ε ("noise"), x0 ("data"), or a ε − s x0 ("v")."""
+    return {"noise": lambda: noise, "data": lambda: x0, "v": lambda: a * noise - s * x0}[kind]()
+
+
+def read_prediction(kind: str, pred: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `make_target`, given x_t = a x0 + s ε -> (x0_pred, eps_pred)."""
+    if kind == "noise":
+        return (x_t - s * pred) / a, pred
+    if kind == "data":
+        return pred, (x_t - a * pred) / s
+    norm = a ** 2 + s ** 2      # 1 unless γ < 1
+    return (a * x_t - s * pred) / norm, (s * x_t + a * pred) / norm
+
+
+# ---------------------------------------------------------------- losses
+def generation_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """‖ target − Φ_u ‖², mean over numbers -> one value per sample [B], float32 (Eq. 4)."""
+    return F.mse_loss(pred.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+
+
+class GatherWithGradient(torch.autograd.Function):
+    """All ranks' rows, in rank order. Backward sums the gradients every rank has for my rows: without it the
+    other ranks' losses would not reach this rank's embeddings, and N ranks would not equal one large batch."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def alignment_loss(x0_pred: Tensor, text_query: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric InfoNCE between denoised and true text queries, over the batch of all ranks (Eq. 8).
+
+    x0_pred: ê_0 [B, D], any norm; text_query: e [B, D], unit norm; logit_scale: log of the inverse temperature.
+    -> this rank's rows of the loss [B], float32 (their mean over all ranks is the global loss), and whether each
+    row's own text is the most similar [B], bool.
+    """
+    ours, texts = F.normalize(x0_pred.float(), dim=-1), text_query.float()
+    all_ours, all_texts, rank = ours, texts, 0
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        all_ours, all_texts = GatherWithGradient.apply(ours), GatherWithGradient.apply(texts)
+        rank = dist.get_rank()
+    scale = logit_scale.exp().clamp(max=100)
+    image_logits, text_logits = scale * ours @ all_texts.T, scale * texts @ all_ours.T    # [B, N·B]
+    labels = torch.arange(len(ours), device=ours.device) + rank * len(ours)
+    loss = [F.cross_entropy(logits, labels, reduction="none") for logits in (image_logits, text_logits)]
+    return (loss[0] + loss[1]) / 2, image_logits.argmax(dim=1) == labels
+
+
+# ---------------------------------------------------------------- sampling
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance, (1+w) cond − w uncond with scale = 1 + w (Algorithms 2 and 3)."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def sampling_timesteps(steps: int, total: int, spacing: str) -> list[int]:
+    """Which of the T timesteps a sampler visits, from noisy to clean.
+
+    spacing: "leading" is Stable Diffusion's (…, 41, 21, 1 for 50 steps: it never visits T-1); "trailing" starts at
+    T-1, where what a sampler starts from, pure noise, is what training showed.
+    """
+    if not 1 <= steps <= total:
+        raise ValueError(f"sampling steps is {steps}, expected 1 to {total}")
+    if spacing == "leading":
+        return [min(i * (total // steps) + 1, total - 1) for i in reversed(range(steps))]
+    if spacing == "trailing":
+        return [round(total - i * total / steps) - 1 for i in range(steps)]
+    raise ValueError(f"spacing is {spacing!r}, expected 'leading' or 'trailing'")
+
+
+def make_denoiser(predict: Callable[[Tensor, Tensor], Tensor], kind: str, alphas_cumprod: Tensor,
+                  gamma: float = 1.0, unit_norm: bool = False) -> Denoiser:
+    """A network's (guided) prediction as a denoiser.
+
+    predict: (x_t, t [B]) -> prediction of target `kind`. unit_norm: normalise x0_pred and recompute ε̂ from it
+    (Algorithm 3; our choice: text queries have unit norm, so what is denoised should too).
+    """
+    def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        a, s = signal_and_noise(t, x_t, alphas_cumprod, gamma)
+        x0_pred, eps_pred = read_prediction(kind, predict(x_t, t).float(), x_t, a, s)
+        if unit_norm:
+            x0_pred = F.normalize(x0_pred, dim=-1)
+            eps_pred = (x_t - a * x0_pred) / s
+        return x0_pred, eps_pred
+    return denoise
+
+
+def ddim(denoise: Denoiser, x_t: Tensor, timesteps: list[int], alphas_cumprod: Tensor, gamma: float = 1.0,
+         final_alpha_cumprod: float = 1.0, progress: Callable = iter) -> Tensor:
+    """DDIM without added noise (Song et al. 2021): x_t' = a' x̂0 + s' ε̂ (Algorithms 2 and 3, images or queries).
+
+    x_t: (B, …) pure noise; timesteps: decreasing; final_alpha_cumprod: ᾱ after the last step, 1 for clean data
+    (Stable Diffusion's own sampler stops at ᾱ_0); progress: wraps the list of timesteps, e.g. tqdm. -> x0 (B, …)
+    """
+    for i, now in enumerate(progress(timesteps)):
+        x0_pred, eps_pred = denoise(x_t, torch.full((len(x_t),), now, device=x_t.device))
+        last = i + 1 == len(timesteps)
+        alpha_bar = final_alpha_cumprod if last else float(alphas_cumprod[timesteps[i + 1]])
+        x_t = gamma * alpha_bar ** 0.5 * x0_pred + (1 - alpha_bar) ** 0.5 * eps_pred
+    return x_t / gamma

@@ -1,0 +1,202 @@
+"""The building blocks of DiffDis's attention: Stable Diffusion's transformer block, and its dual-stream form.
+
+What it is: METHOD section 4 ("dual-stream deep fusion attention"). A Stable Diffusion attention block lets
+image tokens attend to each other and to a text. DiffDis adds one more token, the noised *text query*, which
+travels with the image tokens through every attention block of the UNet's encoder half and is denoised by what
+it sees there. `SpatialTransformer` is that block; `AlignmentTransformer` is what follows the middle block.
+What it is not: the UNet itself (model.py), nor anything about noise and timesteps (diffusion.py).
+
+Module names are Stable Diffusion's own wherever it has the module, so that its weights load by name; all that
+DiffDis adds is named `query_...`, so that `"query_" in name` tells new parameters from pretrained ones.
+
+Read next: model.py, which stacks these blocks.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """How the text query meets the image (paper: Tables 4 and 5, section 3.3)."""
+    query_width: int             # D, width of the text query = width of the text encoder
+    fusion: bool = True          # Table 4: the query joins every encoder-half attention block, or only the end
+    shared_attention: bool = True  # Table 5: the query uses the image tokens' q/k/v/out, or its own
+    own_ffn: bool = True         # Table 5: the query has its own feed-forward, or the image tokens'
+    align_blocks: int = 6        # M, transformer blocks after the middle block
+    head_width: int = 64         # width of a head in those M blocks
+
+    def __post_init__(self) -> None:
+        if self.align_blocks < 0:
+            raise ValueError(f"align_blocks is {self.align_blocks}, expected 0 or more")
+        if self.query_width % self.head_width:
+            raise ValueError(f"query_width {self.query_width} is no multiple of head_width {self.head_width}")
+
+
+class Attention(nn.Module):
+    """Multi-head attention by PyTorch's fused kernel: softmax(q kᵀ / √d) v.
+
+    Without `context` it is self-attention. q, k and v have no bias, the output has one (as in Stable Diffusion).
+    """
+
+    def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width or width, width, bias=False)
+        self.to_v = nn.Linear(context_width or width, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list: the pretrained key is `to_out.0`
+
+    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.to_q(x), self.to_k(context), self.to_v(context)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, N, C] queries on [B or 1, L, C] keys and values -> [B, N, C], before the output projection."""
+        batch = q.shape[0]
+        # A batch of one in k and v (the null prompt, the same for every image) is projected once, then expanded.
+        q, k, v = (x.expand(batch, -1, -1).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.to_out[0](self.attend(*self.project(x, x if context is None else context)))
+
+
+class GEGLU(nn.Module):
+    """x · GELU(gate), both from one linear layer (Shazeer 2020); the gate is the *second* half."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # The middle entry is Stable Diffusion's dropout of rate 0: it keeps the second layer's name, `net.2`.
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Stable Diffusion's block: self-attention, cross-attention to the text, feed-forward; each pre-norm, residual.
+
+    With `fusion` it is the dual-stream block (METHOD 4, steps 2-3): the query token goes through the *shared*
+    self-attention beside the image tokens, then through a feed-forward of its own, without cross-attention.
+    `context_width` None leaves the cross-attention out (the M blocks of the alignment transformer).
+    """
+
+    def __init__(self, width: int, heads: int, context_width: int | None,
+                 fusion: FusionConfig | None = None) -> None:
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(width), Attention(width, heads)
+        if context_width is not None:
+            self.norm2, self.attn2 = nn.LayerNorm(width), Attention(width, heads, context_width)
+        self.norm3, self.ff = nn.LayerNorm(width), FeedForward(width)
+        self.cross_attends = context_width is not None
+        self.query_attn = self.query_norm1 = self.query_norm3 = self.query_ff = None
+        if fusion is not None and not fusion.shared_attention:
+            self.query_norm1, self.query_attn = nn.LayerNorm(width), Attention(width, heads)
+        if fusion is not None and fusion.own_ffn:
+            self.query_norm3, self.query_ff = nn.LayerNorm(width), FeedForward(width)
+
+    def joint_self_attention(self, x: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Self-attention over concat(query, image tokens): the two streams meet here and only here."""
+        if self.query_attn is None:
+            both = torch.cat([query, x], dim=1)               # [B, 1+N, C]
+            both = both + self.attn1(self.norm1(both))
+            return both[:, 1:], both[:, :1]
+        x_norm, query_norm = self.norm1(x), self.query_norm1(query)
+        pairs = zip(self.query_attn.project(query_norm, query_norm), self.attn1.project(x_norm, x_norm))
+        mixed = self.attn1.attend(*(torch.cat(pair, dim=1) for pair in pairs))
+        return x + self.attn1.to_out[0](mixed[:, 1:]), query + self.query_attn.to_out[0](mixed[:, :1])
+
+    def forward(self, x: Tensor, context: Tensor | None, query: Tensor | None = None):
+        """x [B, N, C], context [B or 1, L, D] or None, query [B, 1, C] or None (masked) -> x, query.
+
+        With the query masked not one operation differs from Stable Diffusion's block.
+        """
+        if query is None:
+            x = x + self.attn1(self.norm1(x))
+        else:
+            x, query = self.joint_self_attention(x, query)
+        if self.cross_attends:
+            x = x + self.attn2(self.norm2(x), context)
+        x = x + self.ff(self.norm3(x))
+        if query is not None:
+            norm, ff = (self.query_norm3, self.query_ff) if self.query_ff is not None else (self.norm3, self.ff)
+            query = query + ff(norm(query))
+        return x, query
+
+
+class SpatialTransformer(nn.Module):
+    """A UNet attention block: GroupNorm, 1×1 in, K transformer blocks, 1×1 out, residual (METHOD 4).
+
+    With `fusion` it carries the text query along: FC_in adds the state left by the previous block to the noised
+    query (the skip connection across blocks), FC_out hands the state on.
+    """
+
+    def __init__(self, width: int, heads: int, context_width: int, depth: int = 1,
+                 fusion: FusionConfig | None = None) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, width, eps=1e-6)     # 1e-6 here, 1e-5 in the ResNet blocks: SD's own mix
+        self.proj_in = nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(width, heads, context_width, fusion) for _ in range(depth))
+        self.proj_out = nn.Conv2d(width, width, 1)
+        if fusion is not None:
+            self.query_in = nn.Linear(fusion.query_width, width)
+            self.query_out = nn.Linear(width, fusion.query_width)
+
+    def forward(self, x: Tensor, context: Tensor, query: Tensor | None = None, state: Tensor | None = None):
+        """x [B, C, H, W], context [B or 1, L, D], query = e_t + Embed(t_e) [B, D] or None, state h_e [B, D]
+        -> x [B, C, H, W], the query's next state [B, D] (None when the query is masked)."""
+        height = x.shape[2]
+        tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)        # [B, N, C]
+        q = None if query is None else self.query_in(state + query).unsqueeze(1)   # [B, 1, C]
+        for block in self.transformer_blocks:
+            tokens, q = block(tokens, context, q)
+        out = self.proj_out(tokens.transpose(1, 2).unflatten(2, (height, -1)))
+        return x + out, None if q is None else self.query_out(q.squeeze(1))
+
+
+PE=0
+def positions(height, width, like):
+    """2D sinusoids"""
+    q = like.shape[-1] // 4
+    f = torch.exp(-torch.arange(q, device=like.device) / q * 6.9)
+    y = torch.arange(height, device=like.device)[:, None] * f
+    x = torch.arange(width, device=like.device)[:, None] * f
+    y = torch.cat([y.sin(), y.cos()], -1)[:, None].expand(-1, width, -1)
+    x = torch.cat([x.sin(), x.cos()], -1)[None].expand(height, -1, -1)
+    return torch.cat([y, x], -1).flatten(0, 1).to(like.dtype)
+
+
+class AlignmentTransformer(nn.Module):
+    """After the middle block: concat(FC(h_e), FC(middle features)) -> M transformer blocks -> linear predictor."""
+
+    def __init__(self, image_width: int, config: FusionConfig) -> None:
+        super().__init__()
+        width = config.query_width
+        self.query_fc = nn.Linear(width, width)
+        self.image_fc = nn.Linear(image_width, width)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, width // config.head_width, None) for _ in range(config.align_blocks))
+        self.norm = nn.LayerNorm(width)
+        self.predictor = nn.Linear(width, width)
+
+    def forward(self, state: Tensor, features: Tensor) -> Tensor:
+        """state h_e [B, D], features of the middle block [B, C, H, W] -> the text target's prediction [B, D]."""
+        image_tokens = self.image_fc(features.flatten(2).transpose(1, 2))
+        if PE: image_tokens = image_tokens + positions(*features.shape[2:], image_tokens)
+        tokens = torch.cat([self.query_fc(state).unsqueeze(1), image_tokens], dim=1)   # [B, 1+N, D]
+        for block in self.blocks:
+            tokens, _ = block(tokens, None)
+        return self.predictor(self.norm(tokens[:, 0]))

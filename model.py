@@ -1,0 +1,644 @@
+"""DiffDis: one Stable Diffusion UNet that draws images from text and reads text from images.
+
+What it is: every network of the project, bottom-up: residual block, autoencoder, text encoder, UNet, and the
+`DiffDis` module that holds them with their configuration (METHOD sections 1-4). The `sd-v1` preset has Stable
+Diffusion v1's exact shapes; `tiny` and `small` are the same classes with smaller numbers.
+What it is not: noise, timesteps' distribution, losses and samplers (diffusion.py), or data (data.py).
+
+The UNet has two entry points. `denoise_image` is Stable Diffusion. `denoise_query` runs only the *encoder half*
+(down and middle blocks), with one extra token, the noised text query, in every attention block (fusion.py).
+
+Parameter names are those of the diffusers / transformers folders of Stable Diffusion v1; what DiffDis adds is
+named `query_...`. Read next: diffusion.py.
+"""
+import math
+import os
+import pickle
+import tempfile
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data import Tokenizer
+from fusion import Attention, AlignmentTransformer, FusionConfig, SpatialTransformer
+
+TARGETS = ("noise", "v", "data")       # what a network may be asked to predict; formulas in diffusion.py
+SCHEDULES = ("linear", "cosine")
+
+
+# ---------------------------------------------------------------- configuration
+@dataclass(frozen=True)
+class UNetConfig:
+    """Stable Diffusion's UNet; the defaults are v1's."""
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)   # per level; every level but the last halves the side
+    attention: tuple[bool, ...] = (True, True, True, False)
+    res_blocks: int = 2          # per level on the way down; one more on the way up
+    heads: int = 8               # heads per attention, at every width
+    depth: int = 1               # K, transformer blocks per attention block
+
+    def __post_init__(self) -> None:
+        if len(self.channels) != len(self.attention):
+            raise ValueError(f"{len(self.channels)} levels of channels but {len(self.attention)} of attention")
+        if any(c % 32 or c % self.heads for c in self.channels):
+            raise ValueError(f"channels {self.channels} must be multiples of 32 and of the {self.heads} heads")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """CLIP's text transformer; the defaults are those of CLIP ViT-L/14."""
+    vocab_size: int = 49408
+    context_length: int = 77     # L, tokens
+    width: int = 768             # D
+    layers: int = 12
+    heads: int = 12
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """`kl`: Stable Diffusion's autoencoder. `patch`: a pixel-unshuffle, which has no weights and loses nothing."""
+    kind: str = "kl"
+    latent_channels: int = 4
+    factor: int = 8              # pixels per latent, along a side
+    scale: float = 0.18215       # latents are the autoencoder's output times this: about unit variance
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("kl", "patch"):
+            raise ValueError(f"autoencoder kind is {self.kind!r}, expected 'kl' or 'patch'")
+        if self.kind == "patch" and self.latent_channels != 3 * self.factor ** 2:
+            raise ValueError(f"patches of {self.factor} px hold {3 * self.factor ** 2} numbers, "
+                             f"not {self.latent_channels}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a checkpoint must remember to be used: the networks, and what they were trained to predict."""
+    fusion: FusionConfig
+    unet: UNetConfig = UNetConfig()
+    text: TextConfig = TextConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    image_size: int = 256        # px, side of the training images
+    timesteps: int = 1000        # T
+    condition_timestep: int | None = None   # t_z while the image is a condition (Table 7); None: T, never drawn
+    image_target: str = "noise"  # METHOD 2
+    text_target: str = "data"    # Table 2
+    image_schedule: str = "linear"
+    text_schedule: str = "cosine"           # Table 3
+    gamma: float = 1.0           # γ, scale of the text query inside its noise (Eq. 6)
+
+    def __post_init__(self) -> None:
+        if self.condition_timestep is None:
+            object.__setattr__(self, "condition_timestep", self.timesteps)
+        for name, value, allowed in (("image_target", self.image_target, TARGETS),
+                                     ("text_target", self.text_target, TARGETS),
+                                     ("image_schedule", self.image_schedule, SCHEDULES),
+                                     ("text_schedule", self.text_schedule, SCHEDULES)):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma is {self.gamma}, expected a number in (0, 1]")
+        if not 0 <= self.condition_timestep <= self.timesteps:
+            raise ValueError(f"condition_timestep is {self.condition_timestep}, expected 0 to {self.timesteps}")
+        side = self.autoencoder.factor * 2 ** (len(self.unet.channels) - 1)
+        if self.image_size % side:
+            raise ValueError(f"image size is {self.image_size} px, expected a multiple of {side}")
+        if self.fusion.query_width != self.text.width:
+            raise ValueError(f"query_width {self.fusion.query_width} is not the text width {self.text.width}")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict) -> "Config":
+        """The inverse of `to_dict`. Raises ValueError on fields that this version does not know, or misses."""
+        parts = {"fusion": FusionConfig, "unet": UNetConfig, "text": TextConfig, "autoencoder": AutoencoderConfig}
+        try:
+            built = {name: cls(**values[name]) for name, cls in parts.items()}
+            return Config(**{**values, **built})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the checkpoint's configuration does not fit this version: {error}") from None
+
+
+def patches(factor: int, scale: float) -> AutoencoderConfig:
+    return AutoencoderConfig("patch", 3 * factor ** 2, factor, scale, ())
+
+
+# `tiny` trains on two CPU cores in minutes, `small` on one GPU in an hour, `sd-v1` is Stable Diffusion v1.
+PRESETS = {
+    "tiny": Config(
+        FusionConfig(query_width=128, align_blocks=2, head_width=32), UNetConfig((96, 192), (True, True), 1, 4),
+        TextConfig(514, 32, 128, 2, 4), patches(4, 2.0), image_size=32, image_target="v"),
+    "small": Config(
+        FusionConfig(query_width=384, align_blocks=4), UNetConfig((192, 384, 576), (True, True, True), 2, 6),
+        TextConfig(8192, 48, 384, 6, 6), patches(4, 2.0), image_size=64, image_target="v"),
+    "sd-v1": Config(FusionConfig(query_width=768)),
+}
+
+
+# ---------------------------------------------------------------- shared parts
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Sinusoids of timesteps t [B] -> float32 [B, width], cosines first (Stable Diffusion's order).
+
+    In float32 whatever the network's type: bfloat16 cannot tell timestep 998 from 1000.
+    """
+    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Timesteps [B] -> [B, out]: sinusoid, linear, SiLU, linear."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.width = width
+        self.linear_1, self.linear_2 = nn.Linear(width, out), nn.Linear(out, out)
+
+    def forward(self, t: Tensor) -> Tensor:
+        sinusoid = timestep_embedding(t, self.width).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(sinusoid)))
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, conv, twice, plus the input; the UNet's also add the timestep's embedding in between."""
+
+    def __init__(self, channels: int, out: int, time_width: int | None = None, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, channels, eps), nn.Conv2d(channels, out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(32, out, eps), nn.Conv2d(out, out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_width, out) if time_width else None
+        self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], emb [B, time_width] -> [B, out, H, W]."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if emb is not None:
+            h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Downsample(nn.Module):
+    """Halves the side by a strided convolution; the autoencoder pads only right and below, the UNet all around."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the side: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+# ---------------------------------------------------------------- autoencoders
+class PatchAutoencoder(nn.Module):
+    """Latents without a pretrained network: factor × factor patches of pixels become channels. No weights."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, 3, H, W] in [-1, 1] -> mean, log-variance [B, C, H/f, W/f], before scaling; std is 0."""
+        mean = F.pixel_unshuffle(images, self.config.factor)
+        return mean, torch.full_like(mean, -math.inf)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, C, H/f, W/f] -> images [B, 3, H, W], nominally in [-1, 1]."""
+        return F.pixel_shuffle(latents / self.config.scale, self.config.factor)
+
+
+class AutoencoderAttention(nn.Module):
+    """Single-head self-attention over pixels, pre-norm, residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)                 # [B, H·W, C]
+        q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
+        tokens = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class AutoencoderLevel(nn.Module):
+    """Residual blocks of one width, then at most one change of size. `resample` None, "down" or "up"."""
+
+    def __init__(self, channels: int, out: int, blocks: int, resample: str | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResBlock(channels if i == 0 else out, out, eps=1e-6) for i in range(blocks))
+        if resample == "down":
+            self.downsamplers = nn.ModuleList([Downsample(out, padding=0)])
+        elif resample == "up":
+            self.upsamplers = nn.ModuleList([Upsample(out)])
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.resnets:
+            x = block(x)
+        return getattr(self, f"{self.resample}samplers")[0](x) if self.resample else x
+
+
+class AutoencoderMiddle(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(channels, channels, eps=1e-6) for _ in range(2))
+        self.attentions = nn.ModuleList([AutoencoderAttention(channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, channels: tuple[int, ...], out_channels: int) -> None:
+        super().__init__()
+        last = len(channels) - 1
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            AutoencoderLevel(channels[max(i - 1, 0)], c, 2, "down" if i < last else None)
+            for i, c in enumerate(channels))
+        self.mid_block = AutoencoderMiddle(channels[-1])
+        self.conv_norm_out = nn.GroupNorm(32, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in (*self.down_blocks, self.mid_block):
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, channels: tuple[int, ...], latent_channels: int) -> None:
+        super().__init__()
+        up = tuple(reversed(channels))
+        self.conv_in = nn.Conv2d(latent_channels, up[0], 3, padding=1)
+        self.mid_block = AutoencoderMiddle(up[0])
+        self.up_blocks = nn.ModuleList(
+            AutoencoderLevel(up[max(i - 1, 0)], c, 3, "up" if i < len(up) - 1 else None) for i, c in enumerate(up))
+        self.conv_norm_out = nn.GroupNorm(32, up[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(up[-1], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in (self.mid_block, *self.up_blocks):
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class KLAutoencoder(nn.Module):
+    """Stable Diffusion's autoencoder (Rombach et al. 2022): images to a Gaussian over latents, and back."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.latent_channels
+        self.encoder = Encoder(config.channels, 2 * channels)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+        self.decoder = Decoder(config.channels, channels)
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, 3, H, W] in [-1, 1] -> mean, log-variance [B, 4, H/8, W/8], before scaling."""
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, 4, H/8, W/8] -> images [B, 3, H, W], nominally in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(latents / self.config.scale))
+
+
+# ---------------------------------------------------------------- text encoder
+class TextLayer(nn.Module):
+    """CLIP's transformer layer: causal self-attention and a quick-GELU MLP, each pre-norm and residual."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, attn = self.layer_norm1(x), self.self_attn
+        q, k, v = (attn[f"{name}_proj"](h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in "qkv")
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + attn["out_proj"](h.transpose(1, 2).flatten(2))
+        h = self.mlp["fc1"](self.layer_norm2(x))
+        return x + self.mlp["fc2"](h * torch.sigmoid(1.702 * h))   # quick GELU: CLIP's, not PyTorch's
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text transformer. One pass gives the text condition c and the text query e (METHOD 1)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embeddings = nn.ModuleDict({
+            "token_embedding": nn.Embedding(config.vocab_size, config.width),
+            "position_embedding": nn.Embedding(config.context_length, config.width)})
+        self.encoder = nn.ModuleDict({
+            "layers": nn.ModuleList(TextLayer(config.width, config.heads) for _ in range(config.layers))})
+        self.final_layer_norm = nn.LayerNorm(config.width)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens [B, L] int64 -> context c [B, L, D]; text query e [B, D], float32, of unit norm.
+
+        e is read at the first end token, which has the largest id: padding with it (as Stable Diffusion does)
+        or with anything smaller changes nothing, because attention is causal.
+        """
+        x = self.embeddings["token_embedding"](tokens)
+        x = x + self.embeddings["position_embedding"].weight[:tokens.shape[1]]
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        context = self.final_layer_norm(x)
+        ends = context[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)]
+        return context, F.normalize(ends.float(), dim=-1)
+
+
+# ---------------------------------------------------------------- UNet
+class DownBlock(nn.Module):
+    def __init__(self, channels: int, out: int, config: "Config", attention: bool, downsample: bool) -> None:
+        super().__init__()
+        unet, fusion = config.unet, config.fusion if config.fusion.fusion else None
+        self.resnets = nn.ModuleList(
+            ResBlock(channels if i == 0 else out, out, 4 * unet.channels[0]) for i in range(unet.res_blocks))
+        self.attentions = nn.ModuleList(
+            SpatialTransformer(out, unet.heads, config.text.width, unet.depth, fusion)
+            for _ in range(unet.res_blocks if attention else 0))
+        self.downsamplers = nn.ModuleList([Downsample(out, padding=1)] if downsample else [])
+
+    def forward(self, x, emb, context, query, state, skips):
+        """Appends each stage's output to skips; -> x, state (the query's, None when masked)."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, emb)
+            if self.attentions:
+                x, state = self.attentions[i](x, context, query, state)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x, state
+
+
+class MiddleBlock(nn.Module):
+    def __init__(self, config: "Config") -> None:
+        super().__init__()
+        unet, fusion = config.unet, config.fusion if config.fusion.fusion else None
+        width = unet.channels[-1]
+        self.resnets = nn.ModuleList(ResBlock(width, width, 4 * unet.channels[0]) for _ in range(2))
+        self.attentions = nn.ModuleList(
+            [SpatialTransformer(width, unet.heads, config.text.width, unet.depth, fusion)])
+
+    def forward(self, x, emb, context, query, state):
+        x, state = self.attentions[0](self.resnets[0](x, emb), context, query, state)
+        return self.resnets[1](x, emb), state
+
+
+class UpBlock(nn.Module):
+    """The decoder half's level: plain Stable Diffusion, the query never comes here."""
+
+    def __init__(self, channels: int, skip_channels: list[int], out: int, config: "Config", attention: bool,
+                 upsample: bool) -> None:
+        super().__init__()
+        unet = config.unet
+        self.resnets = nn.ModuleList(
+            ResBlock((channels if i == 0 else out) + skip, out, 4 * unet.channels[0])
+            for i, skip in enumerate(skip_channels))
+        self.attentions = nn.ModuleList(
+            SpatialTransformer(out, unet.heads, config.text.width, unet.depth) for _ in skip_channels if attention)
+        self.upsamplers = nn.ModuleList([Upsample(out)] if upsample else [])
+
+    def forward(self, x, emb, context, skips):
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
+            if self.attentions:
+                x, _ = self.attentions[i](x, context)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Φ: Stable Diffusion's UNet (Φ_u), whose encoder half also denoises text queries (Φ_θ)."""
+
+    def __init__(self, config: "Config") -> None:
+        super().__init__()
+        unet, width = config.unet, config.fusion.query_width
+        channels, last = unet.channels, len(unet.channels) - 1
+        self.fused, self.condition_timestep = config.fusion.fusion, config.condition_timestep
+        latent_channels = config.autoencoder.latent_channels
+        self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
+        self.down_blocks = nn.ModuleList(
+            DownBlock(channels[max(i - 1, 0)], c, config, unet.attention[i], downsample=i < last)
+            for i, c in enumerate(channels))
+        self.mid_block = MiddleBlock(config)
+        skips = [channels[0]] + [c for i, c in enumerate(channels) for _ in range(unet.res_blocks + (i < last))]
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(range(len(channels))):
+            taken = [skips.pop() for _ in range(unet.res_blocks + 1)]
+            self.up_blocks.append(UpBlock(channels[min(i + 1, last)], taken, channels[i], config,
+                                          unet.attention[i], upsample=i > 0))
+        self.conv_norm_out = nn.GroupNorm(32, channels[0])
+        self.conv_out = nn.Conv2d(channels[0], latent_channels, 3, padding=1)
+        self.query_time_embedding = TimestepEmbedding(width, width)
+        self.query_head = AlignmentTransformer(channels[-1], config.fusion)
+        self.zero_residuals()
+
+    def zero_residuals(self) -> None:
+        """From scratch, every residual branch of the generation path starts at zero, as in Stable Diffusion."""
+        for module in self.modules():
+            last = (module.conv2 if isinstance(module, ResBlock) else
+                    module.proj_out if isinstance(module, SpatialTransformer) else
+                    module.conv_out if module is self else None)
+            if last is not None:
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+
+    def encode(self, latents: Tensor, t_image: Tensor, context: Tensor, query: Tensor | None = None):
+        """The encoder half: latents [B, C, H, W], t_image [B], context [B or 1, L, D], query [B, D] or None
+        -> middle features, the skips for the decoder half, timestep embedding, the query's last state."""
+        emb = self.time_embedding(t_image)
+        x = self.conv_in(latents.to(self.conv_in.weight.dtype))
+        skips, state = [x], None if query is None else torch.zeros_like(query)
+        for block in self.down_blocks:
+            x, state = block(x, emb, context, query, state, skips)
+        x, state = self.mid_block(x, emb, context, query, state)
+        return x, skips, emb, state
+
+    def denoise_image(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor) -> Tensor:
+        """Φ_u (Eq. 4), the text query masked: what Stable Diffusion computes -> prediction, as noisy_latents."""
+        x, skips, emb, _ = self.encode(noisy_latents, t_image, context)
+        for block in self.up_blocks:
+            x = block(x, emb, context, skips)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor, null_context: Tensor) -> Tensor:
+        """Φ_θ (Eq. 7): noisy_query e_t [B, D], t_text [B], the clean image as condition -> prediction [B, D]."""
+        query = noisy_query.to(self.conv_in.weight.dtype) + self.query_time_embedding(t_text)
+        t_image = torch.full_like(t_text, self.condition_timestep)   # the same for all: 0 … T-1 mean noisy images
+        features, _, _, state = self.encode(latents, t_image, null_context, query if self.fused else None)
+        return self.query_head(state if self.fused else query, features)
+
+    forward = denoise_image
+
+
+# ---------------------------------------------------------------- the whole
+class DiffDis(nn.Module):
+    """The networks, the tokenizer and the configuration: all that sampling, scoring and training need."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        if tokenizer.vocab_size != config.text.vocab_size:
+            raise ValueError(f"the tokenizer knows {tokenizer.vocab_size} tokens, the text encoder "
+                             f"{config.text.vocab_size}")
+        self.config, self.tokenizer = config, tokenizer
+        self.known_words: frozenset[str] | None = None    # words of the training captions; None: not recorded
+        self.autoencoder = (KLAutoencoder if config.autoencoder.kind == "kl" else PatchAutoencoder)(config.autoencoder)
+        self.text_encoder = TextEncoder(config.text)
+        self.unet = UNet(config)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))    # as CLIP: exp of it is 1/temperature
+        self.register_buffer("null_tokens", tokenizer([""]), persistent=False)
+        self.init_text_encoder()
+
+    def init_text_encoder(self) -> None:
+        """CLIP's initialisation, for training from scratch."""
+        config = self.config.text
+        nn.init.normal_(self.text_encoder.embeddings["token_embedding"].weight, std=0.02)
+        nn.init.normal_(self.text_encoder.embeddings["position_embedding"].weight, std=0.01)
+        residual = (2 * config.layers) ** -0.5
+        for layer in self.text_encoder.encoder["layers"]:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                nn.init.normal_(layer.self_attn[name].weight, std=config.width ** -0.5)
+            nn.init.normal_(layer.self_attn["out_proj"].weight, std=config.width ** -0.5 * residual)
+            nn.init.normal_(layer.mlp["fc1"].weight, std=(2 * config.width) ** -0.5)
+            nn.init.normal_(layer.mlp["fc2"].weight, std=config.width ** -0.5 * residual)
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def encode_text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Captions -> context [B, L, D], text_query [B, D] of unit norm."""
+        return self.text_encoder(self.tokenizer(captions).to(self.device))
+
+    def encode_image(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1] -> latents: the posterior's mean, or a sample if noise is given, scaled."""
+        mean, logvar = self.autoencoder.moments(images)
+        if noise is not None:
+            mean = mean + torch.exp(0.5 * logvar) * noise
+        return mean * self.config.autoencoder.scale
+
+    def decode_image(self, latents: Tensor) -> Tensor:
+        """latents -> images [B, 3, H, W], nominally in [-1, 1] (clamp before saving)."""
+        return self.autoencoder.decode(latents)
+
+    def denoise_image(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor) -> Tensor:
+        """The image target's prediction (ε̂ for `sd-v1`), shape of the latents (Eq. 4)."""
+        return self.unet.denoise_image(noisy_latents, t_image, context)
+
+    def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor) -> Tensor:
+        """noisy_query [B, D], t_text [B], clean latents -> the text target's prediction [B, D] (Eq. 7).
+
+        There is no argument for a text: the condition c is always the null prompt's, so the answer cannot leak.
+        """
+        return self.unet.denoise_query(noisy_query, t_text, latents, self.text_encoder(self.null_tokens)[0])
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Image size in px -> (channels, height, width) of its latents. Raises ValueError on an unfit size."""
+        side = self.config.autoencoder.factor * 2 ** (len(self.config.unet.channels) - 1)
+        if height % side or width % side or height <= 0 or width <= 0:
+            raise ValueError(f"size is {width}x{height} px, expected multiples of {side}")
+        factor = self.config.autoencoder.factor
+        return self.config.autoencoder.latent_channels, height // factor, width // factor
+
+
+def is_new(name: str) -> bool:
+    """Whether the parameter of this name is DiffDis's own, rather than one Stable Diffusion has."""
+    return "query_" in name or name == "logit_scale"
+
+
+# ---------------------------------------------------------------- checkpoints
+FORMAT = "diffdis-1"
+
+
+def save(path: str | Path, model: DiffDis, ema: dict | None = None, training: dict | None = None) -> None:
+    """Write a checkpoint atomically: it is complete under its name, or the old one is still there.
+
+    ema: averaged parameters by name, preferred by `load`; training: what resuming needs (tensors, plain dicts).
+    Raises OSError, naming the path, when it cannot be written.
+    """
+    path = Path(path)
+    words = None if model.known_words is None else sorted(model.known_words)
+    checkpoint = {"format": FORMAT, "config": model.config.to_dict(), "tokenizer": model.tokenizer.to_dict(),
+                  "words": words, "model": model.state_dict(), "ema": ema, "training": training}
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:   # torch reports a full disk as RuntimeError
+        kept = "; the previous checkpoint there is intact" if path.exists() else ""
+        raise OSError(f"cannot write {path}: {error or 'disk full?'}".split("\n")[0] + kept) from None
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint of ours to CPU memory (mapped, not copied), without running any code from it.
+
+    Raises FileNotFoundError or ValueError: no file, not a checkpoint, another program's, truncated.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py`, or give --ckpt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no readable checkpoint (truncated, or not written by torch.save): "
+                         f"{str(error).splitlines()[0][:100] if str(error) else type(error).__name__}") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        found = ", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"{path} is not a DiffDis checkpoint: expected format {FORMAT!r}, found {found or 'nothing'}")
+    return checkpoint
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema") -> DiffDis:
+    """A checkpoint as a model in eval mode, averaged weights preferred.
+
+    path: a file written by `save`; weights: "ema" (if the file has them) or "raw".
+    Raises FileNotFoundError or ValueError as `read_checkpoint`, ValueError naming tensors that do not fit.
+    """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights is {weights!r}, expected 'ema' or 'raw'")
+    checkpoint = read_checkpoint(path)
+    config = Config.from_dict(checkpoint["config"])
+    model = DiffDis(config, Tokenizer.from_dict(checkpoint["tokenizer"]))
+    state = dict(checkpoint["model"])
+    if weights == "ema" and checkpoint["ema"] is not None:
+        state.update(checkpoint["ema"])
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its tensors do not fit its configuration: {' '.join(str(error).split())[:300]}") from None
+    if checkpoint["words"] is not None:
+        model.known_words = frozenset(checkpoint["words"])
+    return model.to(device).eval().requires_grad_(False)

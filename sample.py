@@ -1,0 +1,243 @@
+"""Prompts to PNG, with DiffDis's own judgement of what it drew.
+
+What it is: METHOD section 6: Algorithm 2 (`draw_images`, text to image) and Algorithm 3 (`draw_queries`, image to
+text query), each a few lines around the one sampler in diffusion.py, and the command line that saves pictures.
+`--best-of N` puts the two together: one model draws N images and keeps the one it reads the prompt from best.
+
+    python sample.py "a red circle above a blue square" --best-of 4
+
+Read next: evaluate.py, which scores images against texts.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import model as models
+from data import words
+from diffusion import ddim, generator_of, guide, make_alphas_cumprod, make_denoiser, sampling_timesteps
+from model import DiffDis
+
+
+# ---------------------------------------------------------------- Algorithm 2: text -> image
+@torch.no_grad()
+def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int = 50, guidance_scale: float = 3.0,
+                size: tuple[int, int] | None = None, negative: str = "", progress=iter) -> Tensor:
+    """Draw one image per prompt and seed (Algorithm 2): DDIM with classifier-free guidance.
+
+    prompts, seeds: B of each, an image depends on its own two alone; steps: sampler steps, 1 to T;
+    guidance_scale: 1 + w, 1 is no guidance; size: (height, width) in px, default the training size;
+    negative: the prompt to guide away from -> images [B, 3, H, W] in [-1, 1], float32, on the model's device.
+    """
+    config, device = model.config, model.device
+    shape = model.latent_shape(*(size or (config.image_size, config.image_size)))
+    z_T = torch.stack([torch.randn(shape, generator=generator_of(seed)) for seed in seeds]).to(device)
+    both = model.encode_text([negative] * len(prompts) + prompts)[0]      # [2B, L, D], unconditional first
+    alphas_cumprod = make_alphas_cumprod(config.image_schedule, config.timesteps).to(device)
+
+    def predict(z_t: Tensor, t: Tensor) -> Tensor:
+        if guidance_scale == 1:
+            return model.denoise_image(z_t, t, both[len(prompts):])
+        unconditional, conditional = model.denoise_image(z_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+        return guide(conditional, unconditional, guidance_scale)
+
+    # A noise-predicting model is sampled as Stable Diffusion is: from t = 981 to 1 (in 50 steps), ending at ᾱ_0.
+    # At T-1 its x̂0 would be its error divided by √ᾱ, a fifteenfold; v and data targets have no such trouble.
+    leading = config.image_target == "noise"
+    timesteps = sampling_timesteps(steps, config.timesteps, "leading" if leading else "trailing")
+    latents = ddim(make_denoiser(predict, config.image_target, alphas_cumprod), z_T, timesteps, alphas_cumprod,
+                   final_alpha_cumprod=float(alphas_cumprod[0]) if leading else 1.0, progress=progress)
+    return model.decode_image(latents).float().clamp(-1, 1)
+
+
+# ---------------------------------------------------------------- Algorithm 3: image -> text query
+@torch.no_grad()
+def draw_queries(model: DiffDis, latents: Tensor, indices: list[int], steps: int = 1, draws: int = 1,
+                 guidance_scale: float = 1.0, seed: int = 0) -> Tensor:
+    """Denoise a text query from pure noise with each image as condition (Algorithm 3).
+
+    latents: clean z [B, C, h, w]; indices: B numbers that name the images: noise is a function of (seed, index);
+    steps: 1 is one pass from t = T-1; draws: noise draws whose results are averaged; guidance_scale: 1 + w, with
+    the zeroed latent as the unconditional image -> text queries [B, D], unit norm, float32.
+    No text goes in: whatever comes out was read from the image.
+    """
+    config, device = model.config, model.device
+    alphas_cumprod = make_alphas_cumprod(config.text_schedule, config.timesteps).to(device)
+    timesteps = sampling_timesteps(steps, config.timesteps, "trailing")
+
+    def predict(e_t: Tensor, t: Tensor) -> Tensor:
+        conditional = model.denoise_query(e_t, t, latents)
+        if guidance_scale == 1:
+            return conditional
+        return guide(conditional, model.denoise_query(e_t, t, torch.zeros_like(latents)), guidance_scale)
+
+    denoise = make_denoiser(predict, config.text_target, alphas_cumprod, config.gamma, unit_norm=True)
+    total = 0
+    for draw in range(draws):
+        noise = [torch.randn(config.text.width, generator=generator_of(seed, index, draw)) for index in indices]
+        query = ddim(denoise, torch.stack(noise).to(device), timesteps, alphas_cumprod, config.gamma)
+        total = total + F.normalize(query, dim=-1)
+    return F.normalize(total, dim=-1)
+
+
+def best_of(model: DiffDis, prompt: str, images: Tensor, seed: int = 0) -> tuple[int, Tensor]:
+    """Which of images [N, 3, H, W] the model itself reads `prompt` from best -> index, similarities [N]."""
+    queries = draw_queries(model, model.encode_image(images), list(range(len(images))), draws=4, seed=seed)
+    similarities = queries @ model.encode_text([prompt])[1][0]
+    return int(similarities.argmax()), similarities
+
+
+# ---------------------------------------------------------------- pictures
+def to_pil(image: Tensor) -> Image.Image:
+    """[3, H, W] in [-1, 1] -> 8-bit picture."""
+    return Image.fromarray(((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+
+
+def make_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Image.Image:
+    """images [N, 3, H, W] in [-1, 1] -> one picture, row by row, enlarged `scale` times without smoothing."""
+    height, width = images.shape[2] * scale, images.shape[3] * scale
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for i, image in enumerate(images):
+        tile = to_pil(image).resize((width, height), Image.Resampling.NEAREST)
+        grid.paste(tile, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
+    return grid
+
+
+# ---------------------------------------------------------------- what the scripts share
+def fail(error: Exception | str) -> None:
+    """End the program for a user's mistake: one line, exit status 2."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto | cpu | cuda -> the device. Raises ValueError if CUDA is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but this machine has no CUDA device: use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def find_checkpoint(given: str | None) -> Path:
+    """--ckpt, or the newest runs/*/checkpoint.pt (saying which). Raises FileNotFoundError."""
+    if given is not None:
+        return Path(given)
+    found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError("no --ckpt given and no runs/*/checkpoint.pt here: train one with `python train.py`")
+    print(f"checkpoint: {found[-1]} (the newest of {len(found)})")
+    return found[-1]
+
+
+def warn_unknown_words(model: DiffDis, prompts: list[str]) -> None:
+    """Name the words that no training caption had: the model can only guess at them."""
+    if model.known_words is not None:
+        unknown = sorted({word for prompt in prompts for word in words(prompt)} - model.known_words)
+        if unknown:
+            print(f"warning: never seen in training: {', '.join(unknown)}", file=sys.stderr)
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+# ---------------------------------------------------------------- command line
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Draw images for prompts.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("prompts", nargs="+", help="what to draw; several prompts give a grid, a row each")
+    add("--ckpt", help="checkpoint; without it the newest runs/*/checkpoint.pt")
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights, or the last step's")
+    add("--steps", type=positive, default=50, help="sampler steps")
+    add("--guidance-scale", type=float, default=3.0, help="1 + w of classifier-free guidance; 1: none")
+    add("--negative", default="", help="prompt to guide away from")
+    add("--seed", type=int, default=0, help="image k of a prompt is drawn from seed + k")
+    add("-n", type=positive, default=1, help="images per prompt")
+    add("--best-of", type=positive, default=1, metavar="N",
+        help="draw N images for each one kept: the one whose own alignment score with the prompt is highest")
+    add("--size", help="WIDTHxHEIGHT in px; without it the training size")
+    add("--batch", type=positive, default=16, help="images drawn at once")
+    add("--scale", type=positive, help="enlarge saved pixels this many times; without it, to about 256 px")
+    add("--out", default="sample.png", help="PNG to write")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    return parser.parse_args(argv)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """WIDTHxHEIGHT -> (height, width)."""
+    if text is None:
+        return None
+    try:
+        width, height = map(int, text.lower().split("x"))
+    except ValueError:
+        raise ValueError(f"--size is {text!r}, expected WIDTHxHEIGHT in px, e.g. 512x512") from None
+    return height, width
+
+
+def draw_all(model: DiffDis, args: argparse.Namespace) -> tuple[Tensor, list[dict]]:
+    """Every prompt's images, prompt by prompt -> images [P·n, 3, H, W], a note (prompt, seed, similarity) on each."""
+    size, per_prompt = parse_size(args.size), args.n * args.best_of
+    jobs = [(prompt, args.seed + k) for prompt in args.prompts for k in range(per_prompt)]
+    drawn = []
+    with tqdm(total=-(-len(jobs) // args.batch) * args.steps, unit="step", disable=None) as bar:
+        def progress(timesteps):
+            for t in timesteps:
+                yield t
+                bar.update()
+        for i in range(0, len(jobs), args.batch):
+            prompts, seeds = zip(*jobs[i:i + args.batch])
+            drawn.append(draw_images(model, list(prompts), list(seeds), args.steps, args.guidance_scale, size,
+                                     args.negative, progress))
+    images = torch.cat(drawn)
+    notes = [{"prompt": prompt, "seed": seed} for prompt, seed in jobs]
+    if args.best_of == 1:
+        return images, notes
+    kept = []
+    for i in range(0, len(jobs), args.best_of):
+        best, similarities = best_of(model, jobs[i][0], images[i:i + args.best_of], args.seed)
+        notes[i + best]["similarity"] = float(similarities[best])
+        kept.append(i + best)
+    return images[kept], [notes[i] for i in kept]
+
+
+def save_png(images: Tensor, notes: list[dict], args: argparse.Namespace) -> None:
+    """One picture, or a grid with a row per prompt; what made it stands in the PNG's text chunks."""
+    scale = args.scale or max(1, 256 // images.shape[3])
+    picture = make_grid(images, args.n, scale, gap=2 if len(images) > 1 else 0)
+    text = PngImagePlugin.PngInfo()
+    for key, value in (("prompt", " | ".join(args.prompts)), ("seeds", ", ".join(str(n["seed"]) for n in notes)),
+                       ("steps", args.steps), ("guidance_scale", args.guidance_scale), ("negative", args.negative)):
+        text.add_itxt(key, str(value))
+    picture.save(args.out, pnginfo=text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        if Path(args.out).suffix.lower() != ".png" or not Path(args.out).resolve().parent.is_dir():
+            raise ValueError(f"--out is {args.out!r}, expected a .png in an existing folder")
+        device = pick_device(args.device)
+        model = models.load(find_checkpoint(args.ckpt), device, args.weights)
+        model.latent_shape(*(parse_size(args.size) or (model.config.image_size,) * 2))
+        sampling_timesteps(args.steps, model.config.timesteps, "trailing")
+        warn_unknown_words(model, args.prompts)
+        images, notes = draw_all(model, args)
+        save_png(images, notes, args)
+    except (ValueError, OSError) as error:
+        fail(error)
+    for note in notes:
+        print("  ".join(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}"
+                        for key, value in note.items()))
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The networks against diffusers and transformers, with the same random weights, at small sizes and at sd-v1's names."""
+import pytest
+import torch
+
+from data import Tokenizer
+from fusion import FusionConfig
+from model import (PRESETS, AutoencoderConfig, Config, DiffDis, KLAutoencoder, TextConfig, TextEncoder, UNet,
+                   UNetConfig, is_new)
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle: pip install -r tests/requirements.txt")
+transformers = pytest.importorskip("transformers")
+
+
+def small_config(**changes) -> Config:
+    values = dict(fusion=FusionConfig(64, align_blocks=1, head_width=32), image_size=64,
+                  unet=UNetConfig((32, 64, 64), (True, True, False), 2, 4), text=TextConfig(600, 16, 64, 2, 4),
+                  autoencoder=AutoencoderConfig(channels=(32, 32, 64, 64)))
+    return Config(**{**values, **changes})
+
+
+def randomise(module: torch.nn.Module) -> None:
+    """Every weight random: zero-initialised convolutions would hide whatever comes before them."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * (0.5 / max(1, parameter[0].numel()) ** 0.5)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    assert b.abs().mean() > 1e-3, "the oracle's output vanishes: the comparison would show nothing"
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
+
+
+@torch.no_grad()
+def test_unet_equals_diffusers() -> None:
+    config = small_config()
+    ours = UNet(config)
+    randomise(ours)
+    theirs = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(32, 64, 64),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=64,
+        attention_head_dim=4)
+    theirs.load_state_dict({name: value for name, value in ours.state_dict().items() if not is_new(name)})
+    latents, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 998]), torch.randn(2, 16, 64)
+    worst = difference(ours(latents, t, context), theirs.eval()(latents, t, context).sample)
+    assert worst < 1e-4, f"the generation path is not Stable Diffusion's UNet: off by {worst}"
+
+
+@torch.no_grad()
+def test_autoencoder_equals_diffusers() -> None:
+    ours = KLAutoencoder(AutoencoderConfig(channels=(32, 32, 64, 64)))
+    randomise(ours)
+    theirs = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4,
+        block_out_channels=(32, 32, 64, 64), layers_per_block=2)
+    theirs.load_state_dict(ours.state_dict())
+    ours.double(), theirs.double()     # random weights amplify float32's rounding: float64 shows the formula alone
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64) * 2 - 1
+    posterior = theirs.encode(images).latent_dist
+    mean, logvar = ours.moments(images)
+    assert difference(mean, posterior.mean) < 1e-9 and difference(logvar, posterior.logvar) < 1e-9
+    worst = difference(ours.decode(mean * 0.18215), theirs.decode(mean).sample)
+    assert worst < 1e-9, f"decoding is off by {worst}"
+
+
+@torch.no_grad()
+def test_text_encoder_equals_transformers() -> None:
+    ours = TextEncoder(TextConfig(600, 16, 64, 2, 4))
+    randomise(ours)
+    theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=600, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16, hidden_act="quick_gelu", eos_token_id=599, bos_token_id=598, pad_token_id=599))
+    prefix = "text_model." if any(name.startswith("text_model.") for name in theirs.state_dict()) else ""
+    wanted = {prefix + name: value for name, value in ours.state_dict().items()}
+    buffers = {name: value for name, value in theirs.state_dict().items() if name.endswith("position_ids")}
+    theirs.load_state_dict(wanted | buffers)
+    tokens = torch.randint(0, 598, (3, 16))
+    tokens[:, 0], tokens[0, 9:], tokens[1, 4:], tokens[2, 15:] = 598, 599, 599, 599
+    output = theirs.eval()(tokens)
+    context, query = ours(tokens)
+    assert difference(context, output.last_hidden_state) < 1e-4
+    pooled = torch.nn.functional.normalize(output.pooler_output, dim=-1)
+    assert difference(query, pooled) < 1e-5, "the text query is not the output at the first end token"
+
+
+def test_sd_v1_has_stable_diffusions_parameter_counts() -> None:
+    with torch.device("meta"):
+        config = PRESETS["sd-v1"]
+        unet, vae, text = UNet(config), KLAutoencoder(config.autoencoder), TextEncoder(config.text)
+    count = lambda module: sum(p.numel() for name, p in module.named_parameters() if not is_new(name))
+    assert count(unet) == 859_520_964
+    assert count(vae) == 83_653_863
+    assert count(text) == 123_060_480
