@@ -20,6 +20,7 @@ import sys
 import tarfile
 import warnings
 import zlib
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class Tokenizer:
         self.names, self.vocab_size = names, len(names)
         self.start, self.end = self.vocab_size - 2, self.vocab_size - 1
         self.cache: dict[str, list[int]] = {}
+        self.has_warned = False
 
     @classmethod
     def from_file(cls, path: str | Path, context_length: int = 77) -> "Tokenizer":
@@ -92,7 +94,11 @@ class Tokenizer:
                 raise FileNotFoundError(f"{path} has no {' and no '.join(missing)}: expected a tokenizer's folder")
             lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
             tokenizer = cls([line for line in lines if line and not line.startswith("#version")], context_length)
-            if tokenizer.id != json.loads((path / "vocab.json").read_text(encoding="utf-8")):
+            try:
+                table = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path / 'vocab.json'} is not JSON ({error}): fetch it again") from None
+            if tokenizer.id != table:
                 raise ValueError(f"{path}: vocab.json is not the table that merges.txt gives by CLIP's rule")
             return tokenizer
         if not path.is_file():
@@ -101,7 +107,10 @@ class Tokenizer:
             lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not CLIP's gzipped vocabulary: {error}") from None
-        return cls([line for line in lines[1:49152 - 256 - 2 + 1] if line], context_length)   # CLIP uses this many
+        merges = [line for line in lines[1:49152 - 256 - 2 + 1] if line]      # the file holds more; CLIP uses these
+        if not merges or any(line.count(" ") != 1 for line in merges):
+            raise ValueError(f"{path} is gzipped, but not CLIP's vocabulary: expected lines of two symbols")
+        return cls(merges, context_length)
 
     @classmethod
     def learn(cls, captions: Iterable[str], vocab_size: int, context_length: int = 77) -> "Tokenizer":
@@ -162,10 +171,12 @@ class Tokenizer:
         tokens = torch.full((len(captions), self.context_length), self.end)
         for row, caption in zip(tokens, captions):
             ids = self.encode(caption)
-            if len(ids) > self.context_length - 2:
-                warnings.warn(f"a caption of {len(ids)} tokens is cut to the {self.context_length - 2} that fit: "
-                              f"{caption[:40]!r}…", stacklevel=2)
-                ids = ids[:self.context_length - 2]
+            room = self.context_length - 2
+            if len(ids) > room and not self.has_warned:     # once: web captions would fill the screen
+                self.has_warned = True
+                warnings.warn(f"a caption of {len(ids)} tokens is cut to the {room} that fit, and so will others "
+                              f"be: {caption[:40]!r}…", stacklevel=2)
+            ids = ids[:room]
             row[:len(ids) + 1] = torch.tensor([self.start, *ids])
         return tokens
 
@@ -213,6 +224,7 @@ def learn_merges(spelt: list[list[str]], counts: list[int], limit: int) -> list[
 
 # ---------------------------------------------------------------- images that may be broken
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")   # no others: Pillow would start Ghostscript for an EPS named .jpg
 MIN_SIDE, MAX_PIXELS = 8, 64_000_000      # px; beyond these a picture is noise, or a decompression bomb
 
 
@@ -229,7 +241,7 @@ def decode_image(raw: bytes, key: str = "") -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # Pillow's word on large pictures and odd metadata: judged below
-            image = Image.open(io.BytesIO(raw))
+            image = Image.open(io.BytesIO(raw), formats=IMAGE_FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise BadSample("decompression bomb", key)
             if min(image.size) < MIN_SIDE:
@@ -249,9 +261,8 @@ def to_square(image: Image.Image, size: int) -> np.ndarray:
     """Centre square of the picture, resized (bicubic, antialiased) -> uint8 [size, size, 3]."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    if (side, image.size) == (size, (size, size)):
-        return np.asarray(image)
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
+    # Cropped first: resize()'s own box lets pixels from outside it bleed in.
+    return np.asarray(image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def to_tensor(pixels: list[np.ndarray]) -> Tensor:
@@ -305,7 +316,7 @@ class TarSource(Source):
     def __init__(self, tars: list[Path], name: str) -> None:
         self.name, self.tars, self.skipped = name, tars, Counter()
         self.keys: list[str] = []
-        rows = []
+        rows = array("q")             # flat, 8 bytes a number: lists of them would take GBs for CC3M
         for shard, path in enumerate(tars):
             for key, members in self.index(path):
                 cause = ("no image" if "image" not in members else
@@ -314,8 +325,8 @@ class TarSource(Source):
                     self.skipped[cause] += 1
                     continue
                 self.keys.append(key)
-                rows.append([shard, *(number for kind in self.KINDS for number in members.get(kind, (0, -1)))])
-        self.table = np.array(rows, np.int64).reshape(-1, 7)      # shard, then offset and size of each kind
+                rows.extend([shard, *(number for kind in self.KINDS for number in members.get(kind, (0, -1)))])
+        self.table = np.array(rows).reshape(-1, 7)      # shard, then offset and size of each kind
         self.files: dict[tuple[int, int], int] = {}
 
     def index(self, path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
@@ -343,11 +354,12 @@ class TarSource(Source):
                             yield previous, members
                         members = {}
                     members[kind], previous = (member.offset_data, member.size), key
+                if found and tar.offset + 512 > total:
+                    raise tarfile.ReadError("no end mark")
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             head = path.open("rb").read(2)
             problem("empty shard" if not head else "compressed shard: gunzip it" if head == b"\x1f\x8b" else
                     "shard cut short" if found else f"unreadable shard ({error})")
-            members = {kind: place for kind, place in members.items()} if "txt" in members or "json" in members else {}
         else:
             if not found:
                 problem("empty shard")
@@ -374,7 +386,7 @@ class TarSource(Source):
         first = [] if text is None else [text.decode("utf-8-sig", errors="replace")]
         try:
             fields = json.loads(meta) if meta else {}
-        except ValueError:                        # not JSON, or not Unicode: the .txt may still do
+        except (ValueError, RecursionError):      # not JSON, not Unicode, or absurdly nested: the .txt may still do
             fields = {}
         fields = fields if isinstance(fields, dict) else {}
         listed = fields.get("captions") or [fields.get("caption")]
@@ -469,7 +481,9 @@ def open_source(name: str, split: str = "train") -> Source:
                                     f"'caption<TAB>url' on top of its .tsv): {CC3M_COMMAND}")
     if not path.exists():
         raise FileNotFoundError(f"no data at {name}: expected 'shapes', 'cc3m', a tar, or a folder")
-    tars = [path] if path.is_file() else sorted(path.rglob("*.tar"))
+    if split == "val" and (path / "val").is_dir():
+        path = path / "val"
+    tars = [path] if path.is_file() else [p for p in sorted(path.rglob("*.tar")) if is_data_file(p)]
     if tars:
         source = TarSource(tars, path.name)
         if not len(source):
@@ -479,9 +493,14 @@ def open_source(name: str, split: str = "train") -> Source:
     return open_folder(path, split)
 
 
+def is_data_file(path: Path) -> bool:
+    """Not a folder that is named like a tar, nor one of macOS's shadow files `._NAME`."""
+    return path.is_file() and not path.name.startswith("._")
+
+
 def open_folder(path: Path, split: str) -> FileSource:
     """A folder without tars: captioned images, or class folders. Raises ValueError."""
-    images = [p for p in sorted(path.rglob("*")) if p.suffix[1:].lower() in IMAGE_SUFFIXES and p.is_file()]
+    images = [p for p in sorted(path.rglob("*")) if p.suffix[1:].lower() in IMAGE_SUFFIXES and is_data_file(p)]
     captioned = [p for p in images if p.with_suffix(".txt").is_file()]
     if captioned:
         source = FileSource(captioned, path.name, None, None)
@@ -563,9 +582,12 @@ class TrainingBatches(Dataset):
         return epoch, int(self.order[1][place])
 
     def read(self, position: int, skipped: Counter) -> tuple[Sample, str] | None:
-        """The sample at a position; a bad one is replaced by the next in the order (None after 100 in a row)."""
+        """The sample at a position; a bad one is replaced by another of the epoch (None after 100 in a row)."""
+        epoch, place = divmod(position, len(self.source))
         for attempt in range(100):
-            epoch, index = self.index_at(position + attempt)
+            # From half an epoch away: the very next one is in this batch already, and would be its own negative.
+            substitute = (place + attempt * (len(self.source) // 2 + 1)) % len(self.source)
+            _, index = self.index_at(epoch * len(self.source) + substitute)
             try:
                 sample = self.source.read(index)
             except BadSample as bad:
@@ -699,30 +721,29 @@ def place(relation: str, rng: np.random.Generator) -> tuple[tuple[float, float],
     return tuple((float(16 + dx * a + abs(dy) * c), float(16 + dy * a + abs(dx) * c)) for a, c in zip(along, across))
 
 
+def opposite(relation: str) -> str:
+    dx, dy = RELATIONS[relation]
+    return next(name for name, direction in RELATIONS.items() if direction == (-dx, -dy))
+
+
 def pair_scene(pair: tuple, sizes: tuple[str, str], relation: str, flip: bool, rng: np.random.Generator) -> Scene:
     """A scene of two things; flipped, the same relation is told from the second one's side."""
     things = tuple(Thing(size, *kind) for size, kind in zip(sizes, pair))
     if flip:
-        dx, dy = RELATIONS[relation]
-        things, relation = things[::-1], next(name for name, d in RELATIONS.items() if d == (-dx, -dy))
+        things, relation = things[::-1], opposite(relation)
     return Scene(things, relation, place(relation, rng))
 
 
-def change_one(pair: tuple, sizes: tuple, relation: str, rng: np.random.Generator) -> tuple:
-    """Another meaning of the training set that differs in one attribute of one thing, or in the relation."""
-    while True:
-        which, attribute = rng.integers(2), rng.integers(4)
-        if attribute == 0:
-            return pair, sizes, list(RELATIONS)[(list(RELATIONS).index(relation) + rng.integers(1, 4)) % 4]
-        if attribute == 1:
-            flipped = "" if sizes[which] else "small"
-            return pair, (flipped, sizes[1]) if which == 0 else (sizes[0], flipped), relation
-        colour, shape = pair[which]
-        kind = ((list(COLOURS)[rng.integers(len(COLOURS))], shape) if attribute == 2 else
-                (colour, SHAPES[rng.integers(len(SHAPES))]))
-        changed = (kind, pair[1]) if which == 0 else (pair[0], kind)
-        if kind != pair[which] and changed[0][0] != changed[1][0] and not is_held_out(changed):
-            return changed, sizes, relation
+def same_words(pair: tuple, sizes: tuple, relation: str, rng: np.random.Generator) -> tuple:
+    """Another meaning told with the same words: the things change places, or exchange shapes, sizes or both."""
+    (colour_a, shape_a), (colour_b, shape_b) = pair
+    exchanged = ((colour_a, shape_b), (colour_b, shape_a))
+    choices = [(pair, sizes, opposite(relation))]
+    if shape_a != shape_b and not is_held_out(exchanged):
+        choices += [(exchanged, sizes, relation), (exchanged, sizes, opposite(relation))]
+    if sizes[0] != sizes[1]:
+        choices.append((pair, sizes[::-1], relation))
+    return choices[rng.integers(len(choices))]
 
 
 class Shapes(Source):
@@ -735,7 +756,7 @@ class Shapes(Source):
     of the held-out pairs exactly once ("A above B" and "B below A" are one meaning); "classes": single things,
     labelled with one of 24 classes such as "red circle".
     """
-    name, GROUP = "shapes", 4
+    name, GROUP = "shapes", 2
 
     def __init__(self, split: str = "train", seed: int = 0) -> None:
         if split not in ("train", "val", "classes"):
@@ -763,7 +784,7 @@ class Shapes(Source):
         pair = TRAIN_PAIRS[group.integers(len(TRAIN_PAIRS))]
         meaning = (pair, (sizes[group.integers(2)], sizes[group.integers(2)]), list(RELATIONS)[group.integers(4)])
         if index % self.GROUP:
-            meaning = change_one(*meaning, rng)
+            meaning = same_words(*meaning, rng)
         return pair_scene(*meaning, bool(rng.integers(2)), rng)
 
     def captions(self, index: int) -> list[str]:
@@ -832,7 +853,8 @@ def best_fit(mask: np.ndarray) -> tuple[str, float, float]:
         lift = centroid(unit)[1] - 16.0                       # a triangle's centroid is below its box's centre
         radius = 6.0 * (mask.sum() / unit.sum()) ** 0.5       # equal area
         radii = radius * np.array([0.94, 1.0, 1.06], np.float32)[:, None, None, None, None]
-        templates = coverage(shape, x + shifts[:, None, None, None], y - lift * radius / 6 + shifts[:, None, None], radii)
+        templates = coverage(shape, x + shifts[:, None, None, None],
+                             y - lift * radius / 6 + shifts[:, None, None], radii)
         templates = np.where(templates > 0.35, templates, 0)
         overlap = np.minimum(templates, mask).sum((-1, -2)) / np.maximum(templates, mask).sum((-1, -2))
         if overlap.max() > best[2]:

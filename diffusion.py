@@ -25,7 +25,9 @@ def generator_of(*key: int) -> torch.Generator:
 
     All noise is drawn this way, on the CPU: it depends on no device, batch layout, rank or earlier draw.
     """
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    # The length goes in because numpy pads a key with zeros: (1,) and (1, 0) would be one.
+    seed = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> 1))
 
 
 # ---------------------------------------------------------------- schedules

@@ -167,18 +167,6 @@ class SpatialTransformer(nn.Module):
         return x + out, None if q is None else self.query_out(q.squeeze(1))
 
 
-PE=0
-def positions(height, width, like):
-    """2D sinusoids"""
-    q = like.shape[-1] // 4
-    f = torch.exp(-torch.arange(q, device=like.device) / q * 6.9)
-    y = torch.arange(height, device=like.device)[:, None] * f
-    x = torch.arange(width, device=like.device)[:, None] * f
-    y = torch.cat([y.sin(), y.cos()], -1)[:, None].expand(-1, width, -1)
-    x = torch.cat([x.sin(), x.cos()], -1)[None].expand(height, -1, -1)
-    return torch.cat([y, x], -1).flatten(0, 1).to(like.dtype)
-
-
 class AlignmentTransformer(nn.Module):
     """After the middle block: concat(FC(h_e), FC(middle features)) -> M transformer blocks -> linear predictor."""
 
@@ -195,7 +183,6 @@ class AlignmentTransformer(nn.Module):
     def forward(self, state: Tensor, features: Tensor) -> Tensor:
         """state h_e [B, D], features of the middle block [B, C, H, W] -> the text target's prediction [B, D]."""
         image_tokens = self.image_fc(features.flatten(2).transpose(1, 2))
-        if PE: image_tokens = image_tokens + positions(*features.shape[2:], image_tokens)
         tokens = torch.cat([self.query_fc(state).unsqueeze(1), image_tokens], dim=1)   # [B, 1+N, D]
         for block in self.blocks:
             tokens, _ = block(tokens, None)

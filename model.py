@@ -129,11 +129,11 @@ def patches(factor: int, scale: float) -> AutoencoderConfig:
 # `tiny` trains on two CPU cores in minutes, `small` on one GPU in an hour, `sd-v1` is Stable Diffusion v1.
 PRESETS = {
     "tiny": Config(
-        FusionConfig(query_width=128, align_blocks=2, head_width=32), UNetConfig((96, 192), (True, True), 1, 4),
-        TextConfig(514, 32, 128, 2, 4), patches(4, 2.0), image_size=32, image_target="v"),
+        FusionConfig(query_width=128, align_blocks=2, head_width=32), UNetConfig((64, 128), (False, True), 1, 4),
+        TextConfig(1024, 24, 128, 2, 8), patches(4, 2.0), image_size=32, image_target="data"),
     "small": Config(
         FusionConfig(query_width=384, align_blocks=4), UNetConfig((192, 384, 576), (True, True, True), 2, 6),
-        TextConfig(8192, 48, 384, 6, 6), patches(4, 2.0), image_size=64, image_target="v"),
+        TextConfig(8192, 48, 384, 6, 6), patches(4, 2.0), image_size=64, image_target="data"),
     "sd-v1": Config(FusionConfig(query_width=768)),
 }
 

@@ -187,7 +187,8 @@ class JointLoss(nn.Module):
         if "generation" in self.tasks:
             dropped = drawn["u"][:, 0] < self.p_uncond
             context = torch.where(dropped[:, None, None], null_context, context)
-            losses["generation"] = self.generation(latents, context, drawn)
+            n = getattr(self, "gen_rows", len(latents))
+            losses["generation"] = self.generation(latents[:n], context[:n], {k: v[:n] for k, v in drawn.items()})
         if "alignment" in self.tasks:
             dropped = drawn["u"][:, 1] < self.p_drop_image
             condition = torch.where(dropped[:, None, None, None], 0.0, latents)

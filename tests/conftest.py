@@ -1,4 +1,43 @@
+"""What the tests share: the import path, one thread per test process, and a model small enough to build anywhere."""
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import Shapes, Tokenizer  # noqa: E402  (the path comes first)
+from fusion import FusionConfig  # noqa: E402
+from model import PRESETS, Config, DiffDis, TextConfig, UNetConfig, patches  # noqa: E402
+
+
+def tiny_config(**changes) -> Config:
+    """The built-in data's pictures, networks of some 100,000 parameters."""
+    values = dict(fusion=FusionConfig(32, align_blocks=1, head_width=16), unet=UNetConfig((32, 32), (True, True), 1, 2),
+                  text=TextConfig(514, 24, 32, 1, 2), autoencoder=patches(8, 2.0), image_size=32, image_target="v")
+    return Config(**{**values, **changes})
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every weight random: convolutions that start at zero would hide whatever comes before them."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        if parameter.dim():
+            scale = 0.5 / max(1, parameter[0].numel()) ** 0.5
+            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+    return module
+
+
+def build(config: Config | None = None, seed: int = 0) -> DiffDis:
+    config = config or tiny_config()
+    tokenizer = Tokenizer.learn(Shapes().vocabulary_captions(200), 560, config.text.context_length)
+    config = replace(config, text=replace(config.text, vocab_size=tokenizer.vocab_size))
+    return randomise(DiffDis(config, tokenizer), seed).eval()
+
+
+@pytest.fixture()
+def model() -> DiffDis:
+    return build()

@@ -1,0 +1,119 @@
+"""Schedules against published values, formulas against their inverses, the loss and DDIM against slow references."""
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from diffusion import (alignment_loss, ddim, generator_of, guide, make_alphas_cumprod, make_denoiser, make_target,
+                       q_sample, read_prediction, sampling_timesteps, signal_and_noise)
+
+
+def test_linear_schedule_is_stable_diffusions() -> None:
+    alphas = make_alphas_cumprod("linear", 1000)
+    assert alphas.dtype == torch.float64
+    for t, value in ((0, 0.99915), (1, 0.998296), (999, 0.0046601)):
+        assert abs(alphas[t].item() - value) < 5e-7 + 1e-6 * value, f"ᾱ_{t}"
+    assert abs(((1 - alphas[999]) / alphas[999]).sqrt().item() - 14.6146) < 1e-4
+    assert abs(((1 - alphas[0]) / alphas[0]).sqrt().item() - 0.029167) < 1e-6
+
+
+def test_cosine_schedule_follows_its_formula() -> None:
+    alphas = make_alphas_cumprod("cosine", 1000)
+    f = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    for t in (0, 10, 500, 990):
+        assert abs(alphas[t].item() - f((t + 1) / 1000) / f(0)) < 1e-9
+    assert 0 < alphas[999] < 1e-4, "the last step is capped, or signal would vanish altogether"
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3, 3), (5, 16)])
+@pytest.mark.parametrize("gamma", [1.0, 0.3])
+@pytest.mark.parametrize("kind", ["noise", "v", "data"])
+def test_a_perfect_prediction_gives_back_data_and_noise(kind: str, gamma: float, shape: tuple) -> None:
+    alphas = make_alphas_cumprod("linear", 1000)
+    x0, noise, t = torch.randn(shape), torch.randn(shape), torch.tensor([0, 1, 500, 998, 999])
+    x_t = q_sample(x0, t, noise, alphas, gamma)
+    a, s = signal_and_noise(t, x0, alphas, gamma)
+    expected = torch.stack([gamma * alphas[k].sqrt() * x0[i] + (1 - alphas[k]).sqrt() * noise[i]
+                            for i, k in enumerate(t.tolist())])
+    assert torch.allclose(x_t, expected.float(), atol=1e-6)
+    x0_pred, eps_pred = read_prediction(kind, make_target(kind, x0, noise, a, s), x_t, a, s)
+    assert torch.allclose(x0_pred, x0, atol=2e-4), "reading the prediction must undo what the target says"
+    assert torch.allclose(eps_pred, noise, atol=2e-4)
+
+
+def test_alignment_loss_equals_slow_infonce() -> None:
+    torch.manual_seed(0)
+    x0_pred, text = torch.randn(6, 8, requires_grad=True), F.normalize(torch.randn(6, 8), dim=-1)
+    scale = torch.tensor(2.0)
+    loss, found = alignment_loss(x0_pred, text, scale)
+    slow, hits = [], []
+    for i in range(6):
+        row = [math.exp(2) * F.cosine_similarity(x0_pred[i], text[j], dim=0) for j in range(6)]
+        column = [math.exp(2) * F.cosine_similarity(x0_pred[j], text[i], dim=0) for j in range(6)]
+        slow.append(-(row[i] - torch.logsumexp(torch.stack(row), 0)) / 2
+                    - (column[i] - torch.logsumexp(torch.stack(column), 0)) / 2)
+        hits.append(max(range(6), key=lambda j: row[j]) == i)
+    assert torch.allclose(loss, torch.stack(slow), atol=1e-5)
+    assert found.tolist() == hits
+
+
+def test_guidance_of_one_is_none_and_extrapolates_beyond() -> None:
+    cond, uncond = torch.tensor([3.0]), torch.tensor([1.0])
+    assert guide(cond, uncond, 1).item() == 3 and guide(cond, uncond, 0).item() == 1
+    w = 6.5
+    assert guide(cond, uncond, 1 + w).item() == (1 + w) * 3 - w * 1
+
+
+def test_timesteps() -> None:
+    assert sampling_timesteps(50, 1000, "leading")[:2] == [981, 961] and sampling_timesteps(50, 1000, "leading")[-1] == 1
+    assert sampling_timesteps(1, 1000, "trailing") == [999] and sampling_timesteps(4, 1000, "trailing") == [999, 749, 499, 249]
+    for steps in (1, 2, 7, 20, 50, 999, 1000):
+        for spacing in ("leading", "trailing"):
+            t = sampling_timesteps(steps, 1000, spacing)
+            assert len(t) == steps and sorted(t, reverse=True) == t and 0 <= t[-1] and t[0] < 1000
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match="expected 1 to 1000"):
+            sampling_timesteps(steps, 1000, "trailing")
+
+
+@pytest.mark.parametrize("shape, gamma", [((3, 4, 2, 2), 1.0), ((3, 16), 0.5)])
+@pytest.mark.parametrize("steps", [1, 5, 50])
+def test_ddim_reaches_data_when_the_denoiser_knows_it(steps: int, shape: tuple, gamma: float) -> None:
+    alphas, x0 = make_alphas_cumprod("linear", 1000), torch.randn(shape)
+    denoise = make_denoiser(lambda x_t, t: x0, "data", alphas, gamma)
+    result = ddim(denoise, torch.randn(shape), sampling_timesteps(steps, 1000, "trailing"), alphas, gamma)
+    assert torch.allclose(result, x0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 50])
+def test_ddim_equals_diffusers(steps: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                        clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    scheduler.set_timesteps(steps)
+    alphas, start = make_alphas_cumprod("linear", 1000), torch.randn(2, 4, 8, 8)
+    network = lambda x, t: torch.tanh(x * (1 + t.view(-1, 1, 1, 1) / 1000))
+    theirs = start.clone()
+    for t in scheduler.timesteps:
+        theirs = scheduler.step(network(theirs, t.expand(2)), t, theirs).prev_sample
+    timesteps = sampling_timesteps(steps, 1000, "leading")
+    assert timesteps == scheduler.timesteps.tolist()
+    ours = ddim(make_denoiser(network, "noise", alphas), start, timesteps, alphas,
+                final_alpha_cumprod=float(alphas[0]))
+    assert torch.allclose(ours, theirs, atol=1e-5), "not Stable Diffusion's trajectory"
+
+
+def test_queries_are_normalised_on_the_way() -> None:
+    alphas, e_t = make_alphas_cumprod("linear", 1000), torch.randn(2, 8)
+    x0, eps = make_denoiser(lambda x, t: 5 * torch.ones(2, 8), "data", alphas, 0.5, True)(e_t, torch.tensor([700, 10]))
+    assert torch.allclose(x0.norm(dim=1), torch.ones(2))
+    a, s = signal_and_noise(torch.tensor([700, 10]), e_t, alphas, 0.5)
+    assert torch.allclose(a * x0 + s * eps, e_t, atol=1e-5), "noise must be what is left of e_t"
+
+
+def test_generators_depend_on_their_key_alone() -> None:
+    draw = lambda *key: torch.randn(3, generator=generator_of(*key))
+    assert torch.equal(draw(1, 2, 3), draw(1, 2, 3))
+    keys = [(0,), (1,), (0, 1), (1, 0), (0, 0, 1), (0, 1, 0)]
+    assert len({tuple(draw(*key).tolist()) for key in keys}) == len(keys)

@@ -1,0 +1,182 @@
+"""Scores against slow references, and the mistakes an evaluation of this model must not make."""
+import inspect
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import build
+from PIL import Image
+
+import evaluate
+import model as models
+from data import Sample, Source
+from evaluate import chance_of_hit, fill, parse_args, ranks_of_best_match, score, wilson
+from sample import draw_queries
+
+
+class Oracle(torch.nn.Module):
+    """Stands in for a perfect model: reads a picture's number from its first pixel and knows that text's query.
+
+    `copies` makes it the opposite: it returns the noised query it was given, so it can only repeat what is fed in.
+    """
+
+    def __init__(self, model, texts: list[str], copies: bool = False) -> None:
+        super().__init__()
+        self.inner, self.copies = model, copies
+        self.config, self.device, self.tokenizer = model.config, model.device, model.tokenizer
+        self.queries = model.encode_text(texts)[1]
+        self.encode_text, self.encode_image = model.encode_text, model.encode_image
+
+    def denoise_query(self, noisy_query, t_text, latents):
+        if self.copies:
+            return noisy_query
+        number = ((self.inner.decode_image(latents)[:, 0, 0, 0] + 1) * 127.5).round().long()
+        return self.queries[number.clamp(0, len(self.queries) - 1)]
+
+
+class Numbered(Source):
+    """Picture i has colour i; it has two captions of its own, and label i % 5."""
+    name, skipped = "numbered", Counter()
+
+    def __init__(self, count: int) -> None:
+        self.count, self.classes = count, [f"kind{k}" for k in range(5)]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def captions(self, index: int) -> list[str]:
+        return [f"picture {index}", f"image {index}"]
+
+    def read(self, index: int) -> Sample:
+        image = Image.fromarray(np.full((32, 32, 3), index, np.uint8))
+        return Sample(image, self.captions(index), str(index), index % 5)
+
+
+TEXTS = [f"picture {i}" for i in range(100)]
+
+
+def run(task, model, source, *flags: str) -> dict:
+    args = parse_args([task.__name__, *flags])
+    return task(model, source, args)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return build()
+
+
+def test_a_perfect_model_scores_perfectly_and_every_control_is_chance(base) -> None:
+    oracle, source = Oracle(base, TEXTS), Numbered(100)
+    assert run(evaluate.retrieval, oracle, source)["i2t_r1"] == 1.0
+    for control in ("shuffle-images", "no-image", "shuffle-labels"):
+        result = run(evaluate.retrieval, oracle, source, "--control", control)
+        assert abs(result["chance"] - 0.01) < 1e-9       # 2 of 200 texts are right
+        for name in ("i2t_r1", "t2i_r1"):
+            assert result[f"{name}_interval"][0] <= result[f"{name}_chance"] + 0.02, f"{control}: {name} is above chance"
+            assert result[name] <= 0.06
+
+
+def test_zeroshot_counts_and_controls(base) -> None:
+    class Classes(Oracle):
+        def denoise_query(self, noisy_query, t_text, latents):
+            number = ((self.inner.decode_image(latents)[:, 0, 0, 0] + 1) * 127.5).round().long()
+            return self.inner.encode_text([f"a photo of a kind{k}" for k in range(5)])[1][number % 5]
+    oracle, source = Classes(base, TEXTS), Numbered(200)
+    result = run(evaluate.zeroshot, oracle, source)
+    assert result["top1"] == result["mean_per_class"] == 1.0 and result["top5"] == 1.0 and result["chance"] == 0.2
+    for control in ("shuffle-images", "no-image", "shuffle-labels"):
+        result = run(evaluate.zeroshot, oracle, source, "--control", control)
+        low, high = result["top1_interval"]
+        assert low - 0.03 <= 0.2 <= high + 0.03, f"{control} is not at chance: {result['top1']}"
+
+
+def test_a_model_that_copies_its_noised_input_is_at_chance(base) -> None:
+    result = run(evaluate.retrieval, Oracle(base, TEXTS, copies=True), Numbered(100))
+    assert result["i2t_r1"] <= 0.06, "the noised query must hold nothing of the answer at test time"
+
+
+def test_no_text_of_the_answer_can_reach_the_prediction(base, monkeypatch) -> None:
+    assert not {"label", "labels", "target", "answer", "y"} & set(inspect.signature(score).parameters)
+    assert "context" not in inspect.signature(base.denoise_query).parameters
+    assert not {"text", "texts", "caption", "captions"} & set(inspect.signature(draw_queries).parameters)
+    # The texts encoded on the way to the prediction: only the null prompt. Changing the candidates changes no query.
+    seen = []
+    original = type(base.text_encoder).forward
+    monkeypatch.setattr(type(base.text_encoder), "forward",
+                        lambda self, tokens: (seen.append(tokens), original(self, tokens))[1])
+    draw_queries(base, torch.randn(2, 192, 4, 4), [0, 1])
+    assert all(torch.equal(tokens, base.null_tokens) for tokens in seen)
+    images = torch.rand(3, 3, 32, 32) * 2 - 1
+    a = score(base, images, ["a red circle", "a blue square"])
+    b = score(base, images, ["a red circle", "a white cross", "a blue square"])
+    assert torch.allclose(a, b[:, [0, 2]], atol=1e-6)
+
+
+def test_a_constant_model_does_not_look_perfect() -> None:
+    same = torch.ones(4, 8)
+    assert (ranks_of_best_match(same, same, [[0], [1], [2], [3]]) == 3).all(), "ties must count against the model"
+
+
+def test_ranks_equal_a_slow_reference() -> None:
+    torch.manual_seed(0)
+    queries, candidates = torch.randn(23, 4), torch.randn(11, 4)
+    matches = [sorted({i % 11, (i * 3) % 11}) for i in range(23)]
+    slow = []
+    for i, right in enumerate(matches):
+        order = sorted(range(11), key=lambda j: -(queries[i] @ candidates[j]))
+        slow.append(min(order.index(j) for j in right))
+    assert ranks_of_best_match(queries, candidates, matches, block=5).tolist() == slow
+
+
+def test_wilson_and_chance() -> None:
+    low, high = wilson(0.5, 100)
+    assert abs(low - 0.4038) < 1e-4 and abs(high - 0.5962) < 1e-4
+    assert wilson(0.0, 10)[0] == pytest.approx(0, abs=1e-12) and wilson(1.0, 10)[1] == pytest.approx(1)
+    rng = np.random.default_rng(0)
+    hits = [bool(set(rng.permutation(20)[:5]) & {0, 1}) for _ in range(20000)]
+    assert abs(chance_of_hit(5, 20, 2) - np.mean(hits)) < 0.015
+    assert chance_of_hit(10, 5, 1) == 1 and math.isclose(chance_of_hit(1, 500, 1), 0.002)
+
+
+def test_templates(tmp_path) -> None:
+    assert fill("a photo of a {}", "owl") == "a photo of an owl" and fill("the {}", "owl") == "the owl"
+    (tmp_path / "t.txt").write_text("no braces\n")
+    with pytest.raises(ValueError, match="{}"):
+        evaluate.read_templates(str(tmp_path / "t.txt"))
+
+
+def test_scores_depend_on_seed_and_draws_and_stay_cosines(base) -> None:
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    a, again = score(base, images, TEXTS[:7]), score(base, images, TEXTS[:7])
+    assert torch.equal(a, again) and a.shape == (4, 7) and a.abs().max() <= 1 + 1e-5
+    assert not torch.equal(a, score(base, images, TEXTS[:7], seed=1))
+    guided = score(base, images, TEXTS[:7], text_steps=5, draws=3, guidance_scale=2.0)
+    assert guided.abs().max() <= 1 + 1e-5 and torch.isfinite(guided).all()
+
+
+def test_command_line_writes_what_the_contract_names(base, tmp_path, capsys) -> None:
+    models.save(tmp_path / "c.pt", base)
+    for task, names in (("retrieval", ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")),
+                        ("zeroshot", ("top1", "top5"))):
+        evaluate.main([task, "--ckpt", str(tmp_path / "c.pt"), "--limit", "48", "--json", str(tmp_path / "r.json"),
+                       "--device", "cpu"])
+        result = json.loads((tmp_path / "r.json").read_text())
+        assert result["task"] == task and result["n"] == 48 and result["seed"] == 0 and 0 < result["chance"] < 1
+        assert all(0 <= result[name] <= 1 for name in names)
+    assert "chance" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--ckpt", "none.pt"], "no checkpoint"), (["--data", "nowhere"], "no data"), ([], "train.py")])
+def test_mistakes_end_in_one_line_and_status_2(base, tmp_path, monkeypatch, capsys, flags, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--data" in flags:
+        models.save(tmp_path / "c.pt", base)
+        flags = ["--ckpt", "c.pt", *flags]
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["retrieval", "--device", "cpu", *flags])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and message in error and "\n" not in error

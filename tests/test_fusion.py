@@ -1,0 +1,121 @@
+"""The dual-stream block against a slow reading of METHOD section 4, one token at a time."""
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import build, randomise, tiny_config
+from torch.nn import functional as F
+
+from fusion import Attention, FusionConfig, SpatialTransformer, TransformerBlock
+from model import is_new
+
+
+def slow_attention(attention: Attention, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    """softmax(q·k/√d) v written out, head by head and token by token."""
+    width = x.shape[-1] // attention.heads
+    q, k, v = attention.to_q(x), attention.to_k(context), attention.to_v(context)
+    out = torch.zeros_like(q)
+    for b in range(len(x)):
+        for h in range(attention.heads):
+            part = slice(h * width, (h + 1) * width)
+            for i in range(x.shape[1]):
+                weights = torch.softmax(k[b, :, part] @ q[b, i, part] / width ** 0.5, dim=0)
+                out[b, i, part] = weights @ v[b, :, part]
+    return attention.to_out[0](out)
+
+
+@torch.no_grad()
+def test_attention_equals_the_formula_and_broadcasts_one_context() -> None:
+    attention, x, context = randomise(Attention(16, 2, 8)), torch.randn(2, 5, 16), torch.randn(1, 3, 8)
+    expected = slow_attention(attention, x, context.expand(2, -1, -1))
+    assert torch.allclose(attention(x, context), expected, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("own_ffn", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_dual_stream_block_equals_the_text(shared: bool, own_ffn: bool) -> None:
+    config = FusionConfig(8, shared_attention=shared, own_ffn=own_ffn, head_width=8)
+    block = randomise(TransformerBlock(16, 2, 8, config))
+    x, context, query = torch.randn(2, 5, 16), torch.randn(2, 3, 8), torch.randn(2, 1, 16)
+    # Step 3, in its own words: shared self-attention over the concatenation; then split.
+    if shared:
+        normed = block.norm1(torch.cat([query, x], dim=1))
+        attended = slow_attention(block.attn1, normed, normed)
+        q, tokens = query + attended[:, :1], x + attended[:, 1:]
+    else:       # the query's own q, k, v, out; both streams still see each other
+        nq, nx = block.query_norm1(query), block.norm1(x)
+        width, parts = 8, []
+        for own, other, own_attn, other_attn, own_first in ((nq, nx, block.query_attn, block.attn1, True),
+                                                            (nx, nq, block.attn1, block.query_attn, False)):
+            q_ = own_attn.to_q(own)
+            k_ = torch.cat([own_attn.to_k(own), other_attn.to_k(other)], dim=1)
+            v_ = torch.cat([own_attn.to_v(own), other_attn.to_v(other)], dim=1)
+            heads = [torch.softmax(q_[..., h * width:(h + 1) * width] @ k_[..., h * width:(h + 1) * width].transpose(1, 2)
+                                   / width ** 0.5, -1) @ v_[..., h * width:(h + 1) * width] for h in range(2)]
+            parts.append(own_attn.to_out[0](torch.cat(heads, -1)))
+        q, tokens = query + parts[0], x + parts[1]
+    # image tokens: cross-attention, then the image FFN; query token: its own FFN, no cross-attention.
+    tokens = tokens + slow_attention(block.attn2, block.norm2(tokens), context)
+    tokens = tokens + block.ff(block.norm3(tokens))
+    q = q + (block.query_ff(block.query_norm3(q)) if own_ffn else block.ff(block.norm3(q)))
+    got_tokens, got_q = block(x, context, query)
+    assert torch.allclose(got_tokens, tokens, atol=1e-5) and torch.allclose(got_q, q, atol=1e-5)
+
+
+@torch.no_grad()
+def test_masking_the_query_is_bit_for_bit_the_plain_block() -> None:
+    plain, fused = SpatialTransformer(32, 2, 8), SpatialTransformer(32, 2, 8, 1, FusionConfig(8, head_width=8))
+    randomise(fused)
+    plain.load_state_dict({name: value for name, value in fused.state_dict().items() if "query_" not in name})
+    x, context = torch.randn(2, 32, 4, 4), torch.randn(2, 3, 8)
+    assert torch.equal(plain(x, context)[0], fused(x, context)[0]), "the query stream must not touch generation"
+
+
+@torch.no_grad()
+def test_the_skip_connection_across_blocks_adds_before_fc_in() -> None:
+    block = randomise(SpatialTransformer(32, 2, 8, 1, FusionConfig(8, head_width=8)))
+    x, context, query, state = torch.randn(2, 32, 4, 4), torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 8)
+    a = block(x, context, query, state)
+    b = block(x, context, query + state, torch.zeros_like(state))
+    assert torch.allclose(a[1], b[1], atol=1e-6) and a[1].shape == (2, 8)
+    assert not torch.allclose(a[1], block(x, context, query, torch.zeros_like(state))[1])
+
+
+@torch.no_grad()
+def test_generation_path_ignores_every_new_parameter() -> None:
+    model, latents, t = build(), torch.randn(2, 192, 4, 4), torch.tensor([5, 900])
+    context, _ = model.encode_text(["a red circle", "a blue square"])
+    before = model.denoise_image(latents, t, context)
+    for name, parameter in model.named_parameters():
+        if is_new(name):
+            parameter.data.normal_(std=3)
+    assert torch.equal(before, model.denoise_image(latents, t, context))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [{}, {"fusion": False}, {"shared_attention": False}, {"own_ffn": False},
+                                    {"align_blocks": 0}, {"align_blocks": 3}])
+def test_every_ablation_reads_the_image_and_only_the_image(change: dict) -> None:
+    config = tiny_config()
+    model = build(replace(config, fusion=replace(config.fusion, **change)))
+    latents, t, noisy = torch.randn(3, 192, 4, 4), torch.full((3,), 999), torch.randn(1, 32).expand(3, -1)
+    pred = model.denoise_query(noisy, t, latents)
+    assert pred.shape == (3, 32)
+    assert not torch.allclose(pred[0], pred[1], atol=1e-4) or change.get("align_blocks") == 0 and "fusion" in change, \
+        "the prediction must depend on the image"
+    assert torch.allclose(pred[1], model.denoise_query(noisy[:1], t[:1], latents[1:2])[0], atol=1e-5), \
+        "a row must not see the other rows of its batch"
+    blocks = [m for m in model.unet.modules() if isinstance(m, TransformerBlock)]
+    assert len(model.unet.query_head.blocks) == model.config.fusion.align_blocks <= len(blocks)
+
+
+@torch.no_grad()
+def test_the_condition_timestep_is_one_that_generation_never_draws() -> None:
+    seen = []
+    model = build()
+    model.unet.time_embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
+    model.denoise_query(torch.randn(2, 32), torch.tensor([0, 999]), torch.randn(2, 192, 4, 4))
+    assert seen == [[1000, 1000]]
+    gelu = F.gelu(torch.tensor([1.0]))
+    assert abs(gelu.item() - 0.8413447) < 1e-6, "GEGLU's GELU is the exact one"

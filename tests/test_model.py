@@ -1,0 +1,130 @@
+"""Checkpoints: what is saved is what is loaded, nothing else is accepted, and nothing is ever half-written."""
+import pickle
+import resource
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import build, tiny_config
+
+import model as models
+from model import PRESETS, AutoencoderConfig, Config, patches
+
+
+def test_round_trip_is_bit_exact(model, tmp_path) -> None:
+    model.known_words = frozenset({"red", "circle"})
+    models.save(tmp_path / "c.pt", model)
+    again = models.load(tmp_path / "c.pt")
+    assert again.config == model.config and again.tokenizer.merges == model.tokenizer.merges
+    assert again.known_words == model.known_words and not again.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_averages_are_preferred_and_raw_weights_stay_reachable(model, tmp_path) -> None:
+    ema = {"unet.conv_in.bias": torch.full_like(model.unet.conv_in.bias, 7)}
+    models.save(tmp_path / "c.pt", model, ema)
+    assert (models.load(tmp_path / "c.pt").unet.conv_in.bias == 7).all()
+    assert torch.equal(models.load(tmp_path / "c.pt", weights="raw").unet.conv_in.bias, model.unet.conv_in.bias)
+
+
+def test_what_is_no_checkpoint_of_ours_is_refused_in_one_line(model, tmp_path) -> None:
+    models.save(tmp_path / "good.pt", model)
+    raw = (tmp_path / "good.pt").read_bytes()
+    cases = {"truncated.pt": raw[:len(raw) // 2], "text.pt": b"hello", "empty.pt": b"",
+             "pickle.pt": pickle.dumps({"a": 1})}
+    for name, body in cases.items():
+        (tmp_path / name).write_bytes(body)
+        with pytest.raises(ValueError, match=name) as error:
+            models.load(tmp_path / name)
+        assert "\n" not in str(error.value)
+    torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="not a DiffDis checkpoint.*state_dict"):
+        models.load(tmp_path / "other.pt")
+    with pytest.raises(FileNotFoundError, match="train.py"):
+        models.load(tmp_path / "none.pt")
+
+
+def test_a_checkpoint_cannot_run_code(model, tmp_path) -> None:
+    class Exploit:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+    torch.save({"format": models.FORMAT, "config": Exploit()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError):
+        models.load(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_tensors_must_fit_exactly(model, tmp_path) -> None:
+    models.save(tmp_path / "c.pt", model)
+    checkpoint = torch.load(tmp_path / "c.pt", weights_only=True)
+    del checkpoint["model"]["unet.conv_in.bias"]
+    checkpoint["model"]["unet.strange"] = torch.zeros(1)
+    torch.save(checkpoint, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="unet.conv_in.bias.*unet.strange"):
+        models.load(tmp_path / "c.pt")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(model, tmp_path) -> None:
+    models.save(tmp_path / "c.pt", model)
+    before = (tmp_path / "c.pt").read_bytes()
+    old_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)      # writing past the limit then fails like a full disk
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, old_limit[1]))
+        with pytest.raises(OSError, match="previous checkpoint there is intact"):
+            models.save(tmp_path / "c.pt", model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
+        signal.signal(signal.SIGXFSZ, old_handler)
+    assert (tmp_path / "c.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pt"], "a half-written file was left behind"
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(gamma=0.0), "gamma"), (dict(gamma=1.5), "gamma"), (dict(image_target="x"), "noise, v, data"),
+    (dict(text_schedule="sqrt"), "linear, cosine"), (dict(image_size=33), "multiple of 16"),
+    (dict(condition_timestep=1001), "0 to 1000")])
+def test_impossible_configurations_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(tiny_config(), **change)
+
+
+def test_presets_are_consistent_and_survive_a_dictionary() -> None:
+    assert list(PRESETS) == ["tiny", "small", "sd-v1"]
+    for config in PRESETS.values():
+        assert Config.from_dict(config.to_dict()) == config
+        assert config.condition_timestep == config.timesteps
+    with pytest.raises(ValueError, match="does not fit"):
+        Config.from_dict({"fusion": {}})
+    with pytest.raises(ValueError, match="48"):
+        replace(patches(4, 1.0), latent_channels=4)
+    with pytest.raises(ValueError, match="kl"):
+        AutoencoderConfig("vq")
+
+
+@torch.no_grad()
+def test_patches_lose_nothing_and_keep_the_scale_contract(model) -> None:
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = model.encode_image(images, torch.randn(2, 192, 4, 4))
+    assert torch.allclose(latents.std() / images.std(), torch.tensor(2.0), atol=1e-3)
+    assert torch.allclose(model.decode_image(latents), images, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_text_query_does_not_depend_on_padding_or_on_later_words(model) -> None:
+    tokens = model.tokenizer(["a red circle"])
+    end = int(tokens[0].argmax())
+    context, query = model.text_encoder(tokens)
+    assert torch.allclose(query.norm(dim=-1), torch.ones(1))
+    assert torch.allclose(model.text_encoder(tokens[:, :end + 1])[1], query, atol=1e-6)
+    other = tokens.clone()
+    other[0, end + 1:] = 3
+    assert torch.allclose(model.text_encoder(other)[1], query, atol=1e-6), "causal attention must hide what follows"
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiples of 16"):
+        build().latent_shape(40, 32)
+    assert build().latent_shape(64, 32) == (192, 8, 4)

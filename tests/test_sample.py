@@ -1,0 +1,85 @@
+"""Sampling: an image depends on its prompt and seed alone; mistakes end in one line."""
+import pytest
+import torch
+from conftest import build
+from PIL import Image
+
+import model as models
+import sample
+from sample import best_of, draw_images, draw_queries, make_grid
+
+
+@pytest.fixture(scope="module")
+def base():
+    model = build()
+    model.known_words = frozenset({"a", "red", "circle"})
+    return model
+
+
+def test_an_image_does_not_depend_on_its_batch(base) -> None:
+    prompts = ["a red circle", "a blue square", "a white cross"]
+    together = draw_images(base, prompts, [5, 6, 7], steps=4)
+    assert together.shape == (3, 3, 32, 32) and together.abs().max() <= 1
+    for i, prompt in enumerate(prompts):
+        alone = draw_images(base, [prompt], [5 + i], steps=4)
+        assert torch.allclose(together[i], alone[0], atol=1e-4), "image k of a seed must not depend on the batch"
+    assert not torch.allclose(together[0], draw_images(base, ["a red circle"], [6], steps=4)[0], atol=1e-2)
+
+
+def test_guidance_of_one_needs_no_second_pass(base) -> None:
+    plain = draw_images(base, ["a red circle"], [1], steps=3, guidance_scale=1)
+    nearly = draw_images(base, ["a red circle"], [1], steps=3, guidance_scale=1 + 1e-6)
+    assert torch.allclose(plain, nearly, atol=1e-3)
+    assert not torch.allclose(plain, draw_images(base, ["a red circle"], [1], steps=3, guidance_scale=500), atol=1e-3)
+
+
+def test_queries_depend_on_the_image_index_not_on_the_batch(base) -> None:
+    latents = torch.randn(4, 192, 4, 4)
+    together = draw_queries(base, latents, [0, 1, 2, 3], steps=2, draws=2)
+    alone = draw_queries(base, latents[2:3], [2], steps=2, draws=2)
+    assert torch.allclose(together[2:3], alone, atol=1e-5)
+    assert torch.allclose(together.norm(dim=1), torch.ones(4), atol=1e-5)
+
+
+def test_best_of_keeps_the_highest_similarity(base) -> None:
+    images = draw_images(base, ["a red circle"] * 4, [0, 1, 2, 3], steps=2)
+    best, similarities = best_of(base, "a red circle", images)
+    assert similarities.shape == (4,) and similarities[best] == similarities.max()
+
+
+def test_grid_places_every_picture() -> None:
+    images = torch.stack([torch.full((3, 4, 4), v) for v in (-1.0, 0.0, 1.0)])
+    grid = make_grid(images, columns=2, scale=3, gap=2)
+    assert grid.size == (2 * 14 + 2, 2 * 14 + 2)
+    assert grid.getpixel((8, 8)) == (0, 0, 0) and grid.getpixel((8, 22)) == (255, 255, 255)
+
+
+def test_command_line(base, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    models.save(run / "checkpoint.pt", base)
+    sample.main(["a red circle", "a purple circle", "-n", "2", "--best-of", "2", "--steps", "2", "--device", "cpu"])
+    said = capsys.readouterr()
+    picture = Image.open(tmp_path / "sample.png")
+    assert picture.size == (2 * 258 + 2, 2 * 258 + 2) and picture.text["prompt"] == "a red circle | a purple circle"
+    assert "purple" in said.err and "circle" not in said.err, "exactly the words never seen must be named"
+    assert "runs/one/checkpoint.pt" in said.out and "sample.png" in said.out and said.out.count("similarity") == 4
+    sample.main([" ".join(["red"] * 99), "", "--steps", "1", "--device", "cpu"])       # too long: cut; empty: allowed
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "train.py"), (["--ckpt", "x.pt"], "no checkpoint"), (["--out", "x.jpg"], ".png"),
+    (["--out", "no/where.png"], "existing folder"), (["--size", "33x32"], "multiples of 16"), (["--size", "big"], "WIDTH"),
+    (["--steps", "2000"], "1 to 1000"), (["--device", "cuda"], "CUDA")])
+def test_mistakes_end_in_one_line_and_status_2(base, tmp_path, monkeypatch, capsys, flags, message) -> None:
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    monkeypatch.chdir(tmp_path)
+    if flags and "--ckpt" not in flags:
+        models.save(tmp_path / "c.pt", base)
+        flags = [*flags, "--ckpt", "c.pt"]
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["a red circle", *(["--device", "cpu"] if "cuda" not in flags else []), *flags])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and message in error and "\n" not in error

@@ -1,0 +1,138 @@
+"""The tokenizer against transformers' CLIPTokenizer and a textbook BPE."""
+import gzip
+import json
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+
+from data import Tokenizer, clean, words
+
+CAPTIONS = ["a photo of a dog on a beach", "two dogs run on the beach", "the dog's ball isn't on the photo",
+            "a beach, a ball & a dog!", "running dogs photographed running"] * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.learn(CAPTIONS, 600, context_length=16)
+
+
+def save_folder(tokenizer: Tokenizer, path) -> None:
+    (path / "vocab.json").write_text(json.dumps(tokenizer.id, ensure_ascii=False), encoding="utf-8")
+    (path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(tokenizer.merges) + "\n", encoding="utf-8")
+
+
+def test_same_ids_as_transformers(tokenizer: Tokenizer, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    save_folder(tokenizer, tmp_path)
+    theirs = transformers.CLIPTokenizer.from_pretrained(str(tmp_path))
+    strings = CAPTIONS + ["Two DOGS   run\n\ton it", "it's 3 o'clock, 12:30", "naïve café 犬 ünïcødé", "🐶👩‍👧 emoji",
+                          "", "a", "x" * 300, "don't I'll they've", "a_b-c/d @ #tag $5.00 100%", "ﬁne ½ ²"]
+    for text in strings:
+        expected = theirs(clean(text))["input_ids"][1:-1]     # cleaned first: theirs has no ftfy
+        assert tokenizer.encode(text) == expected, f"{text!r}: pretrained text encoders would see other tokens"
+
+
+def test_where_transformers_differs(tokenizer: Tokenizer, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    save_folder(tokenizer, tmp_path)
+    theirs = transformers.CLIPTokenizer.from_pretrained(str(tmp_path))("a <|endoftext|> dog")["input_ids"][1:-1]
+    assert tokenizer.end in theirs and tokenizer.end not in tokenizer.encode("a <|endoftext|> dog"), \
+        "transformers parses control tokens out of captions; ours must not, whatever a caption says"
+
+
+def test_clips_own_file_gives_the_same_table(tokenizer: Tokenizer, tmp_path) -> None:
+    path = tmp_path / "vocabulary.txt.gz"
+    path.write_bytes(gzip.compress("\n".join(['"a header"', *tokenizer.merges, ""]).encode("utf-8")))
+    assert Tokenizer.from_file(path).id == tokenizer.id, "the file's first line is a header, not a merge"
+
+
+def test_control_tokens_in_a_caption_stay_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("<|endoftext|> a dog <|startoftext|>")
+    assert max(ids) < tokenizer.start, "a caption must not be able to end itself: the text query is read at the end"
+    assert tokenizer.decode(ids).replace(" ", "") == "<|endoftext|>adog<|startoftext|>"
+
+
+def slow_learn(captions: list[str], count: int) -> list[str]:
+    """The algorithm as Sennrich et al. 2016 print it: count all pairs anew for every merge."""
+    table = Tokenizer([]).symbols
+    spelt = Counter()
+    for caption in captions:
+        for word in caption.lower().split():
+            symbols = [table[b] for b in word.encode()]
+            spelt[(*symbols[:-1], symbols[-1] + "</w>")] += 1
+    merges = []
+    for _ in range(count):
+        pairs = Counter()
+        for symbols, n in spelt.items():
+            for pair in zip(symbols, symbols[1:]):
+                pairs[pair] += n
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(" ".join(best))
+        replaced = Counter()
+        for symbols, n in spelt.items():
+            new, i = [], 0
+            while i < len(symbols):
+                if symbols[i:i + 2] == best:
+                    new.append(symbols[i] + symbols[i + 1])
+                    i += 2
+                else:
+                    new.append(symbols[i])
+                    i += 1
+            replaced[tuple(new)] += n
+        spelt = replaced
+    return merges
+
+
+def test_learning_equals_the_textbook_algorithm() -> None:
+    plain = ["low lower lowest", "newer newest wider", "banana bandana aaaa aaaaa", "low low new"] * 2
+    assert Tokenizer.learn(plain, 514 + 40).merges == slow_learn(plain, 40)
+
+
+def test_round_trips(tokenizer: Tokenizer, tmp_path) -> None:
+    for text in ("a dog on the beach", "naïve 犬 🐶", "x"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    again = Tokenizer.from_dict(tokenizer.to_dict())
+    assert again.id == tokenizer.id and again.context_length == 16
+    save_folder(tokenizer, tmp_path)
+    assert Tokenizer.from_file(tmp_path, 16).encode("two running dogs") == tokenizer.encode("two running dogs")
+
+
+def test_padding_and_truncation(tokenizer: Tokenizer) -> None:
+    with pytest.warns(UserWarning, match="cut to the 14"):
+        tokens = tokenizer(["a dog", "a dog " * 40, ""])
+    assert tokens.shape == (3, 16) and tokens.dtype == torch.int64
+    assert (tokens[:, 0] == tokenizer.start).all()
+    assert tokens[1, -1] == tokenizer.end, "a cut caption must keep its end token: the text query is read there"
+    assert tokens.argmax(dim=1).tolist() == [3, 15, 1], "argmax must find the first end token, not the padding"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")            # any further warning is an error: one is enough for a run
+        again = tokenizer(["short", "another long caption " * 40])
+    assert again[1, -1] == tokenizer.end, "what is cut without a word must still keep its end token"
+
+
+def test_helpful_errors(tokenizer: Tokenizer, tmp_path) -> None:
+    with pytest.raises(ValueError, match="list of captions"):
+        tokenizer("one string")
+    with pytest.raises(FileNotFoundError, match="vocab.json"):
+        Tokenizer.from_file(tmp_path)
+    save_folder(tokenizer, tmp_path)
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(ValueError, match="merges.txt"):
+        Tokenizer.from_file(tmp_path)
+    (tmp_path / "vocab.json").write_text("{cut")
+    with pytest.raises(ValueError, match="vocab.json is not JSON"):
+        Tokenizer.from_file(tmp_path)
+    (tmp_path / "other.gz").write_bytes(gzip.compress(b"some\nother text than that\n"))
+    with pytest.raises(ValueError, match="not CLIP's vocabulary"):
+        Tokenizer.from_file(tmp_path / "other.gz")
+    (tmp_path / "x.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match="gzipped vocabulary"):
+        Tokenizer.from_file(tmp_path / "x.gz")
+
+
+def test_words() -> None:
+    assert words("A Dog&#39;s café, 2 x") == ["a", "dog", "s", "café", "2", "x"]
