@@ -562,14 +562,14 @@ def check_index(source: Source, max_bad: float) -> None:
 
 
 class TrainingBatches(Dataset):
-    """Item k is this rank's slice of global batch k: a pure function of (source, seed, k, batch size).
+    """Item k is this rank's share of global batch k, every world-th row: a function of (source, seed, k, batch size).
 
     No state means: resuming needs the step alone, workers and ranks change nothing, and no rank can run dry.
     """
 
     def __init__(self, source: Source, image_size: int, batch_size: int, seed: int, rank: int, world: int) -> None:
         self.source, self.image_size, self.seed = source, image_size, seed
-        self.batch_size, self.rank, self.rows = batch_size, rank, batch_size // world
+        self.batch_size, self.rows = batch_size, range(rank, batch_size, world)
         self.order: tuple[int, np.ndarray | None] = (-1, None)
 
     def index_at(self, position: int) -> tuple[int, int]:
@@ -600,15 +600,14 @@ class TrainingBatches(Dataset):
         return None
 
     def __getitem__(self, k: int) -> Batch:
-        first = k * self.batch_size + self.rank * self.rows
         skipped: Counter = Counter()
-        found = [self.read(first + row, skipped) for row in range(self.rows)]
+        found = [self.read(k * self.batch_size + row, skipped) for row in self.rows]
         if None in found:
             raise ValueError(f"100 unusable samples in a row ({dict(skipped)}): is this an image-caption data set?")
         samples, captions = zip(*found)
         return Batch(to_tensor([to_square(s.image, self.image_size) for s in samples]), list(captions),
                      [s.label for s in samples], [s.key for s in samples], skipped,
-                     self.rows + sum(skipped.values()))
+                     len(self.rows) + sum(skipped.values()))
 
 
 def as_it_is(batch: Batch) -> Batch:
@@ -644,7 +643,7 @@ SIDE, BACKGROUND = 32, 128.0                # px; mid-grey, which is 0 in [-1, 1
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (240, 220, 50),
            "purple": (160, 60, 200), "white": (250, 250, 250)}
 SHAPES = ("circle", "square", "triangle", "cross")
-RADII = {"": 6.0, "small": 3.6}             # px; the large size goes without saying
+RADII = {"": 6.6, "small": 4.3}             # px; the large size goes without saying
 RELATIONS = {"above": (0, -1), "below": (0, 1), "to the left of": (-1, 0), "to the right of": (1, 0)}
 PIXELS = np.mgrid[:SIDE, :SIDE].astype(np.float32) + 0.5      # y, x of pixel centres
 
@@ -700,7 +699,7 @@ def coverage(shape: str, centre_x, centre_y, radius) -> np.ndarray:
         inner, y = 0.68 * radius, y - 0.34 * radius          # equilateral, point up; inner is its inradius
         distance = np.maximum(y, 0.866 * x - 0.5 * y) - inner
     else:
-        arm, half, y = 1.1 * radius, 0.42 * radius, np.abs(y)
+        arm, half, y = 1.05 * radius, 0.4 * radius, np.abs(y)
         distance = np.minimum(np.maximum(x - arm, y - half), np.maximum(y - arm, x - half))
     return np.clip(0.5 - distance, 0, 1)
 
@@ -715,8 +714,8 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def place(relation: str, rng: np.random.Generator) -> tuple[tuple[float, float], ...]:
-    """Centres of two things: 14 to 18 px apart along the relation's axis, loose across it; always inside."""
-    along, across = 8 * np.array([1.0, -1.0]) + rng.uniform(-1, 1, 2), rng.uniform(-5, 5, 2)
+    """Centres of two things: 15 to 17 px apart along the relation's axis, loose across it; always inside."""
+    along, across = 8 * np.array([1.0, -1.0]) + rng.uniform(-0.5, 0.5, 2), rng.uniform(-1, 1, 2)
     dx, dy = RELATIONS[relation]
     return tuple((float(16 + dx * a + abs(dy) * c), float(16 + dy * a + abs(dx) * c)) for a, c in zip(along, across))
 
@@ -780,7 +779,7 @@ class Shapes(Source):
         group = np.random.default_rng([*key, 0, index // self.GROUP])       # what the group's scenes share
         if self.split == "classes" or group.random() < 0.1:
             kind = KINDS[index % len(KINDS) if self.split == "classes" else rng.integers(len(KINDS))]
-            return Scene((Thing(sizes[rng.integers(2)], *kind),), None, (tuple(rng.uniform(8, 24, 2)),))
+            return Scene((Thing(sizes[rng.integers(2)], *kind),), None, (tuple(rng.uniform(14, 18, 2)),))
         pair = TRAIN_PAIRS[group.integers(len(TRAIN_PAIRS))]
         meaning = (pair, (sizes[group.integers(2)], sizes[group.integers(2)]), list(RELATIONS)[group.integers(4)])
         if index % self.GROUP:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import model as models
 from data import SkipReport, Source, check, evaluation_batches, held_out_captions, open_source
 from model import DiffDis
-from sample import best_of, draw_images, draw_queries, fail, find_checkpoint, pick_device, positive
+from sample import Parser, best_of, draw_images, draw_queries, fail, find_checkpoint, pick_device, positive
 
 CONTROLS = ("none", "shuffle-images", "no-image", "shuffle-labels")
 
@@ -173,14 +173,19 @@ def checker(model: DiffDis, args: argparse.Namespace) -> dict:
     """
     prompts = held_out_captions(args.n)
     keys, rates = ("colour", "shape", "size", "relation", "all"), {}
-    kept, singles = [], []
-    for i, prompt in enumerate(tqdm(prompts, unit="prompt", disable=None, leave=False)):
-        seeds = [args.seed + i * args.best_of + k for k in range(args.best_of)]
-        images = draw_images(model, [prompt] * len(seeds), seeds, args.steps, args.guidance_scale)
-        best = best_of(model, prompt, images, args.seed)[0] if args.best_of > 1 else 0
+    kept, singles, at_once = [], [], max(1, 64 // args.best_of)
+    for i in tqdm(range(0, len(prompts), at_once), unit="batch", disable=None, leave=False):
+        some = prompts[i:i + at_once]
+        seeds = list(range(args.seed + i * args.best_of, args.seed + (i + len(some)) * args.best_of))
+        images = draw_images(model, [prompt for prompt in some for _ in range(args.best_of)], seeds, args.steps,
+                             args.guidance_scale)
         pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        kept.append(check(pixels[best], prompt))
-        singles.append(check(pixels[0], prompt)["all"])
+        for k, prompt in enumerate(some):
+            first = k * args.best_of
+            own = images[first:first + args.best_of]
+            best = best_of(model, prompt, own, args.seed)[0] if args.best_of > 1 else 0
+            kept.append(check(pixels[first + best], prompt))
+            singles.append(check(pixels[first], prompt)["all"])
     for key in keys:
         rates[key] = sum(verdict[key] for verdict in kept) / len(kept)
     return {"n": len(prompts), "best_of": args.best_of, "steps": args.steps, "guidance_scale": args.guidance_scale,
@@ -207,11 +212,10 @@ TASKS: dict[str, tuple[Callable, tuple[str, ...]]] = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     tasks = parser.add_subparsers(dest="task", required=True)
     for name, (function, _) in TASKS.items():
-        task = tasks.add_parser(name, help=function.__doc__.split("\n")[0].replace("%", "%%"),
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        task = tasks.add_parser(name, help=function.__doc__.split("\n")[0].replace("%", "%%"))
         add = task.add_argument
         add("--ckpt", help="checkpoint; without it the newest runs/*/checkpoint.pt")
         add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights, or the last step's")

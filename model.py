@@ -638,7 +638,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path}: its tensors do not fit its configuration: {' '.join(str(error).split())[:300]}") from None
+        details = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: its tensors do not fit its configuration: {details}") from None
     if checkpoint["words"] is not None:
         model.known_words = frozenset(checkpoint["words"])
     return model.to(device).eval().requires_grad_(False)

@@ -116,6 +116,16 @@ def fail(error: Exception | str) -> None:
     sys.exit(2)
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse that shows defaults in --help and answers a mistake in one line instead of a page of usage."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> None:
+        fail(f"{message}; --help explains every flag")
+
+
 def pick_device(name: str) -> torch.device:
     """auto | cpu | cuda -> the device. Raises ValueError if CUDA is asked for and absent."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -150,8 +160,7 @@ def positive(text: str) -> int:
 
 # ---------------------------------------------------------------- command line
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Draw images for prompts.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Draw images for prompts.")
     add = parser.add_argument
     add("prompts", nargs="+", help="what to draw; several prompts give a grid, a row each")
     add("--ckpt", help="checkpoint; without it the newest runs/*/checkpoint.pt")

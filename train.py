@@ -26,21 +26,21 @@ from tqdm import tqdm
 
 import evaluate
 import model as models
-from data import SkipReport, Source, Tokenizer, held_out_captions, hold_out, open_source, training_batches, words
+from data import SkipReport, Source, Tokenizer, check_index, hold_out, open_source, training_batches, words
 from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target, q_sample,
                        read_prediction, signal_and_noise)
 from model import PRESETS, SCHEDULES, TARGETS, Config, DiffDis, is_new
-from sample import draw_images, fail, make_grid, pick_device, positive
+from sample import Parser, draw_images, fail, make_grid, pick_device, positive
 
 TASKS = ("generation", "alignment")
 # What a preset's training starts from where no flag says otherwise. sd-v1: METHOD section 5.
 RECIPES = {
-    "tiny": dict(steps=2000, batch_size=64, lr=1e-3, lr_pretrained=1e-3, warmup=100, weight_decay=1e-2, ema=0.995,
-                 lr_decay="cosine"),
-    "small": dict(steps=50000, batch_size=256, lr=5e-4, lr_pretrained=5e-4, warmup=500, weight_decay=1e-2, ema=0.999,
-                  lr_decay="cosine"),
-    "sd-v1": dict(steps=60000, batch_size=1024, lr=1e-4, lr_pretrained=1e-5, warmup=1000, weight_decay=1e-4,
-                  ema=0.9999, lr_decay="constant"),
+    "tiny": dict(steps=1400, batch_size=64, lr=1e-3, lr_pretrained=1e-3, lr_decay="cosine", warmup=100, beta2=0.99,
+                 weight_decay=1e-2, ema=0.997, generation_share=0.5),
+    "small": dict(steps=50000, batch_size=256, lr=5e-4, lr_pretrained=5e-4, lr_decay="cosine", warmup=500, beta2=0.99,
+                  weight_decay=1e-2, ema=0.999, generation_share=1.0),
+    "sd-v1": dict(steps=60000, batch_size=1024, lr=1e-4, lr_pretrained=1e-5, lr_decay="constant", warmup=1000,
+                  beta2=0.999, weight_decay=1e-4, ema=0.9999, generation_share=1.0),
 }
 # Flags that may differ between a run and its resumption without changing what is computed.
 FREE_ON_RESUME = ("resume", "out", "device", "workers", "log_every", "save_every", "sample_every")
@@ -48,7 +48,7 @@ FREE_ON_RESUME = ("resume", "out", "device", "workers", "log_every", "save_every
 
 # ---------------------------------------------------------------- command line
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train DiffDis.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Train DiffDis.")
 
     def add(name: str, help: str, **kwargs) -> None:
         field = name.strip("-").replace("-", "_")
@@ -70,6 +70,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", "peak learning rate of AdamW", type=float)
     add("--lr-pretrained", "the same for weights that came with --init", type=float)
     add("--lr-decay", "after warm-up", choices=("cosine", "constant"))
+    add("--beta2", "AdamW's decay of squared gradients; beta1 is 0.9", type=float)
+    add("--generation-share", "share of a batch that the generation loss sees; the alignment loss, which compares "
+        "pairs, always sees all of it", type=float)
     add("--warmup", "steps over which the learning rate rises", type=int)
     add("--weight-decay", "AdamW's, on matrices and kernels only", type=float)
     add("--grad-clip", "largest norm of the gradient; 0: no limit", type=float, default=1.0)
@@ -116,7 +119,8 @@ def check_args(args: argparse.Namespace) -> None:
     for field, low, high in (("p_uncond", 0, 1), ("p_drop_image", 0, 1), ("ema", 0, 1), ("max_bad", 0, 1),
                              ("lr", 0, math.inf), ("lr_pretrained", 0, math.inf), ("warmup", 0, math.inf),
                              ("weight_decay", 0, math.inf), ("grad_clip", 0, math.inf), ("val", 1, math.inf),
-                             ("align_weight", 0, math.inf), ("seed", 0, 2 ** 63)):
+                             ("align_weight", 0, math.inf), ("beta2", 0, 1), ("generation_share", 0, 1),
+                             ("seed", 0, 2 ** 63)):
         if not low <= getattr(args, field) <= high:
             raise ValueError(f"--{field.replace('_', '-')} is {getattr(args, field)}, expected {low} to {high}")
     if "alignment" in args.tasks and args.batch_size < 2:
@@ -155,6 +159,7 @@ class JointLoss(nn.Module):
         super().__init__()
         self.model, self.tasks = model, args.tasks
         self.p_uncond, self.p_drop_image = args.p_uncond, args.p_drop_image
+        self.generation_share = args.generation_share if len(args.tasks) > 1 else 1.0
         for name in ("image", "text"):
             table = make_alphas_cumprod(getattr(model.config, f"{name}_schedule"), model.config.timesteps)
             self.register_buffer(f"{name}_alphas", table)
@@ -187,7 +192,7 @@ class JointLoss(nn.Module):
         if "generation" in self.tasks:
             dropped = drawn["u"][:, 0] < self.p_uncond
             context = torch.where(dropped[:, None, None], null_context, context)
-            n = getattr(self, "gen_rows", len(latents))
+            n = max(1, round(self.generation_share * len(latents)))      # of each rank's: the global batch's first
             losses["generation"] = self.generation(latents[:n], context[:n], {k: v[:n] for k, v in drawn.items()})
         if "alignment" in self.tasks:
             dropped = drawn["u"][:, 1] < self.p_drop_image
@@ -219,7 +224,7 @@ def make_optimizer(model: DiffDis, args: argparse.Namespace, pretrained: bool) -
     return torch.optim.AdamW(
         [{"params": params, "peak_lr": args.lr_pretrained if old else args.lr,
           "weight_decay": args.weight_decay if matrix else 0.0} for (old, matrix), params in groups.items()],
-        lr=args.lr, betas=(0.9, 0.999), fused=True)
+        lr=args.lr, betas=(0.9, args.beta2), fused=True)
 
 
 def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
@@ -350,7 +355,9 @@ class Trainer:
         checkpoint = models.read_checkpoint(self.run.checkpoint) if self.run.checkpoint.exists() else None
         if checkpoint is not None:
             check_resume(checkpoint, args)
-        self.source, self.val = hold_out(open_source(args.data, "train"), args.val)
+        source = open_source(args.data, "train")
+        check_index(source, args.max_bad)
+        self.source, self.val = hold_out(source, args.val)
         self.model = make_model(args, self.source, checkpoint)
         train_text = args.init is None if args.train_text_encoder is None else args.train_text_encoder
         freeze_unused(self.model, args.tasks, train_text)
@@ -389,9 +396,9 @@ class Trainer:
     # ------------------------------------------------------------ one step
     def train_step(self, batch) -> dict:
         """One gradient step on a batch -> what to log."""
-        args, rows = self.args, len(batch.captions)
+        args = self.args
         drawn = draw(self.model.config, self.model.latent_shape(*batch.images.shape[2:]), args.seed, self.step,
-                     range(self.rank * rows, (self.rank + 1) * rows))
+                     range(self.rank, args.batch_size, self.world))
         move = dict(device=self.device, non_blocking=True)
         factor = learning_rate_factor(self.step, args)
         for group in self.optimizer.param_groups:

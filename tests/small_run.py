@@ -1,0 +1,12 @@
+"""train.py with networks so small that a whole run takes seconds: what the tests start as processes of their own."""
+import sys
+
+import conftest
+import torch
+
+import model
+import train
+
+torch.set_num_threads(1)
+model.PRESETS["tiny"] = conftest.tiny_config()
+train.main(sys.argv[1:])

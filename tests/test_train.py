@@ -1,0 +1,227 @@
+"""Training: what was stopped goes on as if it never had, ranks change nothing, and mistakes end in one line."""
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, build, tiny_config
+
+import model as models
+import train
+from data import Shapes
+
+SMALL = ["--batch-size", "8", "--val", "8", "--log-every", "1", "--device", "cpu", "--sample-every", "1000"]
+
+
+def start(folder: Path, *flags: str, ranks: int = 1) -> list[subprocess.Popen]:
+    """The processes of one run, set up as torchrun sets them up."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "tests/small_run.py"), *SMALL, *flags, "--out", str(folder)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if ranks == 1:
+        return [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)]
+    env |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(ranks)]
+
+
+def finish(processes: list[subprocess.Popen]) -> str:
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), said
+    return said[0]
+
+
+def log_of(folder: Path, *without: str) -> list[dict]:
+    """The lines of a run's log, its timings and other named fields left out."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", *without)} for line in lines]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    moments = {f"{i}.{k}": v for i, s in checkpoint["training"]["optimizer"]["state"].items() for k, v in s.items()}
+    return {**checkpoint["model"], **{f"ema.{k}": v for k, v in checkpoint["ema"].items()}, **moments}
+
+
+# ---------------------------------------------------------------- whole runs
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_any_step_and_resumed_is_never_stopped(tmp_path, ranks: int) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = ["--steps", "30", "--save-every", "4"]
+    said = finish(start(whole, *flags, ranks=ranks))
+    assert "image -> text" in said and "random" in said, "validation must be the run's last word"
+
+    stop_at = random.Random().randint(5, 25)          # a new step every time: any will do
+    processes = start(killed, *flags, ranks=ranks)
+    while not (killed / "log.jsonl").exists() or len((killed / "log.jsonl").read_text().splitlines()) < stop_at:
+        assert all(process.poll() is None for process in processes), [p.communicate()[0] for p in processes]
+        time.sleep(0.002)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    left = log_of(killed)
+    assert left[-1]["step"] < 30, "it was to be killed on the way"
+    finish(start(killed, *flags, "--resume", ranks=ranks))
+
+    assert log_of(killed) == log_of(whole), f"killed at step {stop_at}: the log must be that of a run never stopped"
+    expected, got = weights_of(whole), weights_of(killed)
+    assert expected.keys() == got.keys()
+    for name in expected:
+        assert torch.equal(expected[name], got[name]), f"killed at step {stop_at}: {name} differs"
+    losses = [line["loss"] for line in log_of(whole)]
+    assert sum(losses[-5:]) < sum(losses[:5]), "a few steps must already help"
+
+
+def test_two_ranks_are_one_process_with_the_same_global_batch(tmp_path) -> None:
+    for ranks in (1, 2):
+        finish(start(tmp_path / str(ranks), "--steps", "6", "--grad-clip", "0", ranks=ranks))
+    one, two = (log_of(tmp_path / ranks) for ranks in "12")
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "loss_generation", "loss_alignment", "accuracy", "grad_norm", "logit_scale"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), f"step {a['step']}: {name}"
+
+
+def test_both_tasks_alone(tmp_path) -> None:
+    for task in train.TASKS:
+        said = finish(start(tmp_path / task, "--steps", "3", "--tasks", task))
+        assert (f"loss_{task}" in log_of(tmp_path / task)[0]) and not any(
+            f"loss_{other}" in log_of(tmp_path / task)[0] for other in train.TASKS if other != task)
+        assert ("image -> text" in said) == (task == "alignment"), "validation must measure what was trained"
+
+
+# ---------------------------------------------------------------- in this process
+@pytest.fixture()
+def small(monkeypatch, tmp_path):
+    """`small(flags)` gives the parsed flags of a run of the small networks in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(models.PRESETS, "tiny", tiny_config())
+    monkeypatch.setattr(train.Trainer, "validate", lambda self: None)
+    return lambda *flags: train.parse_args([*SMALL, "--steps", "2", "--out", "run", *flags])
+
+
+ABLATIONS = [("--no-fusion", "fusion.fusion", False), ("--no-shared-attention", "fusion.shared_attention", False),
+             ("--no-own-ffn", "fusion.own_ffn", False), ("--align-blocks 3", "fusion.align_blocks", 3),
+             ("--text-target noise", "text_target", "noise"), ("--image-target noise", "image_target", "noise"),
+             ("--text-schedule linear", "text_schedule", "linear"), ("--gamma 0.5", "gamma", 0.5),
+             ("--image-schedule cosine", "image_schedule", "cosine"), ("--condition-timestep 0", "condition_timestep", 0),
+             ("--tasks generation", None, None), ("--tasks alignment", None, None), ("--no-train-text-encoder", None, None)]
+
+
+@pytest.mark.parametrize("flags, field, value", ABLATIONS, ids=[a[0] for a in ABLATIONS])
+def test_every_ablation_reaches_the_network_and_trains_all_of_it(small, flags: str, field, value) -> None:
+    args = small(*flags.split())
+    args.compile, args.precision, args.workers = False, "fp32", 0
+    trainer = train.Trainer(args, 0, 1, torch.device("cpu"))
+    if field:
+        holder = trainer.model.config
+        for part in field.split("."):
+            holder = getattr(holder, part)
+        assert holder == value, f"{flags} must arrive in the checkpoint's configuration"
+    batch = next(train.training_batches(trainer.source, 32, 8, 0))
+    losses = [trainer.train_step(batch)["loss"] for _ in range(8)]
+    assert all(torch.isfinite(loss) for loss in losses)
+    without = [name for name, p in trainer.averages.live.items() if p.grad is None]
+    assert not without, f"DDP would wait forever for the gradients of {without}"
+    frozen = [name for name, p in trainer.model.named_parameters() if not p.requires_grad]
+    if "tasks" not in flags and "text-encoder" not in flags:
+        assert not frozen, "joint training from scratch trains everything"
+
+
+def test_generation_leaves_the_query_stream_alone_and_alignment_the_decoder(small) -> None:
+    model = build()
+    for task, untouched in (("generation", models.is_new), ("alignment", lambda n: n.startswith("unet.up_blocks"))):
+        train.freeze_unused(model.requires_grad_(True), (task,), True)
+        for name, parameter in model.named_parameters():
+            assert not (untouched(name) and parameter.requires_grad), name
+
+
+def test_optimizer_groups(small) -> None:
+    args = small("--lr", "3e-4", "--lr-pretrained", "1e-5", "--weight-decay", "0.1")
+    model = build()
+    rate = {id(p): (g["peak_lr"], g["weight_decay"]) for g in train.make_optimizer(model, args, True).param_groups
+            for p in g["params"]}
+    assert len(rate) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        expected = (3e-4 if models.is_new(name) else 1e-5, 0.1 if parameter.dim() >= 2 else 0.0)
+        assert rate[id(parameter)] == expected, name
+
+
+def test_starting_from_another_checkpoint_keeps_its_weights_and_vocabulary(small, tmp_path) -> None:
+    start = build()
+    start.known_words = frozenset({"zebra"})
+    models.save(tmp_path / "start.pt", start)
+    args = small("--init", "start.pt", "--steps", "1", "--lr", "0", "--lr-pretrained", "0")
+    args.compile, args.precision, args.workers = False, "fp32", 0
+    trainer = train.Trainer(args, 0, 1, torch.device("cpu"))
+    trainer.train()
+    end = models.load(tmp_path / "run/checkpoint.pt")
+    for name, value in start.state_dict().items():
+        assert torch.equal(value, end.state_dict()[name]), name
+    assert end.tokenizer.merges == start.tokenizer.merges and {"zebra", "red"} <= end.known_words
+
+
+def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(small, tmp_path, capsys) -> None:
+    flags = [*SMALL, "--out", "run", "--save-every", "2", "--lr", "1e30", "--warmup", "3", "--grad-clip", "0"]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, "--steps", "50"])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "not finite" in error and "timesteps" in error and "shapes-train-" in error
+    if (tmp_path / "run/checkpoint.pt").exists():
+        models.load(tmp_path / "run/checkpoint.pt")
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--data nowhere", "no data at nowhere"), ("--data empty", "empty"), ("--steps 0", "--steps"), ("--lr nan", "--lr"),
+    ("--tasks drawing", "generation, alignment"), ("--batch-size 1", "pairs"), ("--gamma 2", "gamma"),
+    ("--p-uncond 1.5", "--p-uncond"), ("--align-blocks -1", "align_blocks"), ("--init nowhere.pt", "nowhere.pt"),
+    ("--image-size 33", "multiple"), ("--condition-timestep 5000", "condition_timestep"), ("--preset huge", "--preset"),
+    ("--tokenizer nowhere", "no vocabulary"), ("--resume", "--steps was 2, is 3"), ("", "--resume"), ("--stpes 3", "--stpes")])
+def test_mistakes_end_in_one_line_and_status_2(small, tmp_path, capsys, flags: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    base = [*SMALL, "--out", "run", "--steps", "2"]
+    if flags in ("", "--resume"):
+        train.main(base)
+        base[-1] = "3" if flags else "2"
+        capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main([*base, *flags.split()])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and message in error and error.startswith("error: ") and "\n" not in error, error
+    assert flags in ("", "--resume") or not (tmp_path / "run/checkpoint.pt").exists()
+
+
+def test_resuming_keeps_only_the_log_lines_that_will_not_be_written_again(small, tmp_path) -> None:
+    run = train.Run(small(), 0)
+    lines = [json.dumps({"step": step}) for step in range(1, 6)]
+    run.log.write_text("\n".join([*lines, '{"step": 6, "lo']))          # killed in the middle of a line
+    run.start_log(3)
+    assert run.log.read_text().splitlines() == lines[:3]
+
+
+def test_runs_do_not_overwrite_each_other(small, tmp_path) -> None:
+    args = small("--data", "shapes")
+    args.out = None
+    first = train.Run(args, 0)
+    models.save(first.checkpoint, build())
+    assert train.Run(args, 0).folder == Path("runs/shapes-tiny-2")
+    args.resume = True
+    assert train.Run(args, 0).folder == first.folder, "to resume is to go on with the newest run"
+
+
+def test_draws_depend_on_seed_step_and_row_alone() -> None:
+    config = tiny_config()
+    whole = train.draw(config, (4, 2, 2), 1, 7, range(6))
+    odd = train.draw(config, (4, 2, 2), 1, 7, range(1, 6, 2))
+    for name in whole:
+        assert torch.equal(whole[name][1::2], odd[name]), name
+        assert not torch.equal(whole[name], train.draw(config, (4, 2, 2), 1, 8, range(6))[name])
+    assert len(Shapes()) > 10 ** 6
