@@ -1,8 +1,9 @@
 """Captions to tokens, files to images, and a world of coloured shapes that needs no files at all.
 
-What it is, top to bottom: CLIP's tokenizer, which can also learn a vocabulary (METHOD 1, y -> tokens); reading
-images that may be broken; the sources that `--data` names; batches that are a pure function of the step; and the
-built-in data `shapes` with its checker, which judges a picture against its caption from the pixels alone.
+What it is, top to bottom: CLIP's tokenizer, which can also learn a vocabulary (METHOD 1, y -> tokens);
+reading images that may be broken; the sources that `--data` names; batches that are a pure function of
+the step; and the built-in data `shapes` with its checker, which judges a picture against its caption
+from the pixels alone.
 What it is not: latents or noise. This file imports no other of the project.
 
 Bad samples are never fatal and never silent: they are counted by cause, and too many of them stop the run.
@@ -50,7 +51,8 @@ def words(caption: str) -> list[str]:
     return regex.findall(r"[\p{L}\p{N}]+", clean(caption))
 
 
-# What BPE works within. CLIP's own pattern also matches its control tokens; a caption must not be able to say them.
+# What BPE works within. CLIP's own pattern also matches its control tokens;
+# a caption must not be able to say them.
 PIECES = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 WORD_END = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -58,15 +60,18 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def byte_symbols() -> dict[int, str]:
     """Each byte as one printable character, in CLIP's order: printable ones stand for themselves."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                 *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return dict(zip(printable + others, [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]))
+    return dict(zip(printable + others,
+                    [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]))
 
 
 class Tokenizer:
     """CLIP's byte-level byte-pair encoding (Radford et al. 2021).
 
-    merges: "left right" in the order they were learnt; context_length: L, tokens per caption with start and end.
+    merges: "left right" in the order they were learnt;
+    context_length: L, tokens per caption with start and end.
     """
 
     def __init__(self, merges: list[str], context_length: int = 77) -> None:
@@ -91,9 +96,11 @@ class Tokenizer:
         if path.is_dir():
             missing = [name for name in ("vocab.json", "merges.txt") if not (path / name).is_file()]
             if missing:
-                raise FileNotFoundError(f"{path} has no {' and no '.join(missing)}: expected a tokenizer's folder")
+                raise FileNotFoundError(f"{path} has no {' and no '.join(missing)}: "
+                                        "expected a tokenizer's folder")
             lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
-            tokenizer = cls([line for line in lines if line and not line.startswith("#version")], context_length)
+            tokenizer = cls([line for line in lines if line and not line.startswith("#version")],
+                            context_length)
             try:
                 table = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
             except ValueError as error:
@@ -102,12 +109,14 @@ class Tokenizer:
                 raise ValueError(f"{path}: vocab.json is not the table that merges.txt gives by CLIP's rule")
             return tokenizer
         if not path.is_file():
-            raise FileNotFoundError(f"no vocabulary at {path}: expected bpe_simple_vocab_16e6.txt.gz or a folder")
+            raise FileNotFoundError(f"no vocabulary at {path}: "
+                                    "expected bpe_simple_vocab_16e6.txt.gz or a folder")
         try:
             lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not CLIP's gzipped vocabulary: {error}") from None
-        merges = [line for line in lines[1:49152 - 256 - 2 + 1] if line]      # the file holds more; CLIP uses these
+        # The file holds more; CLIP uses these.
+        merges = [line for line in lines[1:49152 - 256 - 2 + 1] if line]
         if not merges or any(line.count(" ") != 1 for line in merges):
             raise ValueError(f"{path} is gzipped, but not CLIP's vocabulary: expected lines of two symbols")
         return cls(merges, context_length)
@@ -163,8 +172,9 @@ class Tokenizer:
     def __call__(self, captions: list[str]) -> Tensor:
         """captions -> tokens [B, L] int64: start, ids, end, then padded with end.
 
-        Padding with the end token is Stable Diffusion's way. The first end is where the text query is read, and
-        attention is causal, so the padding serves both tasks. Longer captions are cut, the end token kept.
+        Padding with the end token is Stable Diffusion's way. The first end is where the text query is read,
+        and attention is causal, so the padding serves both tasks.
+        Longer captions are cut, the end token kept.
         """
         if isinstance(captions, str):
             raise ValueError("expected a list of captions, came one string: write tokenizer([caption])")
@@ -174,8 +184,8 @@ class Tokenizer:
             room = self.context_length - 2
             if len(ids) > room and not self.has_warned:     # once: web captions would fill the screen
                 self.has_warned = True
-                warnings.warn(f"a caption of {len(ids)} tokens is cut to the {room} that fit, and so will others "
-                              f"be: {caption[:40]!r}…", stacklevel=2)
+                warnings.warn(f"a caption of {len(ids)} tokens is cut to the {room} that fit, "
+                              f"and so will others be: {caption[:40]!r}…", stacklevel=2)
             ids = ids[:room]
             row[:len(ids) + 1] = torch.tensor([self.start, *ids])
         return tokens
@@ -194,8 +204,8 @@ def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
 def learn_merges(spelt: list[list[str]], counts: list[int], limit: int) -> list[str]:
     """The BPE algorithm on spelt words and their counts -> up to `limit` merges.
 
-    Only words that hold the merged pair are visited, and a heap with stale entries finds the next pair, so that
-    30,000 captions take seconds.
+    Only words that hold the merged pair are visited, and a heap with stale entries finds the next pair,
+    so that 30,000 captions take seconds.
     """
     frequency, where = Counter(), defaultdict(set)
     for i, parts in enumerate(spelt):
@@ -224,7 +234,8 @@ def learn_merges(spelt: list[list[str]], counts: list[int], limit: int) -> list[
 
 # ---------------------------------------------------------------- images that may be broken
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")   # no others: Pillow would start Ghostscript for an EPS named .jpg
+# No others: Pillow would start Ghostscript for an EPS named .jpg.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MIN_SIDE, MAX_PIXELS = 8, 64_000_000      # px; beyond these a picture is noise, or a decompression bomb
 
 
@@ -237,10 +248,14 @@ class BadSample(Exception):
 
 
 def decode_image(raw: bytes, key: str = "") -> Image.Image:
-    """Bytes of a JPEG, PNG, WebP or GIF (first frame), of any mode -> upright RGB picture. Raises BadSample."""
+    """Bytes of a JPEG, PNG, WebP or GIF (first frame), of any mode -> upright RGB picture.
+
+    Raises BadSample.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # Pillow's word on large pictures and odd metadata: judged below
+            # Pillow's word on large pictures and odd metadata: judged below.
+            warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(raw), formats=IMAGE_FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise BadSample("decompression bomb", key)
@@ -253,7 +268,8 @@ def decode_image(raw: bytes, key: str = "") -> Image.Image:
             return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
     except Image.DecompressionBombError:
         raise BadSample("decompression bomb", key) from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, zlib.error) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error,
+            zlib.error) as error:
         raise BadSample("truncated image" if "truncated" in str(error) else "unreadable image", key) from None
 
 
@@ -262,7 +278,8 @@ def to_square(image: Image.Image, size: int) -> np.ndarray:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     # Cropped first: resize()'s own box lets pixels from outside it bleed in.
-    return np.asarray(image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(image.crop((left, top, left + side, top + side)).resize(
+        (size, size), Image.Resampling.BICUBIC))
 
 
 def to_tensor(pixels: list[np.ndarray]) -> Tensor:
@@ -308,8 +325,8 @@ class Source:
 class TarSource(Source):
     """img2dataset's tars (CC3M's layout): KEY.jpg, KEY.txt and/or KEY.json, members of a sample side by side.
 
-    The tars' headers are read once; after that a sample is a few reads at known places. So samples come in any
-    order at no cost, and nothing but a number need be remembered to go on where one was.
+    The tars' headers are read once; after that a sample is a few reads at known places. So samples come in
+    any order at no cost, and nothing but a number need be remembered to go on where one was.
     """
     KINDS = ("image", "txt", "json")
 
@@ -325,12 +342,16 @@ class TarSource(Source):
                     self.skipped[cause] += 1
                     continue
                 self.keys.append(key)
-                rows.extend([shard, *(number for kind in self.KINDS for number in members.get(kind, (0, -1)))])
+                rows.extend([shard, *(number for kind in self.KINDS
+                                      for number in members.get(kind, (0, -1)))])
         self.table = np.array(rows).reshape(-1, 7)      # shard, then offset and size of each kind
         self.files: dict[tuple[int, int], int] = {}
 
     def index(self, path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-        """One tar's samples in order: key, {kind: (offset, size)}. What is wrong with a shard is counted and said."""
+        """One tar's samples in order: key, {kind: (offset, size)}.
+
+        What is wrong with a shard is counted and said.
+        """
         def problem(cause: str) -> None:
             self.skipped[cause] += 1
             print(f"warning: {path}: {cause}", file=sys.stderr)
@@ -386,8 +407,8 @@ class TarSource(Source):
         first = [] if text is None else [text.decode("utf-8-sig", errors="replace")]
         try:
             fields = json.loads(meta) if meta else {}
-        except (ValueError, RecursionError):      # not JSON, not Unicode, or absurdly nested: the .txt may still do
-            fields = {}
+        except (ValueError, RecursionError):
+            fields = {}      # not JSON, not Unicode, or absurdly nested: the .txt may still do
         fields = fields if isinstance(fields, dict) else {}
         listed = fields.get("captions") or [fields.get("caption")]
         listed = [c for c in listed if isinstance(c, str)] if isinstance(listed, list) else []
@@ -404,9 +425,11 @@ class TarSource(Source):
 
 
 class FileSource(Source):
-    """Images as files: in class folders (the folder's name is the class), or with a .txt of captions beside each."""
+    """Images as files: in class folders (the folder's name is the class),
+    or with a .txt of captions beside each."""
 
-    def __init__(self, images: list[Path], name: str, classes: dict[str, int] | None, labels: list[int] | None) -> None:
+    def __init__(self, images: list[Path], name: str, classes: dict[str, int] | None,
+                 labels: list[int] | None) -> None:
         self.name, self.images, self.labels, self.skipped = name, images, labels, Counter()
         self.classes = None if classes is None else list(classes)
 
@@ -465,9 +488,10 @@ CC3M_COMMAND = ("img2dataset --input_format tsv --url_list cc3m.tsv --url_col ur
 def open_source(name: str, split: str = "train") -> Source:
     """What `--data` names -> a source.
 
-    name: "shapes"; "cc3m" (./cc3m, ./data/cc3m or $DIFFDIS_DATA/cc3m); a tar; or a folder of tars (all below it),
-    of images with .txt beside them, or of class folders (DIR/CLASS/*.jpg, or DIR/{train,val}/CLASS/*.jpg, of which
-    `split` chooses). Raises FileNotFoundError or ValueError: what came, what was expected, what to do.
+    name: "shapes"; "cc3m" (./cc3m, ./data/cc3m or $DIFFDIS_DATA/cc3m); a tar; or a folder of tars
+    (all below it), of images with .txt beside them, or of class folders (DIR/CLASS/*.jpg, or
+    DIR/{train,val}/CLASS/*.jpg, of which `split` chooses).
+    Raises FileNotFoundError or ValueError: what came, what was expected, what to do.
     """
     if name == "shapes":
         return Shapes(split)
@@ -477,8 +501,9 @@ def open_source(name: str, split: str = "train") -> Source:
                                                      if "DIFFDIS_DATA" in os.environ else [])]
         path = next((place for place in places if place.is_dir()), None)
         if path is None:
-            raise FileNotFoundError(f"no cc3m in {', '.join(map(str, places))}; to download it (after adding the line "
-                                    f"'caption<TAB>url' on top of its .tsv): {CC3M_COMMAND}")
+            raise FileNotFoundError(
+                f"no cc3m in {', '.join(map(str, places))}; to download it (after adding the line "
+                f"'caption<TAB>url' on top of its .tsv): {CC3M_COMMAND}")
     if not path.exists():
         raise FileNotFoundError(f"no data at {name}: expected 'shapes', 'cc3m', a tar, or a folder")
     if split == "val" and (path / "val").is_dir():
@@ -487,8 +512,8 @@ def open_source(name: str, split: str = "train") -> Source:
     if tars:
         source = TarSource(tars, path.name)
         if not len(source):
-            raise ValueError(f"{name}: {len(tars)} tars but no usable sample ({dict(source.skipped)}): expected "
-                             "KEY.jpg with KEY.txt or KEY.json")
+            raise ValueError(f"{name}: {len(tars)} tars but no usable sample ({dict(source.skipped)}): "
+                             "expected KEY.jpg with KEY.txt or KEY.json")
         return source
     return open_folder(path, split)
 
@@ -500,7 +525,8 @@ def is_data_file(path: Path) -> bool:
 
 def open_folder(path: Path, split: str) -> FileSource:
     """A folder without tars: captioned images, or class folders. Raises ValueError."""
-    images = [p for p in sorted(path.rglob("*")) if p.suffix[1:].lower() in IMAGE_SUFFIXES and is_data_file(p)]
+    images = [p for p in sorted(path.rglob("*"))
+              if p.suffix[1:].lower() in IMAGE_SUFFIXES and is_data_file(p)]
     captioned = [p for p in images if p.with_suffix(".txt").is_file()]
     if captioned:
         source = FileSource(captioned, path.name, None, None)
@@ -510,11 +536,12 @@ def open_folder(path: Path, split: str) -> FileSource:
     images = [p for p in images if p.is_relative_to(root)]
     folders = sorted({p.relative_to(root).parts[0] for p in images if len(p.relative_to(root).parts) > 1})
     if not folders:
-        raise ValueError(f"{path} holds {len(images)} images and no tars: expected tars, images with .txt beside them, "
-                         "or class folders of images")
+        raise ValueError(f"{path} holds {len(images)} images and no tars: expected tars, "
+                         "images with .txt beside them, or class folders of images")
     images = [p for p in images if p.parent != root]
     labels = [folders.index(p.relative_to(root).parts[0]) for p in images]
-    return FileSource(images, path.name, {folder.replace("_", " "): i for i, folder in enumerate(folders)}, labels)
+    return FileSource(images, path.name,
+                      {folder.replace("_", " "): i for i, folder in enumerate(folders)}, labels)
 
 
 # ---------------------------------------------------------------- batches
@@ -538,7 +565,8 @@ class SkipReport:
         self.skipped.update(skipped)
 
     def check(self, final: bool = False) -> None:
-        """Raises ValueError when more than max_bad of the samples were bad; judged from the 100th on, or at last."""
+        """Raises ValueError when more than max_bad of the samples were bad;
+        judged from the 100th on, or at last."""
         bad = sum(self.skipped.values())
         if (final or self.visited >= 100) and bad > self.max_bad * self.visited:
             raise ValueError(f"too much of the data is unusable ({self}); mend it, or raise --max-bad")
@@ -562,18 +590,21 @@ def check_index(source: Source, max_bad: float) -> None:
 
 
 class TrainingBatches(Dataset):
-    """Item k is this rank's share of global batch k, every world-th row: a function of (source, seed, k, batch size).
+    """Item k is this rank's share of global batch k, every world-th row:
+    a function of (source, seed, k, batch size).
 
     No state means: resuming needs the step alone, workers and ranks change nothing, and no rank can run dry.
     """
 
-    def __init__(self, source: Source, image_size: int, batch_size: int, seed: int, rank: int, world: int) -> None:
+    def __init__(self, source: Source, image_size: int, batch_size: int, seed: int,
+                 rank: int, world: int) -> None:
         self.source, self.image_size, self.seed = source, image_size, seed
         self.batch_size, self.rows = batch_size, range(rank, batch_size, world)
         self.order: tuple[int, np.ndarray | None] = (-1, None)
 
     def index_at(self, position: int) -> tuple[int, int]:
-        """Position in the endless stream -> epoch, sample; every epoch is a fresh permutation of all samples."""
+        """Position in the endless stream -> epoch, sample;
+        every epoch is a fresh permutation of all samples."""
         epoch, place = divmod(position, len(self.source))
         if isinstance(self.source, Shapes):
             return epoch, place          # drawn at random already
@@ -582,10 +613,12 @@ class TrainingBatches(Dataset):
         return epoch, int(self.order[1][place])
 
     def read(self, position: int, skipped: Counter) -> tuple[Sample, str] | None:
-        """The sample at a position; a bad one is replaced by another of the epoch (None after 100 in a row)."""
+        """The sample at a position; a bad one is replaced by another of the epoch
+        (None after 100 in a row)."""
         epoch, place = divmod(position, len(self.source))
         for attempt in range(100):
-            # From half an epoch away: the very next one is in this batch already, and would be its own negative.
+            # From half an epoch away: the very next one is in this batch already,
+            # and would be its own negative.
             substitute = (place + attempt * (len(self.source) // 2 + 1)) % len(self.source)
             _, index = self.index_at(epoch * len(self.source) + substitute)
             try:
@@ -603,7 +636,8 @@ class TrainingBatches(Dataset):
         skipped: Counter = Counter()
         found = [self.read(k * self.batch_size + row, skipped) for row in self.rows]
         if None in found:
-            raise ValueError(f"100 unusable samples in a row ({dict(skipped)}): is this an image-caption data set?")
+            raise ValueError(f"100 unusable samples in a row ({dict(skipped)}): "
+                             "is this an image-caption data set?")
         samples, captions = zip(*found)
         return Batch(to_tensor([to_square(s.image, self.image_size) for s in samples]), list(captions),
                      [s.label for s in samples], [s.key for s in samples], skipped,
@@ -614,15 +648,16 @@ def as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def training_batches(source: Source, image_size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0,
-                     world: int = 1, workers: int = 0) -> Iterator[Batch]:
+def training_batches(source: Source, image_size: int, batch_size: int, seed: int, start: int = 0,
+                     rank: int = 0, world: int = 1, workers: int = 0) -> Iterator[Batch]:
     """Endless training batches from number `start` on; of a global batch, the rows of one rank of `world`."""
     dataset = TrainingBatches(source, image_size, batch_size, seed, rank, world)
     return iter(DataLoader(dataset, batch_size=None, sampler=range(start, 2 ** 40), num_workers=workers,
                            collate_fn=as_it_is, prefetch_factor=4 if workers else None))
 
 
-def evaluation_batches(source: Source, image_size: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+def evaluation_batches(source: Source, image_size: int, batch_size: int,
+                       limit: int | None = None) -> Iterator[Batch]:
     """The source's samples in order, with all their captions; bad ones left out and counted."""
     total = min(len(source), limit or len(source))
     for first in range(0, total, batch_size):
@@ -634,12 +669,14 @@ def evaluation_batches(source: Source, image_size: int, batch_size: int, limit: 
                 skipped[bad.cause] += 1
         pixels = [to_square(s.image, image_size) for s in samples]
         yield Batch(to_tensor(pixels) if pixels else torch.empty(0, 3, image_size, image_size),
-                    [s.captions for s in samples], [s.label for s in samples], [s.key for s in samples], skipped,
-                    len(samples) + sum(skipped.values()))
+                    [s.captions for s in samples], [s.label for s in samples], [s.key for s in samples],
+                    skipped, len(samples) + sum(skipped.values()))
 
 
 # ---------------------------------------------------------------- built-in data: shapes
-SIDE, BACKGROUND = 32, 128.0                # px; mid-grey, which is 0 in [-1, 1]
+# Dark, not the mid-grey that is 0 in [-1, 1]: zeros mean "outside the picture" to a convolution, and "no
+# picture" to the alignment task. On grey, small networks took far longer to learn where things are.
+SIDE, BACKGROUND = 32, 32.0                 # px; red = green = blue of 255
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (240, 220, 50),
            "purple": (160, 60, 200), "white": (250, 250, 250)}
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -717,7 +754,8 @@ def place(relation: str, rng: np.random.Generator) -> tuple[tuple[float, float],
     """Centres of two things: 15 to 17 px apart along the relation's axis, loose across it; always inside."""
     along, across = 8 * np.array([1.0, -1.0]) + rng.uniform(-0.5, 0.5, 2), rng.uniform(-1, 1, 2)
     dx, dy = RELATIONS[relation]
-    return tuple((float(16 + dx * a + abs(dy) * c), float(16 + dy * a + abs(dx) * c)) for a, c in zip(along, across))
+    return tuple((float(16 + dx * a + abs(dy) * c), float(16 + dy * a + abs(dx) * c))
+                 for a, c in zip(along, across))
 
 
 def opposite(relation: str) -> str:
@@ -725,7 +763,8 @@ def opposite(relation: str) -> str:
     return next(name for name, direction in RELATIONS.items() if direction == (-dx, -dy))
 
 
-def pair_scene(pair: tuple, sizes: tuple[str, str], relation: str, flip: bool, rng: np.random.Generator) -> Scene:
+def pair_scene(pair: tuple, sizes: tuple[str, str], relation: str, flip: bool,
+               rng: np.random.Generator) -> Scene:
     """A scene of two things; flipped, the same relation is told from the second one's side."""
     things = tuple(Thing(size, *kind) for size, kind in zip(sizes, pair))
     if flip:
@@ -734,7 +773,8 @@ def pair_scene(pair: tuple, sizes: tuple[str, str], relation: str, flip: bool, r
 
 
 def same_words(pair: tuple, sizes: tuple, relation: str, rng: np.random.Generator) -> tuple:
-    """Another meaning told with the same words: the things change places, or exchange shapes, sizes or both."""
+    """Another meaning told with the same words:
+    the things change places, or exchange shapes, sizes or both."""
     (colour_a, shape_a), (colour_b, shape_b) = pair
     exchanged = ((colour_a, shape_b), (colour_b, shape_a))
     choices = [(pair, sizes, opposite(relation))]
@@ -748,12 +788,12 @@ def same_words(pair: tuple, sizes: tuple, relation: str, rng: np.random.Generato
 class Shapes(Source):
     """Procedural scenes with captions: sample i is a function of (seed, split, i) alone.
 
-    In training, scenes come in groups of GROUP: one, and others that differ from it in one attribute. They share a
-    batch, so that telling captions apart means reading all of them, not just spotting a colour.
+    In training, scenes come in groups of GROUP: one, and others that differ from it in one attribute. They
+    share a batch, so that telling captions apart means reading all of them, not just spotting a colour.
 
-    split "train": endless in practice, pairs of TRAIN_PAIRS, one scene in ten a single thing; "val": each meaning
-    of the held-out pairs exactly once ("A above B" and "B below A" are one meaning); "classes": single things,
-    labelled with one of 24 classes such as "red circle".
+    split "train": endless in practice, pairs of TRAIN_PAIRS, one scene in ten a single thing;
+    "val": each meaning of the held-out pairs exactly once ("A above B" and "B below A" are one meaning);
+    "classes": single things, labelled with one of 24 classes such as "red circle".
     """
     name, GROUP = "shapes", 2
 
@@ -781,7 +821,8 @@ class Shapes(Source):
             kind = KINDS[index % len(KINDS) if self.split == "classes" else rng.integers(len(KINDS))]
             return Scene((Thing(sizes[rng.integers(2)], *kind),), None, (tuple(rng.uniform(14, 18, 2)),))
         pair = TRAIN_PAIRS[group.integers(len(TRAIN_PAIRS))]
-        meaning = (pair, (sizes[group.integers(2)], sizes[group.integers(2)]), list(RELATIONS)[group.integers(4)])
+        meaning = (pair, (sizes[group.integers(2)], sizes[group.integers(2)]),
+                   list(RELATIONS)[group.integers(4)])
         if index % self.GROUP:
             meaning = same_words(*meaning, rng)
         return pair_scene(*meaning, bool(rng.integers(2)), rng)
@@ -792,7 +833,8 @@ class Shapes(Source):
     def read(self, index: int) -> Sample:
         scene = self.scene(index)
         label = index % len(KINDS) if self.split == "classes" else None
-        return Sample(Image.fromarray(render(scene)), [scene.caption()], f"shapes-{self.split}-{index}", label)
+        return Sample(Image.fromarray(render(scene)), [scene.caption()],
+                      f"shapes-{self.split}-{index}", label)
 
     def vocabulary_captions(self, limit: int = 1000) -> Iterator[str]:
         for i in range(limit):
@@ -806,15 +848,17 @@ def held_out_captions(count: int) -> list[str]:
 
 
 # ---------------------------------------------------------------- the checker of shapes
-CAPTION = regex.compile(r"a (?:(?P<size>small) )?(?P<colour>{0}) (?P<shape>{1})(?: (?P<relation>{2}) (?P<rest>a .*))?"
-                        .format("|".join(COLOURS), "|".join(SHAPES), "|".join(RELATIONS)))
+CAPTION = regex.compile(
+    r"a (?:(?P<size>small) )?(?P<colour>{0}) (?P<shape>{1})(?: (?P<relation>{2}) (?P<rest>a .*))?"
+    .format("|".join(COLOURS), "|".join(SHAPES), "|".join(RELATIONS)))
 
 
 def parse(caption: str) -> tuple[tuple[Thing, ...], str | None]:
     """A caption of the grammar -> its things and relation. Raises ValueError on anything else."""
     match = CAPTION.fullmatch(clean(caption))
     if match is None:
-        raise ValueError(f"{caption!r} is not in the grammar of shapes, e.g. 'a red circle above a small blue square'")
+        raise ValueError(f"{caption!r} is not in the grammar of shapes, "
+                         "e.g. 'a red circle above a small blue square'")
     thing = Thing(match["size"] or "", match["colour"], match["shape"])
     if match["relation"] is None:
         return (thing,), None
@@ -822,7 +866,8 @@ def parse(caption: str) -> tuple[tuple[Thing, ...], str | None]:
 
 
 MIN_MASS = 12.0          # px of a colour that count as a thing: about half of the smallest thing's inside
-MIN_OVERLAP = 0.75       # intersection over union with the best template: a clean thing has 0.95, a blurred blob 0.6
+# Intersection over union with the best template: a clean thing has 0.95, a blurred blob 0.6.
+MIN_OVERLAP = 0.75
 
 
 def colour_masks(image: np.ndarray) -> dict[str, np.ndarray]:
@@ -849,8 +894,8 @@ def best_fit(mask: np.ndarray) -> tuple[str, float, float]:
     best = ("", 0.0, 0.0)
     for shape in SHAPES:
         unit = coverage(shape, 16.0, 16.0, 6.0)
-        lift = centroid(unit)[1] - 16.0                       # a triangle's centroid is below its box's centre
-        radius = 6.0 * (mask.sum() / unit.sum()) ** 0.5       # equal area
+        lift = centroid(unit)[1] - 16.0                   # a triangle's centroid is below its box's centre
+        radius = 6.0 * (mask.sum() / unit.sum()) ** 0.5   # equal area
         radii = radius * np.array([0.94, 1.0, 1.06], np.float32)[:, None, None, None, None]
         templates = coverage(shape, x + shifts[:, None, None, None],
                              y - lift * radius / 6 + shifts[:, None, None], radii)
@@ -865,14 +910,16 @@ def best_fit(mask: np.ndarray) -> tuple[str, float, float]:
 def check(image: np.ndarray, caption: str) -> dict[str, bool]:
     """Whether a picture shows what a caption of `shapes` says, decided from the pixels alone.
 
-    image: uint8 [32, 32, 3] -> {"colour", "shape", "size", "relation", "all"}: the mentioned colours and no other
-    are there; each thing of its colour has the right shape, cleanly; the right size; and they stand as told.
+    image: uint8 [32, 32, 3] -> {"colour", "shape", "size", "relation", "all"}:
+    the mentioned colours and no other are there; each thing of its colour has the right shape, cleanly;
+    the right size; and they stand as told.
     """
     things, relation = parse(caption)
     masks = colour_masks(image)
     # Only pixels mostly of a colour count here: faint noise all over the grey must not add up to a thing.
     present = {colour for colour, mask in masks.items() if mask[mask > 0.5].sum() >= MIN_MASS}
-    verdict = {"colour": present == {thing.colour for thing in things}, "shape": True, "size": True, "relation": True}
+    verdict = {"colour": present == {thing.colour for thing in things}, "shape": True, "size": True,
+               "relation": True}
     middle = (RADII[""] * RADII["small"]) ** 0.5
     for thing in things:
         shape, radius, overlap = best_fit(masks[thing.colour]) if thing.colour in present else ("", 0.0, 0.0)

@@ -1,7 +1,7 @@
 """The diffusion itself: schedules, noising, targets, losses, guidance, and the DDIM sampler.
 
-What it is: METHOD sections 2, 3 and 6 as functions on tensors. The same lines noise and denoise images and text
-queries, so names are generic here: x0 clean, x_t noised, t timestep, shapes (B, …).
+What it is: METHOD sections 2, 3 and 6 as functions on tensors. The same lines noise and denoise images and
+text queries, so names are generic here: x0 clean, x_t noised, t timestep, shapes (B, …).
 What it is not: a network. Samplers are handed a callable; nothing here knows what a UNet is.
 
 Notation: x_t = a x0 + s ε with a = γ √ᾱ_t and s = √(1-ᾱ_t); γ is 1 for images. Schedules are float64 tables.
@@ -34,7 +34,8 @@ def generator_of(*key: int) -> torch.Generator:
 def make_alphas_cumprod(kind: str, steps: int) -> Tensor:
     """ᾱ_t = Π (1-β), float64 [T].
 
-    kind: "linear", Stable Diffusion's (linear in √β from √0.00085 to √0.012); or "cosine" (Nichol & Dhariwal 2021).
+    kind: "linear", Stable Diffusion's (linear in √β from √0.00085 to √0.012);
+    or "cosine" (Nichol & Dhariwal 2021).
     """
     if kind == "linear":
         betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps, dtype=torch.float64) ** 2
@@ -47,9 +48,11 @@ def make_alphas_cumprod(kind: str, steps: int) -> Tensor:
     return torch.cumprod(1 - betas, dim=0)
 
 
-def signal_and_noise(t: Tensor, like: Tensor, alphas_cumprod: Tensor, gamma: float = 1.0) -> tuple[Tensor, Tensor]:
+def signal_and_noise(t: Tensor, like: Tensor, alphas_cumprod: Tensor,
+                     gamma: float = 1.0) -> tuple[Tensor, Tensor]:
     """a = γ √ᾱ_t and s = √(1-ᾱ_t) for t [B] -> two float32 tensors that broadcast with `like` (B, …)."""
-    alpha_bar = alphas_cumprod[t].view(-1, *[1] * (like.dim() - 1))   # rooted in float64: 1-ᾱ cancels near t = 0
+    # Rooted in float64: 1-ᾱ cancels near t = 0.
+    alpha_bar = alphas_cumprod[t].view(-1, *[1] * (like.dim() - 1))
     return (gamma * alpha_bar.sqrt()).float(), (1 - alpha_bar).sqrt().float()
 
 
@@ -82,8 +85,11 @@ def generation_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 
 class GatherWithGradient(torch.autograd.Function):
-    """All ranks' rows, in rank order. Backward sums the gradients every rank has for my rows: without it the
-    other ranks' losses would not reach this rank's embeddings, and N ranks would not equal one large batch."""
+    """All ranks' rows, in rank order.
+
+    Backward sums the gradients every rank has for my rows: without it the other ranks' losses would not
+    reach this rank's embeddings, and N ranks would not equal one large batch.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -101,9 +107,10 @@ class GatherWithGradient(torch.autograd.Function):
 def alignment_loss(x0_pred: Tensor, text_query: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric InfoNCE between denoised and true text queries, over the batch of all ranks (Eq. 8).
 
-    x0_pred: ê_0 [B, D], any norm; text_query: e [B, D], unit norm; logit_scale: log of the inverse temperature.
-    -> this rank's rows of the loss [B], float32 (their mean over all ranks is the global loss), and whether each
-    row's own text is the most similar [B], bool.
+    x0_pred: ê_0 [B, D], any norm; text_query: e [B, D], unit norm;
+    logit_scale: log of the inverse temperature.
+    -> this rank's rows of the loss [B], float32 (their mean over all ranks is the global loss),
+    and whether each row's own text is the most similar [B], bool.
     """
     ours, texts = F.normalize(x0_pred.float(), dim=-1), text_query.float()
     all_ours, all_texts, rank = ours, texts, 0
@@ -126,8 +133,8 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 def sampling_timesteps(steps: int, total: int, spacing: str) -> list[int]:
     """Which of the T timesteps a sampler visits, from noisy to clean.
 
-    spacing: "leading" is Stable Diffusion's (…, 41, 21, 1 for 50 steps: it never visits T-1); "trailing" starts at
-    T-1, where what a sampler starts from, pure noise, is what training showed.
+    spacing: "leading" is Stable Diffusion's (…, 41, 21, 1 for 50 steps: it never visits T-1);
+    "trailing" starts at T-1, where what a sampler starts from, pure noise, is what training showed.
     """
     if not 1 <= steps <= total:
         raise ValueError(f"sampling steps is {steps}, expected 1 to {total}")
@@ -142,8 +149,9 @@ def make_denoiser(predict: Callable[[Tensor, Tensor], Tensor], kind: str, alphas
                   gamma: float = 1.0, unit_norm: bool = False) -> Denoiser:
     """A network's (guided) prediction as a denoiser.
 
-    predict: (x_t, t [B]) -> prediction of target `kind`. unit_norm: normalise x0_pred and recompute ε̂ from it
-    (Algorithm 3; our choice: text queries have unit norm, so what is denoised should too).
+    predict: (x_t, t [B]) -> prediction of target `kind`.
+    unit_norm: normalise x0_pred and recompute ε̂ from it (Algorithm 3; our choice: text queries have unit
+    norm, so what is denoised should too).
     """
     def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         a, s = signal_and_noise(t, x_t, alphas_cumprod, gamma)
@@ -157,10 +165,12 @@ def make_denoiser(predict: Callable[[Tensor, Tensor], Tensor], kind: str, alphas
 
 def ddim(denoise: Denoiser, x_t: Tensor, timesteps: list[int], alphas_cumprod: Tensor, gamma: float = 1.0,
          final_alpha_cumprod: float = 1.0, progress: Callable = iter) -> Tensor:
-    """DDIM without added noise (Song et al. 2021): x_t' = a' x̂0 + s' ε̂ (Algorithms 2 and 3, images or queries).
+    """DDIM without added noise (Song et al. 2021): x_t' = a' x̂0 + s' ε̂
+    (Algorithms 2 and 3, images or queries).
 
-    x_t: (B, …) pure noise; timesteps: decreasing; final_alpha_cumprod: ᾱ after the last step, 1 for clean data
-    (Stable Diffusion's own sampler stops at ᾱ_0); progress: wraps the list of timesteps, e.g. tqdm. -> x0 (B, …)
+    x_t: (B, …) pure noise; timesteps: decreasing; final_alpha_cumprod: ᾱ after the last step, 1 for clean
+    data (Stable Diffusion's own sampler stops at ᾱ_0); progress: wraps the list of timesteps, e.g. tqdm.
+    -> x0 (B, …)
     """
     for i, now in enumerate(progress(timesteps)):
         x0_pred, eps_pred = denoise(x_t, torch.full((len(x_t),), now, device=x_t.device))

@@ -1,12 +1,12 @@
 """Scores: how well images and texts find each other, and whether drawn pictures show what was asked.
 
 What it is: METHOD section 6, Algorithm 3, turned into the field's numbers.
-    python evaluate.py retrieval --data shapes            R@1/5/10, image -> text and text -> image
-    python evaluate.py zeroshot  --data cifar10           top-1, top-5, mean per class over class folders
-    python evaluate.py checker   --best-of 4              pictures for held-out prompts, judged from their pixels
-What it is not: training. No function here that sees an image and predicts is ever handed its label: `score` takes
-images and all candidate texts and returns similarities; only then are they compared with the truth. Every task
-has controls (`--control`) in which a sound evaluation must fall to chance.
+    python evaluate.py retrieval --data shapes        R@1/5/10, image -> text and text -> image
+    python evaluate.py zeroshot  --data cifar10       top-1, top-5, mean per class over class folders
+    python evaluate.py checker   --best-of 4          pictures for held-out prompts, judged from their pixels
+What it is not: training. No function here that sees an image and predicts is ever handed its label: `score`
+takes images and all candidate texts and returns similarities; only then are they compared with the truth.
+Every task has controls (`--control`) in which a sound evaluation must fall to chance.
 """
 import argparse
 import json
@@ -48,10 +48,11 @@ def score(model: DiffDis, images: Tensor, texts: list[str], text_steps: int = 1,
 
 
 def read_queries(model: DiffDis, source: Source, args: argparse.Namespace, report: SkipReport):
-    """Every image of the source as a denoised text query -> queries [N, D], captions [N] of lists, labels [N].
+    """Every image of the source as a denoised text query
+    -> queries [N, D], captions [N] of lists, labels [N].
 
-    The controls that concern images act here: "no-image" zeroes the condition, "shuffle-images" hands each image
-    the query of another one, which is what scoring the other image would give.
+    The controls that concern images act here: "no-image" zeroes the condition, "shuffle-images" hands each
+    image the query of another one, which is what scoring the other image would give.
     """
     queries, captions, labels = [], [], []
     total = min(len(source), args.limit or len(source))
@@ -85,7 +86,8 @@ def wilson(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
 
 
-def ranks_of_best_match(queries: Tensor, candidates: Tensor, matches: list[list[int]], block: int = 1024) -> Tensor:
+def ranks_of_best_match(queries: Tensor, candidates: Tensor, matches: list[list[int]],
+                        block: int = 1024) -> Tensor:
     """How many wrong candidates are at least as similar as the best right one; 0 is a hit at R@1.
 
     queries [N, D], candidates [K, D], matches: N lists of right candidates -> [N] int64. Memory is block · K.
@@ -112,8 +114,8 @@ def chance_of_hit(k: int, candidates: int, right: int) -> float:
 def retrieval(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
     """R@1/5/10 both ways over all captions of all images; equal captions are one text.
 
-    Image -> text is a hit if any caption of the image is among the k most similar texts; text -> image if any image
-    with that caption is.
+    Image -> text is a hit if any caption of the image is among the k most similar texts;
+    text -> image if any image with that caption is.
     """
     report = SkipReport(args.max_bad)
     queries, captions, _ = read_queries(model, source, args, report)
@@ -134,7 +136,8 @@ def retrieval(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
             rate = (ranks < k).float().mean().item()
             result[f"{name}_r{k}"] = rate
             result[f"{name}_r{k}_interval"] = wilson(rate, len(ranks))
-            result[f"{name}_r{k}_chance"] = sum(chance_of_hit(k, pool, len(set(m))) for m in matches) / len(matches)
+            result[f"{name}_r{k}_chance"] = sum(
+                chance_of_hit(k, pool, len(set(m))) for m in matches) / len(matches)
     return {**result, "chance": result["i2t_r1_chance"], "skipped": report.to_dict()}
 
 
@@ -146,7 +149,8 @@ def fill(template: str, name: str) -> str:
 def zeroshot(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
     """Zero-shot classification: a class's text query is the normalised mean of its templates' queries."""
     if source.classes is None:
-        raise ValueError(f"{source.name} has no classes: zeroshot needs a folder of class folders (DIR/CLASS/*.jpg)")
+        raise ValueError(f"{source.name} has no classes: "
+                         "zeroshot needs a folder of class folders (DIR/CLASS/*.jpg)")
     templates = args.templates or ["a {}" if source.name == "shapes" else "a photo of a {}"]
     classes = torch.stack([encode_texts(model, [fill(t, name) for t in templates]).mean(dim=0)
                            for name in source.classes])
@@ -177,8 +181,8 @@ def checker(model: DiffDis, args: argparse.Namespace) -> dict:
     for i in tqdm(range(0, len(prompts), at_once), unit="batch", disable=None, leave=False):
         some = prompts[i:i + at_once]
         seeds = list(range(args.seed + i * args.best_of, args.seed + (i + len(some)) * args.best_of))
-        images = draw_images(model, [prompt for prompt in some for _ in range(args.best_of)], seeds, args.steps,
-                             args.guidance_scale)
+        images = draw_images(model, [prompt for prompt in some for _ in range(args.best_of)], seeds,
+                             args.steps, args.guidance_scale)
         pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
         for k, prompt in enumerate(some):
             first = k * args.best_of
@@ -188,9 +192,9 @@ def checker(model: DiffDis, args: argparse.Namespace) -> dict:
             singles.append(check(pixels[first], prompt)["all"])
     for key in keys:
         rates[key] = sum(verdict[key] for verdict in kept) / len(kept)
-    return {"n": len(prompts), "best_of": args.best_of, "steps": args.steps, "guidance_scale": args.guidance_scale,
-            "chance": 0.0, **rates, "all_interval": wilson(rates["all"], len(prompts)),
-            "all_single": sum(singles) / len(singles)}
+    return {"n": len(prompts), "best_of": args.best_of, "steps": args.steps,
+            "guidance_scale": args.guidance_scale, "chance": 0.0, **rates,
+            "all_interval": wilson(rates["all"], len(prompts)), "all_single": sum(singles) / len(singles)}
 
 
 # ---------------------------------------------------------------- command line
@@ -228,14 +232,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             add("--steps", type=positive, default=50, help="sampler steps")
             add("--guidance-scale", type=float, default=3.0, help="1 + w; 1: no guidance")
             continue
-        add("--data", default="shapes", help="shapes, cc3m, or a folder of tars, class folders or captioned images")
-        add("--control", choices=CONTROLS, default="none", help="break the evaluation on purpose: expect chance")
+        add("--data", default="shapes",
+            help="shapes, cc3m, or a folder of tars, class folders or captioned images")
+        add("--control", choices=CONTROLS, default="none",
+            help="break the evaluation on purpose: expect chance")
         add("--text-steps", type=positive, default=1, help="denoising steps of the text query")
         add("--draws", type=positive, default=1, help="noise draws averaged per image")
         add("--guidance-scale", type=float, default=1.0, help="1 + w; 1: no guidance")
         add("--limit", type=positive, help="images to use, from the first; without it all")
         add("--batch-size", type=positive, default=100, help="images at once")
-        add("--max-bad", type=float, default=0.05, help="stop when more than this share of samples is unusable")
+        add("--max-bad", type=float, default=0.05,
+            help="stop when more than this share of samples is unusable")
         if name == "zeroshot":
             add("--templates", metavar="FILE", help="text file, a template per line, {} for the class name")
     return parser.parse_args(argv)
@@ -269,7 +276,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.task == "zeroshot":
             args.templates = read_templates(args.templates)
         if args.task != "checker":
-            source = open_source(args.data, "classes" if (args.task, args.data) == ("zeroshot", "shapes") else "val")
+            source = open_source(
+                args.data, "classes" if (args.task, args.data) == ("zeroshot", "shapes") else "val")
         result = report(args.task, model, source, args)
         if args.json:
             settings = {"checkpoint": str(path), "torch": torch.__version__, "device": str(model.device)}

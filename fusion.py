@@ -22,7 +22,8 @@ from torch.nn import functional as F
 class FusionConfig:
     """How the text query meets the image (paper: Tables 4 and 5, section 3.3)."""
     query_width: int             # D, width of the text query = width of the text encoder
-    fusion: bool = True          # Table 4: the query joins every encoder-half attention block, or only the end
+    # Table 4: the query joins every encoder-half attention block, or only the end
+    fusion: bool = True
     shared_attention: bool = True  # Table 5: the query uses the image tokens' q/k/v/out, or its own
     own_ffn: bool = True         # Table 5: the query has its own feed-forward, or the image tokens'
     align_blocks: int = 6        # M, transformer blocks after the middle block
@@ -38,7 +39,8 @@ class FusionConfig:
 class Attention(nn.Module):
     """Multi-head attention by PyTorch's fused kernel: softmax(q kᵀ / √d) v.
 
-    Without `context` it is self-attention. q, k and v have no bias, the output has one (as in Stable Diffusion).
+    Without `context` it is self-attention. q, k and v have no bias, the output has one
+    (as in Stable Diffusion).
     """
 
     def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
@@ -55,7 +57,8 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, N, C] queries on [B or 1, L, C] keys and values -> [B, N, C], before the output projection."""
         batch = q.shape[0]
-        # A batch of one in k and v (the null prompt, the same for every image) is projected once, then expanded.
+        # A batch of one in k and v (the null prompt, the same for every image)
+        # is projected once, then expanded.
         q, k, v = (x.expand(batch, -1, -1).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -86,7 +89,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Stable Diffusion's block: self-attention, cross-attention to the text, feed-forward; each pre-norm, residual.
+    """Stable Diffusion's block: self-attention, cross-attention to the text, feed-forward;
+    each pre-norm, residual.
 
     With `fusion` it is the dual-stream block (METHOD 4, steps 2-3): the query token goes through the *shared*
     self-attention beside the image tokens, then through a feed-forward of its own, without cross-attention.
@@ -131,7 +135,8 @@ class TransformerBlock(nn.Module):
             x = x + self.attn2(self.norm2(x), context)
         x = x + self.ff(self.norm3(x))
         if query is not None:
-            norm, ff = (self.query_norm3, self.query_ff) if self.query_ff is not None else (self.norm3, self.ff)
+            norm, ff = ((self.query_norm3, self.query_ff) if self.query_ff is not None else
+                        (self.norm3, self.ff))
             query = query + ff(norm(query))
         return x, query
 
@@ -139,8 +144,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A UNet attention block: GroupNorm, 1×1 in, K transformer blocks, 1×1 out, residual (METHOD 4).
 
-    With `fusion` it carries the text query along: FC_in adds the state left by the previous block to the noised
-    query (the skip connection across blocks), FC_out hands the state on.
+    With `fusion` it carries the text query along: FC_in adds the state left by the previous block to the
+    noised query (the skip connection across blocks), FC_out hands the state on.
     """
 
     def __init__(self, width: int, heads: int, context_width: int, depth: int = 1,
@@ -168,7 +173,8 @@ class SpatialTransformer(nn.Module):
 
 
 class AlignmentTransformer(nn.Module):
-    """After the middle block: concat(FC(h_e), FC(middle features)) -> M transformer blocks -> linear predictor."""
+    """After the middle block: concat(FC(h_e), FC(middle features))
+    -> M transformer blocks -> linear predictor."""
 
     def __init__(self, image_width: int, config: FusionConfig) -> None:
         super().__init__()
@@ -181,7 +187,8 @@ class AlignmentTransformer(nn.Module):
         self.predictor = nn.Linear(width, width)
 
     def forward(self, state: Tensor, features: Tensor) -> Tensor:
-        """state h_e [B, D], features of the middle block [B, C, H, W] -> the text target's prediction [B, D]."""
+        """state h_e [B, D], features of the middle block [B, C, H, W]
+        -> the text target's prediction [B, D]."""
         image_tokens = self.image_fc(features.flatten(2).transpose(1, 2))
         tokens = torch.cat([self.query_fc(state).unsqueeze(1), image_tokens], dim=1)   # [B, 1+N, D]
         for block in self.blocks:

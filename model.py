@@ -5,8 +5,9 @@ What it is: every network of the project, bottom-up: residual block, autoencoder
 Diffusion v1's exact shapes; `tiny` and `small` are the same classes with smaller numbers.
 What it is not: noise, timesteps' distribution, losses and samplers (diffusion.py), or data (data.py).
 
-The UNet has two entry points. `denoise_image` is Stable Diffusion. `denoise_query` runs only the *encoder half*
-(down and middle blocks), with one extra token, the noised text query, in every attention block (fusion.py).
+The UNet has two entry points. `denoise_image` is Stable Diffusion. `denoise_query` runs only the
+*encoder half* (down and middle blocks), with one extra token, the noised text query, in every
+attention block (fusion.py).
 
 Parameter names are those of the diffusers / transformers folders of Stable Diffusion v1; what DiffDis adds is
 named `query_...`. Read next: diffusion.py.
@@ -41,9 +42,11 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         if len(self.channels) != len(self.attention):
-            raise ValueError(f"{len(self.channels)} levels of channels but {len(self.attention)} of attention")
+            raise ValueError(f"{len(self.channels)} levels of channels "
+                             f"but {len(self.attention)} of attention")
         if any(c % 32 or c % self.heads for c in self.channels):
-            raise ValueError(f"channels {self.channels} must be multiples of 32 and of the {self.heads} heads")
+            raise ValueError(f"channels {self.channels} must be multiples of 32 "
+                             f"and of the {self.heads} heads")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """`kl`: Stable Diffusion's autoencoder. `patch`: a pixel-unshuffle, which has no weights and loses nothing."""
+    """`kl`: Stable Diffusion's autoencoder.
+    `patch`: a pixel-unshuffle, which has no weights and loses nothing."""
     kind: str = "kl"
     latent_channels: int = 4
     factor: int = 8              # pixels per latent, along a side
@@ -82,7 +86,8 @@ class Config:
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     image_size: int = 256        # px, side of the training images
     timesteps: int = 1000        # T
-    condition_timestep: int | None = None   # t_z while the image is a condition (Table 7); None: T, never drawn
+    # t_z while the image is a condition (Table 7); None: T, never drawn
+    condition_timestep: int | None = None
     image_target: str = "noise"  # METHOD 2
     text_target: str = "data"    # Table 2
     image_schedule: str = "linear"
@@ -101,7 +106,8 @@ class Config:
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma is {self.gamma}, expected a number in (0, 1]")
         if not 0 <= self.condition_timestep <= self.timesteps:
-            raise ValueError(f"condition_timestep is {self.condition_timestep}, expected 0 to {self.timesteps}")
+            raise ValueError(f"condition_timestep is {self.condition_timestep}, "
+                             f"expected 0 to {self.timesteps}")
         side = self.autoencoder.factor * 2 ** (len(self.unet.channels) - 1)
         if self.image_size % side:
             raise ValueError(f"image size is {self.image_size} px, expected a multiple of {side}")
@@ -113,8 +119,12 @@ class Config:
 
     @staticmethod
     def from_dict(values: dict) -> "Config":
-        """The inverse of `to_dict`. Raises ValueError on fields that this version does not know, or misses."""
-        parts = {"fusion": FusionConfig, "unet": UNetConfig, "text": TextConfig, "autoencoder": AutoencoderConfig}
+        """The inverse of `to_dict`.
+
+        Raises ValueError on fields that this version does not know, or misses.
+        """
+        parts = {"fusion": FusionConfig, "unet": UNetConfig, "text": TextConfig,
+                 "autoencoder": AutoencoderConfig}
         try:
             built = {name: cls(**values[name]) for name, cls in parts.items()}
             return Config(**{**values, **built})
@@ -129,8 +139,9 @@ def patches(factor: int, scale: float) -> AutoencoderConfig:
 # `tiny` trains on two CPU cores in minutes, `small` on one GPU in an hour, `sd-v1` is Stable Diffusion v1.
 PRESETS = {
     "tiny": Config(
-        FusionConfig(query_width=128, align_blocks=2, head_width=32), UNetConfig((64, 128), (False, True), 1, 4),
-        TextConfig(1024, 24, 128, 2, 8), patches(4, 2.0), image_size=32, image_target="data"),
+        FusionConfig(query_width=128, align_blocks=2, head_width=32),
+        UNetConfig((64, 128), (False, True), 1, 4),
+        TextConfig(1024, 24, 128, 2, 8), patches(4, 1.0), image_size=32, image_target="data"),
     "small": Config(
         FusionConfig(query_width=384, align_blocks=4), UNetConfig((192, 384, 576), (True, True, True), 2, 6),
         TextConfig(8192, 48, 384, 6, 6), patches(4, 2.0), image_size=64, image_target="data"),
@@ -181,7 +192,8 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the side by a strided convolution; the autoencoder pads only right and below, the UNet all around."""
+    """Halves the side by a strided convolution;
+    the autoencoder pads only right and below, the UNet all around."""
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
@@ -291,7 +303,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(latent_channels, up[0], 3, padding=1)
         self.mid_block = AutoencoderMiddle(up[0])
         self.up_blocks = nn.ModuleList(
-            AutoencoderLevel(up[max(i - 1, 0)], c, 3, "up" if i < len(up) - 1 else None) for i, c in enumerate(up))
+            AutoencoderLevel(up[max(i - 1, 0)], c, 3, "up" if i < len(up) - 1 else None)
+            for i, c in enumerate(up))
         self.conv_norm_out = nn.GroupNorm(32, up[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(up[-1], 3, 3, padding=1)
 
@@ -332,7 +345,8 @@ class TextLayer(nn.Module):
         super().__init__()
         self.heads = heads
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
+        self.self_attn = nn.ModuleDict({
+            f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -421,7 +435,8 @@ class UpBlock(nn.Module):
             ResBlock((channels if i == 0 else out) + skip, out, 4 * unet.channels[0])
             for i, skip in enumerate(skip_channels))
         self.attentions = nn.ModuleList(
-            SpatialTransformer(out, unet.heads, config.text.width, unet.depth) for _ in skip_channels if attention)
+            SpatialTransformer(out, unet.heads, config.text.width, unet.depth)
+            for _ in skip_channels if attention)
         self.upsamplers = nn.ModuleList([Upsample(out)] if upsample else [])
 
     def forward(self, x, emb, context, skips):
@@ -449,7 +464,8 @@ class UNet(nn.Module):
             DownBlock(channels[max(i - 1, 0)], c, config, unet.attention[i], downsample=i < last)
             for i, c in enumerate(channels))
         self.mid_block = MiddleBlock(config)
-        skips = [channels[0]] + [c for i, c in enumerate(channels) for _ in range(unet.res_blocks + (i < last))]
+        skips = [channels[0]] + [
+            c for i, c in enumerate(channels) for _ in range(unet.res_blocks + (i < last))]
         self.up_blocks = nn.ModuleList()
         for i in reversed(range(len(channels))):
             taken = [skips.pop() for _ in range(unet.res_blocks + 1)]
@@ -462,7 +478,8 @@ class UNet(nn.Module):
         self.zero_residuals()
 
     def zero_residuals(self) -> None:
-        """From scratch, every residual branch of the generation path starts at zero, as in Stable Diffusion."""
+        """From scratch, every residual branch of the generation path starts at zero,
+        as in Stable Diffusion."""
         for module in self.modules():
             last = (module.conv2 if isinstance(module, ResBlock) else
                     module.proj_out if isinstance(module, SpatialTransformer) else
@@ -483,16 +500,20 @@ class UNet(nn.Module):
         return x, skips, emb, state
 
     def denoise_image(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor) -> Tensor:
-        """Φ_u (Eq. 4), the text query masked: what Stable Diffusion computes -> prediction, as noisy_latents."""
+        """Φ_u (Eq. 4), the text query masked: what Stable Diffusion computes
+        -> prediction, as noisy_latents."""
         x, skips, emb, _ = self.encode(noisy_latents, t_image, context)
         for block in self.up_blocks:
             x = block(x, emb, context, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor, null_context: Tensor) -> Tensor:
-        """Φ_θ (Eq. 7): noisy_query e_t [B, D], t_text [B], the clean image as condition -> prediction [B, D]."""
+    def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor,
+                      null_context: Tensor) -> Tensor:
+        """Φ_θ (Eq. 7): noisy_query e_t [B, D], t_text [B], the clean image as condition
+        -> prediction [B, D]."""
         query = noisy_query.to(self.conv_in.weight.dtype) + self.query_time_embedding(t_text)
-        t_image = torch.full_like(t_text, self.condition_timestep)   # the same for all: 0 … T-1 mean noisy images
+        # The same for all: 0 … T-1 mean noisy images.
+        t_image = torch.full_like(t_text, self.condition_timestep)
         features, _, _, state = self.encode(latents, t_image, null_context, query if self.fused else None)
         return self.query_head(state if self.fused else query, features)
 
@@ -510,10 +531,12 @@ class DiffDis(nn.Module):
                              f"{config.text.vocab_size}")
         self.config, self.tokenizer = config, tokenizer
         self.known_words: frozenset[str] | None = None    # words of the training captions; None: not recorded
-        self.autoencoder = (KLAutoencoder if config.autoencoder.kind == "kl" else PatchAutoencoder)(config.autoencoder)
+        self.autoencoder = (KLAutoencoder if config.autoencoder.kind == "kl" else PatchAutoencoder)(
+            config.autoencoder)
         self.text_encoder = TextEncoder(config.text)
         self.unet = UNet(config)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))    # as CLIP: exp of it is 1/temperature
+        # As CLIP: exp of it is 1/temperature.
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.register_buffer("null_tokens", tokenizer([""]), persistent=False)
         self.init_text_encoder()
 
@@ -539,7 +562,8 @@ class DiffDis(nn.Module):
         return self.text_encoder(self.tokenizer(captions).to(self.device))
 
     def encode_image(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """images [B, 3, H, W] in [-1, 1] -> latents: the posterior's mean, or a sample if noise is given, scaled."""
+        """images [B, 3, H, W] in [-1, 1]
+        -> latents: the posterior's mean, or a sample if noise is given, scaled."""
         mean, logvar = self.autoencoder.moments(images)
         if noise is not None:
             mean = mean + torch.exp(0.5 * logvar) * noise
@@ -556,12 +580,16 @@ class DiffDis(nn.Module):
     def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor) -> Tensor:
         """noisy_query [B, D], t_text [B], clean latents -> the text target's prediction [B, D] (Eq. 7).
 
-        There is no argument for a text: the condition c is always the null prompt's, so the answer cannot leak.
+        There is no argument for a text: the condition c is always the null prompt's,
+        so the answer cannot leak.
         """
         return self.unet.denoise_query(noisy_query, t_text, latents, self.text_encoder(self.null_tokens)[0])
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Image size in px -> (channels, height, width) of its latents. Raises ValueError on an unfit size."""
+        """Image size in px -> (channels, height, width) of its latents.
+
+        Raises ValueError on an unfit size.
+        """
         side = self.config.autoencoder.factor * 2 ** (len(self.config.unet.channels) - 1)
         if height % side or width % side or height <= 0 or width <= 0:
             raise ValueError(f"size is {width}x{height} px, expected multiples of {side}")
@@ -581,7 +609,8 @@ FORMAT = "diffdis-1"
 def save(path: str | Path, model: DiffDis, ema: dict | None = None, training: dict | None = None) -> None:
     """Write a checkpoint atomically: it is complete under its name, or the old one is still there.
 
-    ema: averaged parameters by name, preferred by `load`; training: what resuming needs (tensors, plain dicts).
+    ema: averaged parameters by name, preferred by `load`;
+    training: what resuming needs (tensors, plain dicts).
     Raises OSError, naming the path, when it cannot be written.
     """
     path = Path(path)
@@ -613,11 +642,14 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no readable checkpoint (truncated, or not written by torch.save): "
-                         f"{str(error).splitlines()[0][:100] if str(error) else type(error).__name__}") from None
+        raise ValueError(
+            f"{path} is no readable checkpoint (truncated, or not written by torch.save): "
+            f"{str(error).splitlines()[0][:100] if str(error) else type(error).__name__}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        found = ", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError(f"{path} is not a DiffDis checkpoint: expected format {FORMAT!r}, found {found or 'nothing'}")
+        found = (", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else
+                 type(checkpoint).__name__)
+        raise ValueError(f"{path} is not a DiffDis checkpoint: expected format {FORMAT!r}, "
+                         f"found {found or 'nothing'}")
     return checkpoint
 
 

@@ -1,8 +1,9 @@
 """Prompts to PNG, with DiffDis's own judgement of what it drew.
 
-What it is: METHOD section 6: Algorithm 2 (`draw_images`, text to image) and Algorithm 3 (`draw_queries`, image to
-text query), each a few lines around the one sampler in diffusion.py, and the command line that saves pictures.
-`--best-of N` puts the two together: one model draws N images and keeps the one it reads the prompt from best.
+What it is: METHOD section 6: Algorithm 2 (`draw_images`, text to image) and Algorithm 3 (`draw_queries`,
+image to text query), each a few lines around the one sampler in diffusion.py, and the command line
+that saves pictures. `--best-of N` puts the two together: one model draws N images and keeps the one
+it reads the prompt from best.
 
     python sample.py "a red circle above a blue square" --best-of 4
 
@@ -26,8 +27,9 @@ from model import DiffDis
 
 # ---------------------------------------------------------------- Algorithm 2: text -> image
 @torch.no_grad()
-def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int = 50, guidance_scale: float = 3.0,
-                size: tuple[int, int] | None = None, negative: str = "", progress=iter) -> Tensor:
+def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int = 50,
+                guidance_scale: float = 3.0, size: tuple[int, int] | None = None, negative: str = "",
+                progress=iter) -> Tensor:
     """Draw one image per prompt and seed (Algorithm 2): DDIM with classifier-free guidance.
 
     prompts, seeds: B of each, an image depends on its own two alone; steps: sampler steps, 1 to T;
@@ -46,12 +48,14 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
         unconditional, conditional = model.denoise_image(z_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
         return guide(conditional, unconditional, guidance_scale)
 
-    # A noise-predicting model is sampled as Stable Diffusion is: from t = 981 to 1 (in 50 steps), ending at ᾱ_0.
-    # At T-1 its x̂0 would be its error divided by √ᾱ, a fifteenfold; v and data targets have no such trouble.
+    # A noise-predicting model is sampled as Stable Diffusion is: from t = 981 to 1 (in 50 steps),
+    # ending at ᾱ_0. At T-1 its x̂0 would be its error divided by √ᾱ, a fifteenfold;
+    # v and data targets have no such trouble.
     leading = config.image_target == "noise"
     timesteps = sampling_timesteps(steps, config.timesteps, "leading" if leading else "trailing")
-    latents = ddim(make_denoiser(predict, config.image_target, alphas_cumprod), z_T, timesteps, alphas_cumprod,
-                   final_alpha_cumprod=float(alphas_cumprod[0]) if leading else 1.0, progress=progress)
+    latents = ddim(make_denoiser(predict, config.image_target, alphas_cumprod), z_T, timesteps,
+                   alphas_cumprod, final_alpha_cumprod=float(alphas_cumprod[0]) if leading else 1.0,
+                   progress=progress)
     return model.decode_image(latents).float().clamp(-1, 1)
 
 
@@ -61,9 +65,10 @@ def draw_queries(model: DiffDis, latents: Tensor, indices: list[int], steps: int
                  guidance_scale: float = 1.0, seed: int = 0) -> Tensor:
     """Denoise a text query from pure noise with each image as condition (Algorithm 3).
 
-    latents: clean z [B, C, h, w]; indices: B numbers that name the images: noise is a function of (seed, index);
-    steps: 1 is one pass from t = T-1; draws: noise draws whose results are averaged; guidance_scale: 1 + w, with
-    the zeroed latent as the unconditional image -> text queries [B, D], unit norm, float32.
+    latents: clean z [B, C, h, w]; indices: B numbers that name the images: noise is a function of
+    (seed, index); steps: 1 is one pass from t = T-1; draws: noise draws whose results are averaged;
+    guidance_scale: 1 + w, with the zeroed latent as the unconditional image
+    -> text queries [B, D], unit norm, float32.
     No text goes in: whatever comes out was read from the image.
     """
     config, device = model.config, model.device
@@ -79,7 +84,8 @@ def draw_queries(model: DiffDis, latents: Tensor, indices: list[int], steps: int
     denoise = make_denoiser(predict, config.text_target, alphas_cumprod, config.gamma, unit_norm=True)
     total = 0
     for draw in range(draws):
-        noise = [torch.randn(config.text.width, generator=generator_of(seed, index, draw)) for index in indices]
+        noise = [torch.randn(config.text.width, generator=generator_of(seed, index, draw))
+                 for index in indices]
         query = ddim(denoise, torch.stack(noise).to(device), timesteps, alphas_cumprod, config.gamma)
         total = total + F.normalize(query, dim=-1)
     return F.normalize(total, dim=-1)
@@ -116,11 +122,18 @@ def fail(error: Exception | str) -> None:
     sys.exit(2)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """No "(default: None)": what a flag does when it is not given stands in its help."""
+        absent = action.default is None or action.default is False
+        return action.help if absent else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that shows defaults in --help and answers a mistake in one line instead of a page of usage."""
 
     def __init__(self, **kwargs) -> None:
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message: str) -> None:
         fail(f"{message}; --help explains every flag")
@@ -139,7 +152,8 @@ def find_checkpoint(given: str | None) -> Path:
         return Path(given)
     found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise FileNotFoundError("no --ckpt given and no runs/*/checkpoint.pt here: train one with `python train.py`")
+        raise FileNotFoundError("no --ckpt given and no runs/*/checkpoint.pt here: "
+                                "train one with `python train.py`")
     print(f"checkpoint: {found[-1]} (the newest of {len(found)})")
     return found[-1]
 
@@ -192,7 +206,8 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def draw_all(model: DiffDis, args: argparse.Namespace) -> tuple[Tensor, list[dict]]:
-    """Every prompt's images, prompt by prompt -> images [P·n, 3, H, W], a note (prompt, seed, similarity) on each."""
+    """Every prompt's images, prompt by prompt
+    -> images [P·n, 3, H, W], a note (prompt, seed, similarity) on each."""
     size, per_prompt = parse_size(args.size), args.n * args.best_of
     jobs = [(prompt, args.seed + k) for prompt in args.prompts for k in range(per_prompt)]
     drawn = []
@@ -222,8 +237,10 @@ def save_png(images: Tensor, notes: list[dict], args: argparse.Namespace) -> Non
     scale = args.scale or max(1, 256 // images.shape[3])
     picture = make_grid(images, args.n, scale, gap=2 if len(images) > 1 else 0)
     text = PngImagePlugin.PngInfo()
-    for key, value in (("prompt", " | ".join(args.prompts)), ("seeds", ", ".join(str(n["seed"]) for n in notes)),
-                       ("steps", args.steps), ("guidance_scale", args.guidance_scale), ("negative", args.negative)):
+    for key, value in (("prompt", " | ".join(args.prompts)),
+                       ("seeds", ", ".join(str(n["seed"]) for n in notes)),
+                       ("steps", args.steps), ("guidance_scale", args.guidance_scale),
+                       ("negative", args.negative)):
         text.add_itxt(key, str(value))
     picture.save(args.out, pnginfo=text)
 

@@ -1,20 +1,22 @@
 """Trains DiffDis: one network, two losses, one gradient step on both (Algorithm 1, METHOD section 5).
 
-What it is: the training loop, told once from top to bottom: recipe, loss, optimiser, loop, checkpoint, validation.
+What it is: the training loop, told once from top to bottom:
+recipe, loss, optimiser, loop, checkpoint, validation.
     python train.py                                        the built-in data, on two CPU cores in minutes
     python train.py --data DIR                             tars, class folders or captioned images
     torchrun --nproc_per_node=8 train.py --data cc3m       several GPUs
     python train.py --resume                               go on with the newest run
 What it is not: the formulas (diffusion.py) or the networks (model.py).
 
-Nothing random here has a state: batches, timesteps and noise are functions of (seed, step, index in the global
-batch). So a resumed run is the run that was never stopped, and N ranks see what one rank would see.
+Nothing random here has a state: batches, timesteps and noise are functions of (seed, step, index in the
+global batch). So a resumed run is the run that was never stopped, and N ranks see what one rank would see.
 """
 import argparse
 import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,18 +29,18 @@ from tqdm import tqdm
 import evaluate
 import model as models
 from data import SkipReport, Source, Tokenizer, check_index, hold_out, open_source, training_batches, words
-from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target, q_sample,
-                       read_prediction, signal_and_noise)
+from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
+                       q_sample, read_prediction, signal_and_noise)
 from model import PRESETS, SCHEDULES, TARGETS, Config, DiffDis, is_new
 from sample import Parser, draw_images, fail, make_grid, pick_device, positive
 
 TASKS = ("generation", "alignment")
 # What a preset's training starts from where no flag says otherwise. sd-v1: METHOD section 5.
 RECIPES = {
-    "tiny": dict(steps=1400, batch_size=64, lr=1e-3, lr_pretrained=1e-3, lr_decay="cosine", warmup=100, beta2=0.99,
-                 weight_decay=1e-2, ema=0.997, generation_share=0.5),
-    "small": dict(steps=50000, batch_size=256, lr=5e-4, lr_pretrained=5e-4, lr_decay="cosine", warmup=500, beta2=0.99,
-                  weight_decay=1e-2, ema=0.999, generation_share=1.0),
+    "tiny": dict(steps=1400, batch_size=64, lr=1e-3, lr_pretrained=1e-3, lr_decay="cosine", warmup=100,
+                 beta2=0.99, weight_decay=1e-2, ema=0.997, generation_share=0.5),
+    "small": dict(steps=50000, batch_size=256, lr=5e-4, lr_pretrained=5e-4, lr_decay="cosine", warmup=500,
+                  beta2=0.99, weight_decay=1e-2, ema=0.999, generation_share=1.0),
     "sd-v1": dict(steps=60000, batch_size=1024, lr=1e-4, lr_pretrained=1e-5, lr_decay="constant", warmup=1000,
                   beta2=0.999, weight_decay=1e-4, ema=0.9999, generation_share=1.0),
 }
@@ -49,15 +51,26 @@ FREE_ON_RESUME = ("resume", "out", "device", "workers", "log_every", "save_every
 # ---------------------------------------------------------------- command line
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Train DiffDis.")
+    for title, add_flags in (("the run", add_run_flags), ("optimisation", add_optimisation_flags),
+                             ("the method and its ablations", add_method_flags)):
+        group = parser.add_argument_group(title)
 
-    def add(name: str, help: str, **kwargs) -> None:
-        field = name.strip("-").replace("-", "_")
-        if field in RECIPES["tiny"]:        # the default depends on the preset: show all three
-            help += " (default: " + ", ".join(f"{preset} {r[field]}" for preset, r in RECIPES.items()) + ")"
-            kwargs["default"] = argparse.SUPPRESS
-        parser.add_argument(name, help=help, **kwargs)
+        def add(flag: str, help: str, group=group, **kwargs) -> None:
+            field = flag.strip("-").replace("-", "_")
+            if field in RECIPES["tiny"]:        # the default depends on the preset: show all three
+                help += f" (default: {', '.join(f'{name} {r[field]}' for name, r in RECIPES.items())})"
+                kwargs["default"] = argparse.SUPPRESS
+            group.add_argument(flag, help=help, **kwargs)
+        add_flags(add, dict(action=argparse.BooleanOptionalAction, default=None))
+    args = parser.parse_args(argv)
+    for field, value in RECIPES[args.preset].items():
+        if not hasattr(args, field):
+            setattr(args, field, value)
+    check_args(args)
+    return args
 
-    switch = dict(action=argparse.BooleanOptionalAction, default=None)
+
+def add_run_flags(add: Callable, switch: dict) -> None:
     add("--data", "shapes, cc3m, or a folder of tars, class folders or captioned images", default="shapes")
     add("--preset", "size of the networks", choices=tuple(PRESETS), default="tiny")
     add("--init", "checkpoint whose weights (and configuration) to start from")
@@ -65,22 +78,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", "go on from the run's checkpoint.pt, if there is one", action="store_true")
     add("--tasks", "generation, alignment, or both with a comma", default=",".join(TASKS))
     add("--seed", "seed of everything", type=int, default=0)
+    add("--val", "pairs held out of --data for validation (shapes has its own)", type=int, default=500)
+    add("--tokenizer", "CLIP's vocabulary file, or a folder with vocab.json and merges.txt; "
+        "without it one is learnt from the captions")
+    add("--max-bad", "stop when more than this share of samples is unusable", type=float, default=0.05)
+    add("--image-size", "px; without it the preset's", type=positive)
+    add("--precision", "auto is bf16 on CUDA, fp32 elsewhere", choices=("auto", "fp32", "bf16"),
+        default="auto")
+    add("--compile", "torch.compile the UNet; without it: on CUDA", **switch)
+    add("--device", "where to run", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--workers", "processes that read and decode data, per rank; without it 0 for shapes, 2 otherwise",
+        type=int)
+    add("--log-every", "steps between lines of log.jsonl", type=positive, default=10)
+    add("--save-every", "steps between checkpoints", type=positive, default=500)
+    add("--sample-every", "steps between sample grids; without it a quarter of the steps", type=positive)
+
+
+def add_optimisation_flags(add: Callable, switch: dict) -> None:
     add("--steps", "gradient steps", type=positive)
     add("--batch-size", "image-caption pairs per step, over all ranks", type=positive)
+    add("--generation-share", "share of a batch that the generation loss sees; the alignment loss, "
+        "which compares pairs, always sees all of it", type=float)
     add("--lr", "peak learning rate of AdamW", type=float)
     add("--lr-pretrained", "the same for weights that came with --init", type=float)
     add("--lr-decay", "after warm-up", choices=("cosine", "constant"))
-    add("--beta2", "AdamW's decay of squared gradients; beta1 is 0.9", type=float)
-    add("--generation-share", "share of a batch that the generation loss sees; the alignment loss, which compares "
-        "pairs, always sees all of it", type=float)
     add("--warmup", "steps over which the learning rate rises", type=int)
+    add("--beta2", "AdamW's decay of squared gradients; beta1 is 0.9", type=float)
     add("--weight-decay", "AdamW's, on matrices and kernels only", type=float)
     add("--grad-clip", "largest norm of the gradient; 0: no limit", type=float, default=1.0)
     add("--ema", "decay of the averaged weights per step", type=float)
+
+
+def add_method_flags(add: Callable, switch: dict) -> None:
     add("--align-weight", "λ, weight of the alignment loss", type=float, default=1.0)
     add("--p-uncond", "share of captions replaced by the empty prompt (generation)", type=float, default=0.1)
     add("--p-drop-image", "share of images dropped (alignment)", type=float, default=0.1)
-    add("--image-size", "px; without it the preset's", type=positive)
     add("--image-target", "what the UNet predicts for images; without it the preset's", choices=TARGETS)
     add("--text-target", "the same for text queries (Table 2); without it data", choices=TARGETS)
     add("--image-schedule", "noise schedule of images; without it linear", choices=SCHEDULES)
@@ -92,37 +124,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--own-ffn", "the query has a feed-forward of its own (Table 5)", **switch)
     add("--align-blocks", "M, transformer blocks after the middle block; without it the preset's", type=int)
     add("--train-text-encoder", "train T; without it: only if it did not come pretrained", **switch)
-    add("--tokenizer", "CLIP's vocabulary file, or a folder with vocab.json and merges.txt; without it one is learnt "
-        "from the captions")
-    add("--max-bad", "stop when more than this share of samples is unusable", type=float, default=0.05)
-    add("--val", "pairs held out of --data for validation (shapes has its own)", type=int, default=500)
-    add("--precision", "auto is bf16 on CUDA, fp32 elsewhere", choices=("auto", "fp32", "bf16"), default="auto")
-    add("--compile", "torch.compile the UNet; without it: on CUDA", **switch)
-    add("--device", "where to run", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--workers", "processes that read and decode data, per rank; without it 0 for shapes, 2 otherwise", type=int)
-    add("--log-every", "steps between lines of log.jsonl", type=positive, default=10)
-    add("--save-every", "steps between checkpoints", type=positive, default=500)
-    add("--sample-every", "steps between sample grids; without it a quarter of the steps", type=positive)
-    args = parser.parse_args(argv)
-    for field, value in RECIPES[args.preset].items():
-        if not hasattr(args, field):
-            setattr(args, field, value)
-    check_args(args)
-    return args
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that cannot be meant. Raises ValueError."""
     args.tasks = tuple(task.strip() for task in args.tasks.split(",") if task.strip())
     if not args.tasks or set(args.tasks) - set(TASKS):
-        raise ValueError(f"--tasks is {','.join(args.tasks)!r}, expected generation, alignment, or both with a comma")
+        raise ValueError(f"--tasks is {','.join(args.tasks)!r}, "
+                         "expected generation, alignment, or both with a comma")
     for field, low, high in (("p_uncond", 0, 1), ("p_drop_image", 0, 1), ("ema", 0, 1), ("max_bad", 0, 1),
                              ("lr", 0, math.inf), ("lr_pretrained", 0, math.inf), ("warmup", 0, math.inf),
                              ("weight_decay", 0, math.inf), ("grad_clip", 0, math.inf), ("val", 1, math.inf),
                              ("align_weight", 0, math.inf), ("beta2", 0, 1), ("generation_share", 0, 1),
                              ("seed", 0, 2 ** 63)):
         if not low <= getattr(args, field) <= high:
-            raise ValueError(f"--{field.replace('_', '-')} is {getattr(args, field)}, expected {low} to {high}")
+            raise ValueError(f"--{field.replace('_', '-')} is {getattr(args, field)}, "
+                             f"expected {low} to {high}")
     if "alignment" in args.tasks and args.batch_size < 2:
         raise ValueError("--batch-size is 1, but alignment compares pairs within a batch: 2 or more")
 
@@ -164,7 +181,8 @@ class JointLoss(nn.Module):
             table = make_alphas_cumprod(getattr(model.config, f"{name}_schedule"), model.config.timesteps)
             self.register_buffer(f"{name}_alphas", table)
         compiled = torch.compile if args.compile else lambda function: function
-        self.denoise_image, self.denoise_query = map(compiled, (model.unet.denoise_image, model.unet.denoise_query))
+        self.denoise_image, self.denoise_query = map(
+            compiled, (model.unet.denoise_image, model.unet.denoise_query))
 
     def generation(self, latents: Tensor, context: Tensor, drawn: dict) -> Tensor:
         """L_IG of each pair (Eq. 4), the text query masked."""
@@ -174,7 +192,8 @@ class JointLoss(nn.Module):
         return generation_loss(pred, make_target(kind, latents, noise, a, s))
 
     def alignment(self, latents: Tensor, text_query: Tensor, null_context: Tensor, drawn: dict):
-        """L_ITA of each pair (Eq. 6-8) and whether it was found; the text condition masked, the image clean."""
+        """L_ITA of each pair (Eq. 6-8) and whether it was found;
+        the text condition masked, the image clean."""
         t, noise, config = drawn["t_text"], drawn["query_noise"], self.model.config
         noisy_query = q_sample(text_query.detach(), t, noise, self.text_alphas, config.gamma)
         pred = self.denoise_query(noisy_query, t, latents, null_context)
@@ -192,8 +211,10 @@ class JointLoss(nn.Module):
         if "generation" in self.tasks:
             dropped = drawn["u"][:, 0] < self.p_uncond
             context = torch.where(dropped[:, None, None], null_context, context)
-            n = max(1, round(self.generation_share * len(latents)))      # of each rank's: the global batch's first
-            losses["generation"] = self.generation(latents[:n], context[:n], {k: v[:n] for k, v in drawn.items()})
+            # Of each rank's: the global batch's first.
+            n = max(1, round(self.generation_share * len(latents)))
+            losses["generation"] = self.generation(latents[:n], context[:n],
+                                                   {k: v[:n] for k, v in drawn.items()})
         if "alignment" in self.tasks:
             dropped = drawn["u"][:, 1] < self.p_drop_image
             condition = torch.where(dropped[:, None, None, None], 0.0, latents)
@@ -209,18 +230,21 @@ def freeze_unused(model: DiffDis, tasks: tuple[str, ...], train_text_encoder: bo
     for name, parameter in model.named_parameters():
         if "alignment" not in tasks and is_new(name):
             parameter.requires_grad_(False)
-        if "generation" not in tasks and name.startswith(("unet.up_blocks.", "unet.conv_norm_out.", "unet.conv_out.")):
+        if "generation" not in tasks and name.startswith(
+                ("unet.up_blocks.", "unet.conv_norm_out.", "unet.conv_out.")):
             parameter.requires_grad_(False)
 
 
 def make_optimizer(model: DiffDis, args: argparse.Namespace, pretrained: bool) -> torch.optim.AdamW:
-    """AdamW over (new or pretrained) × (matrix or vector) groups; vectors and the temperature are not decayed."""
+    """AdamW over (new or pretrained) × (matrix or vector) groups;
+    vectors and the temperature are not decayed."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in trainable.items():
         groups.setdefault((pretrained and not is_new(name), parameter.dim() >= 2), []).append(parameter)
     ids = [id(p) for group in groups.values() for p in group]
-    assert len(ids) == len(set(ids)) == len(trainable) and all(groups.values()), "groups must partition the parameters"
+    assert len(ids) == len(set(ids)) == len(trainable) and all(groups.values()), \
+        "groups must partition the parameters"
     return torch.optim.AdamW(
         [{"params": params, "peak_lr": args.lr_pretrained if old else args.lr,
           "weight_decay": args.weight_decay if matrix else 0.0} for (old, matrix), params in groups.items()],
@@ -268,7 +292,8 @@ class Run:
         self.checkpoint, self.log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
         self.rank, self.started = rank, time.monotonic()
         if self.checkpoint.exists() and not args.resume:
-            raise ValueError(f"{self.folder} holds a run: add --resume to go on with it, or choose another --out")
+            raise ValueError(f"{self.folder} holds a run: add --resume to go on with it, "
+                             "or choose another --out")
         if rank == 0:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
 
@@ -295,7 +320,8 @@ class Run:
 
 # ---------------------------------------------------------------- setting up
 def make_model(args: argparse.Namespace, source: Source, checkpoint: dict | None) -> DiffDis:
-    """A model from scratch, from --init, or as the run's checkpoint describes it (weights are loaded later)."""
+    """A model from scratch, from --init, or as the run's checkpoint describes it
+    (weights are loaded later)."""
     torch.manual_seed(args.seed)
     if checkpoint is not None:
         return DiffDis(Config.from_dict(checkpoint["config"]), Tokenizer.from_dict(checkpoint["tokenizer"]))
@@ -320,14 +346,16 @@ def make_model(args: argparse.Namespace, source: Source, checkpoint: dict | None
 def check_resume(checkpoint: dict, args: argparse.Namespace) -> None:
     """A resumed run must be the same run. Raises ValueError naming the flags that differ."""
     before, now = checkpoint["training"]["args"], run_flags(args)
-    differ = [f"--{k.replace('_', '-')} was {before.get(k)}, is {v}" for k, v in now.items() if before.get(k) != v]
+    differ = [f"--{k.replace('_', '-')} was {before.get(k)}, is {v}"
+              for k, v in now.items() if before.get(k) != v]
     if differ:
         raise ValueError(f"--resume with other flags than the run began with: {'; '.join(differ)}")
 
 
 def run_flags(args: argparse.Namespace) -> dict:
     """The flags that decide what is computed, as plain values."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k not in FREE_ON_RESUME}
+    return {k: list(v) if isinstance(v, tuple) else v
+            for k, v in vars(args).items() if k not in FREE_ON_RESUME}
 
 
 def start_ranks(args: argparse.Namespace) -> tuple[int, int, torch.device]:
@@ -369,7 +397,8 @@ class Trainer:
         self.words |= self.model.known_words or set()
         self.loss = JointLoss(self.model, args).to(device)
         if world > 1:
-            self.loss = DistributedDataParallel(self.loss, device_ids=[device.index] if device.type == "cuda" else None)
+            self.loss = DistributedDataParallel(
+                self.loss, device_ids=[device.index] if device.type == "cuda" else None)
         self.run.start_log(self.step)
 
     def restore(self, checkpoint: dict) -> None:
@@ -397,8 +426,8 @@ class Trainer:
     def train_step(self, batch) -> dict:
         """One gradient step on a batch -> what to log."""
         args = self.args
-        drawn = draw(self.model.config, self.model.latent_shape(*batch.images.shape[2:]), args.seed, self.step,
-                     range(self.rank, args.batch_size, self.world))
+        drawn = draw(self.model.config, self.model.latent_shape(*batch.images.shape[2:]), args.seed,
+                     self.step, range(self.rank, args.batch_size, self.world))
         move = dict(device=self.device, non_blocking=True)
         factor = learning_rate_factor(self.step, args)
         for group in self.optimizer.param_groups:
@@ -425,7 +454,8 @@ class Trainer:
             values = torch.stack(list(record.values()))
             dist.all_reduce(values)
             record = dict(zip(record, values / self.world))
-        return {**record, "grad_norm": norm, "lr": args.lr * factor, "logit_scale": self.model.logit_scale.detach()}
+        return {**record, "grad_norm": norm, "lr": args.lr * factor,
+                "logit_scale": self.model.logit_scale.detach()}
 
     def stop_if_not_finite(self, losses: dict, drawn: dict, keys: list[str]) -> None:
         """Raises ValueError naming step, task, timesteps and samples; the last checkpoint is untouched."""
@@ -434,14 +464,15 @@ class Trainer:
             if bad.any():
                 rows = bad.nonzero().flatten().tolist()[:5]
                 raise ValueError(
-                    f"step {self.step}: the {task} loss is not finite at timesteps {[int(drawn[t][i]) for i in rows]}, "
-                    f"samples {[keys[i] for i in rows]}; the checkpoint before it is intact: lower --lr and --resume")
+                    f"step {self.step}: the {task} loss is not finite at timesteps "
+                    f"{[int(drawn[t][i]) for i in rows]}, samples {[keys[i] for i in rows]}; "
+                    "the checkpoint before it is intact: lower --lr and --resume")
 
     # ------------------------------------------------------------ the loop
     def train(self) -> None:
         args = self.args
-        batches = training_batches(self.source, self.model.config.image_size, args.batch_size, args.seed, self.step,
-                                   self.rank, self.world, args.workers)
+        batches = training_batches(self.source, self.model.config.image_size, args.batch_size, args.seed,
+                                   self.step, self.rank, self.world, args.workers)
         bar = tqdm(total=args.steps, initial=self.step, unit="step", disable=None if self.rank == 0 else True)
         clock = time.monotonic()
         while self.step < args.steps:
@@ -466,11 +497,12 @@ class Trainer:
         if self.rank == 0:
             self.run.write({"step": self.step, **record, "images_per_s": round(speed, 1),
                             "skipped": sum(self.report.to_dict()["skipped"].values())})
-            bar.set_postfix({name.removeprefix("loss_"): f"{record[name]:.3f}" for name in record if "loss_" in name}
-                            | {"images/s": f"{speed:.0f}"})
+            bar.set_postfix({name.removeprefix("loss_"): f"{record[name]:.3f}"
+                             for name in record if "loss_" in name} | {"images/s": f"{speed:.0f}"})
 
     def draw_samples(self, count: int = 32) -> None:
-        """A grid for the first validation captions, always the same prompts and noise, with the averaged weights."""
+        """A grid for the first validation captions, always the same prompts and noise,
+        with the averaged weights."""
         if "generation" not in self.args.tasks:
             return
         prompts = [self.val.captions(i)[0] for i in range(min(count, len(self.val)))]
@@ -488,7 +520,8 @@ class Trainer:
         flags = ["--seed", str(self.args.seed)]
         if "alignment" in self.args.tasks:
             task = "zeroshot" if self.val.classes else "retrieval"
-            evaluate.report(task, model, self.val, evaluate.parse_args([task, *flags, "--limit", str(self.args.val)]))
+            evaluate.report(task, model, self.val,
+                            evaluate.parse_args([task, *flags, "--limit", str(self.args.val)]))
         if "generation" in self.args.tasks and self.args.data == "shapes":
             evaluate.report("checker", model, None, evaluate.parse_args(["checker", *flags]))
 
@@ -498,15 +531,16 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = parse_args(argv)
         rank, world, device = start_ranks(args)
-        args.precision = args.precision if args.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+        args.precision = (args.precision if args.precision != "auto" else
+                          "bf16" if device.type == "cuda" else "fp32")
         args.compile = device.type == "cuda" if args.compile is None else args.compile
         args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
         args.sample_every = args.sample_every or max(1, args.steps // 4)
         trainer = Trainer(args, rank, world, device)
         if rank == 0:
             count = sum(p.numel() for p in trainer.averages.live.values())
-            print(f"run: {trainer.run.folder}  seed: {args.seed}  device: {device} x {world}  {args.precision}  "
-                  f"trainable parameters: {count:,}  step: {trainer.step} of {args.steps}")
+            print(f"run: {trainer.run.folder}  seed: {args.seed}  device: {device} x {world}  "
+                  f"{args.precision}  trainable parameters: {count:,}  step: {trainer.step} of {args.steps}")
         trainer.train()
         if rank == 0:
             print(trainer.report)

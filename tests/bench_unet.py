@@ -3,8 +3,9 @@
     python tests/bench_unet.py                       the `tiny` preset at its batch of 64
     python tests/bench_unet.py --preset sd-v1 --batch 1 --device cuda
 
-Both networks hold the same weights and get the same tensors; the two take turns within one process, each measured
-in both memory formats, and the better median of each counts. A ratio below 1 means that ours is faster.
+Both networks hold the same weights and get the same tensors; the two take turns within one process,
+each measured in both memory formats, and the better median of each counts.
+A ratio below 1 means that ours is faster.
 """
 import argparse
 import json
@@ -76,16 +77,18 @@ def main() -> None:
             if round_ >= 3:
                 times.append(time.perf_counter() - start)
     result = {name: statistics.median(times) for name, (_, times) in runs.items()}
-    best = {who: min(s for name, s in result.items() if name.startswith(who)) for who in ("ours", "diffusers")}
+    best = {who: min(s for name, s in result.items() if name.startswith(who))
+            for who in ("ours", "diffusers")}
     for name, seconds in result.items():
         print(f"{name:26s} {1000 * seconds:8.1f} ms")
     print(f"ratio ours / diffusers, each at its best: {best['ours'] / best['diffusers']:.3f}"
           f"   (largest difference of the outputs: {difference:.1e})")
     if args.json:
         Path(args.json).write_text(json.dumps({
-            "seconds": result, "ratio": best["ours"] / best["diffusers"], "difference": difference, **vars(args),
-            "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine(),
-            "diffusers": diffusers.__version__, "date": time.strftime("%Y-%m-%d")}, indent=1) + "\n")
+            "seconds": result, "ratio": best["ours"] / best["diffusers"], "difference": difference,
+            **vars(args), "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "machine": platform.machine(), "diffusers": diffusers.__version__,
+            "date": time.strftime("%Y-%m-%d")}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the tests share: the import path, one thread per test process, and a model small enough to build anywhere."""
+"""What the tests share: the import path, one thread per test process,
+and a model small enough to build anywhere."""
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from model import PRESETS, Config, DiffDis, TextConfig, UNetConfig, patches  # n
 
 def tiny_config(**changes) -> Config:
     """The built-in data's pictures, networks of some 100,000 parameters."""
-    values = dict(fusion=FusionConfig(32, align_blocks=1, head_width=16), unet=UNetConfig((32, 32), (True, True), 1, 2),
-                  text=TextConfig(514, 24, 32, 1, 2), autoencoder=patches(8, 2.0), image_size=32, image_target="v")
+    values = dict(fusion=FusionConfig(32, align_blocks=1, head_width=16),
+                  unet=UNetConfig((32, 32), (True, True), 1, 2), text=TextConfig(514, 24, 32, 1, 2),
+                  autoencoder=patches(8, 2.0), image_size=32, image_target="v")
     return Config(**{**values, **changes})
 
 

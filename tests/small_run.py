@@ -1,4 +1,5 @@
-"""train.py with networks so small that a whole run takes seconds: what the tests start as processes of their own."""
+"""train.py with networks so small that a whole run takes seconds:
+what the tests start as processes of their own."""
 import sys
 
 import conftest

@@ -1,12 +1,13 @@
-"""Schedules against published values, formulas against their inverses, the loss and DDIM against slow references."""
+"""Schedules against published values, formulas against their inverses,
+the loss and DDIM against slow references."""
 import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from diffusion import (alignment_loss, ddim, generator_of, guide, make_alphas_cumprod, make_denoiser, make_target,
-                       q_sample, read_prediction, sampling_timesteps, signal_and_noise)
+from diffusion import (alignment_loss, ddim, generator_of, guide, make_alphas_cumprod, make_denoiser,
+                       make_target, q_sample, read_prediction, sampling_timesteps, signal_and_noise)
 
 
 def test_linear_schedule_is_stable_diffusions() -> None:
@@ -66,8 +67,10 @@ def test_guidance_of_one_is_none_and_extrapolates_beyond() -> None:
 
 
 def test_timesteps() -> None:
-    assert sampling_timesteps(50, 1000, "leading")[:2] == [981, 961] and sampling_timesteps(50, 1000, "leading")[-1] == 1
-    assert sampling_timesteps(1, 1000, "trailing") == [999] and sampling_timesteps(4, 1000, "trailing") == [999, 749, 499, 249]
+    assert (sampling_timesteps(50, 1000, "leading")[:2] == [981, 961]
+            and sampling_timesteps(50, 1000, "leading")[-1] == 1)
+    assert (sampling_timesteps(1, 1000, "trailing") == [999]
+            and sampling_timesteps(4, 1000, "trailing") == [999, 749, 499, 249])
     for steps in (1, 2, 7, 20, 50, 999, 1000):
         for spacing in ("leading", "trailing"):
             t = sampling_timesteps(steps, 1000, spacing)
@@ -106,7 +109,8 @@ def test_ddim_equals_diffusers(steps: int) -> None:
 
 def test_queries_are_normalised_on_the_way() -> None:
     alphas, e_t = make_alphas_cumprod("linear", 1000), torch.randn(2, 8)
-    x0, eps = make_denoiser(lambda x, t: 5 * torch.ones(2, 8), "data", alphas, 0.5, True)(e_t, torch.tensor([700, 10]))
+    x0, eps = make_denoiser(lambda x, t: 5 * torch.ones(2, 8), "data", alphas, 0.5, True)(
+        e_t, torch.tensor([700, 10]))
     assert torch.allclose(x0.norm(dim=1), torch.ones(2))
     a, s = signal_and_noise(torch.tensor([700, 10]), e_t, alphas, 0.5)
     assert torch.allclose(a * x0 + s * eps, e_t, atol=1e-5), "noise must be what is left of e_t"

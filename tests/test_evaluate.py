@@ -18,9 +18,11 @@ from sample import draw_queries
 
 
 class Oracle(torch.nn.Module):
-    """Stands in for a perfect model: reads a picture's number from its first pixel and knows that text's query.
+    """Stands in for a perfect model: reads a picture's number from its first pixel
+    and knows that text's query.
 
-    `copies` makes it the opposite: it returns the noised query it was given, so it can only repeat what is fed in.
+    `copies` makes it the opposite: it returns the noised query it was given,
+    so it can only repeat what is fed in.
     """
 
     def __init__(self, model, texts: list[str], copies: bool = False) -> None:
@@ -75,7 +77,8 @@ def test_a_perfect_model_scores_perfectly_and_every_control_is_chance(base) -> N
         result = run(evaluate.retrieval, oracle, source, "--control", control)
         assert abs(result["chance"] - 0.01) < 1e-9       # 2 of 200 texts are right
         for name in ("i2t_r1", "t2i_r1"):
-            assert result[f"{name}_interval"][0] <= result[f"{name}_chance"] + 0.02, f"{control}: {name} is above chance"
+            assert result[f"{name}_interval"][0] <= result[f"{name}_chance"] + 0.02, \
+                f"{control}: {name} is above chance"
             assert result[name] <= 0.06
 
 
@@ -86,7 +89,8 @@ def test_zeroshot_counts_and_controls(base) -> None:
             return self.inner.encode_text([f"a photo of a kind{k}" for k in range(5)])[1][number % 5]
     oracle, source = Classes(base, TEXTS), Numbered(200)
     result = run(evaluate.zeroshot, oracle, source)
-    assert result["top1"] == result["mean_per_class"] == 1.0 and result["top5"] == 1.0 and result["chance"] == 0.2
+    assert (result["top1"] == result["mean_per_class"] == 1.0
+            and result["top5"] == 1.0 and result["chance"] == 0.2)
     for control in ("shuffle-images", "no-image", "shuffle-labels"):
         result = run(evaluate.zeroshot, oracle, source, "--control", control)
         low, high = result["top1_interval"]
@@ -102,7 +106,8 @@ def test_no_text_of_the_answer_can_reach_the_prediction(base, monkeypatch) -> No
     assert not {"label", "labels", "target", "answer", "y"} & set(inspect.signature(score).parameters)
     assert "context" not in inspect.signature(base.denoise_query).parameters
     assert not {"text", "texts", "caption", "captions"} & set(inspect.signature(draw_queries).parameters)
-    # The texts encoded on the way to the prediction: only the null prompt. Changing the candidates changes no query.
+    # The texts encoded on the way to the prediction: only the null prompt.
+    # Changing the candidates changes no query.
     seen = []
     original = type(base.text_encoder).forward
     monkeypatch.setattr(type(base.text_encoder), "forward",
@@ -117,7 +122,8 @@ def test_no_text_of_the_answer_can_reach_the_prediction(base, monkeypatch) -> No
 
 def test_a_constant_model_does_not_look_perfect() -> None:
     same = torch.ones(4, 8)
-    assert (ranks_of_best_match(same, same, [[0], [1], [2], [3]]) == 3).all(), "ties must count against the model"
+    assert (ranks_of_best_match(same, same, [[0], [1], [2], [3]]) == 3).all(), \
+        "ties must count against the model"
 
 
 def test_ranks_equal_a_slow_reference() -> None:
@@ -161,10 +167,11 @@ def test_command_line_writes_what_the_contract_names(base, tmp_path, capsys) -> 
     models.save(tmp_path / "c.pt", base)
     for task, names in (("retrieval", ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")),
                         ("zeroshot", ("top1", "top5"))):
-        evaluate.main([task, "--ckpt", str(tmp_path / "c.pt"), "--limit", "48", "--json", str(tmp_path / "r.json"),
-                       "--device", "cpu"])
+        evaluate.main([task, "--ckpt", str(tmp_path / "c.pt"), "--limit", "48",
+                       "--json", str(tmp_path / "r.json"), "--device", "cpu"])
         result = json.loads((tmp_path / "r.json").read_text())
-        assert result["task"] == task and result["n"] == 48 and result["seed"] == 0 and 0 < result["chance"] < 1
+        assert (result["task"] == task and result["n"] == 48 and result["seed"] == 0
+                and 0 < result["chance"] < 1)
         assert all(0 <= result[name] <= 1 for name in names)
     assert "chance" in capsys.readouterr().out
 

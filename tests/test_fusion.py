@@ -51,8 +51,9 @@ def test_dual_stream_block_equals_the_text(shared: bool, own_ffn: bool) -> None:
             q_ = own_attn.to_q(own)
             k_ = torch.cat([own_attn.to_k(own), other_attn.to_k(other)], dim=1)
             v_ = torch.cat([own_attn.to_v(own), other_attn.to_v(other)], dim=1)
-            heads = [torch.softmax(q_[..., h * width:(h + 1) * width] @ k_[..., h * width:(h + 1) * width].transpose(1, 2)
-                                   / width ** 0.5, -1) @ v_[..., h * width:(h + 1) * width] for h in range(2)]
+            heads = [torch.softmax(q_[..., h * width:(h + 1) * width]
+                                   @ k_[..., h * width:(h + 1) * width].transpose(1, 2) / width ** 0.5, -1)
+                     @ v_[..., h * width:(h + 1) * width] for h in range(2)]
             parts.append(own_attn.to_out[0](torch.cat(heads, -1)))
         q, tokens = query + parts[0], x + parts[1]
     # image tokens: cross-attention, then the image FFN; query token: its own FFN, no cross-attention.
@@ -65,17 +66,20 @@ def test_dual_stream_block_equals_the_text(shared: bool, own_ffn: bool) -> None:
 
 @torch.no_grad()
 def test_masking_the_query_is_bit_for_bit_the_plain_block() -> None:
-    plain, fused = SpatialTransformer(32, 2, 8), SpatialTransformer(32, 2, 8, 1, FusionConfig(8, head_width=8))
+    plain, fused = (SpatialTransformer(32, 2, 8),
+                    SpatialTransformer(32, 2, 8, 1, FusionConfig(8, head_width=8)))
     randomise(fused)
     plain.load_state_dict({name: value for name, value in fused.state_dict().items() if "query_" not in name})
     x, context = torch.randn(2, 32, 4, 4), torch.randn(2, 3, 8)
-    assert torch.equal(plain(x, context)[0], fused(x, context)[0]), "the query stream must not touch generation"
+    assert torch.equal(plain(x, context)[0], fused(x, context)[0]), \
+        "the query stream must not touch generation"
 
 
 @torch.no_grad()
 def test_the_skip_connection_across_blocks_adds_before_fc_in() -> None:
     block = randomise(SpatialTransformer(32, 2, 8, 1, FusionConfig(8, head_width=8)))
-    x, context, query, state = torch.randn(2, 32, 4, 4), torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 8)
+    x, context, query, state = (torch.randn(2, 32, 4, 4), torch.randn(2, 3, 8),
+                                torch.randn(2, 8), torch.randn(2, 8))
     a = block(x, context, query, state)
     b = block(x, context, query + state, torch.zeros_like(state))
     assert torch.allclose(a[1], b[1], atol=1e-6) and a[1].shape == (2, 8)
@@ -102,7 +106,8 @@ def test_every_ablation_reads_the_image_and_only_the_image(change: dict) -> None
     latents, t, noisy = torch.randn(3, 192, 4, 4), torch.full((3,), 999), torch.randn(1, 32).expand(3, -1)
     pred = model.denoise_query(noisy, t, latents)
     assert pred.shape == (3, 32)
-    assert not torch.allclose(pred[0], pred[1], atol=1e-4) or change.get("align_blocks") == 0 and "fusion" in change, \
+    assert (not torch.allclose(pred[0], pred[1], atol=1e-4)
+            or change.get("align_blocks") == 0 and "fusion" in change), \
         "the prediction must depend on the image"
     assert torch.allclose(pred[1], model.denoise_query(noisy[:1], t[:1], latents[1:2])[0], atol=1e-5), \
         "a row must not see the other rows of its batch"

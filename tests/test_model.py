@@ -1,4 +1,5 @@
-"""Checkpoints: what is saved is what is loaded, nothing else is accepted, and nothing is ever half-written."""
+"""Checkpoints: what is saved is what is loaded, nothing else is accepted,
+and nothing is ever half-written."""
 import pickle
 import resource
 import signal
@@ -26,7 +27,8 @@ def test_averages_are_preferred_and_raw_weights_stay_reachable(model, tmp_path) 
     ema = {"unet.conv_in.bias": torch.full_like(model.unet.conv_in.bias, 7)}
     models.save(tmp_path / "c.pt", model, ema)
     assert (models.load(tmp_path / "c.pt").unet.conv_in.bias == 7).all()
-    assert torch.equal(models.load(tmp_path / "c.pt", weights="raw").unet.conv_in.bias, model.unet.conv_in.bias)
+    assert torch.equal(models.load(tmp_path / "c.pt", weights="raw").unet.conv_in.bias,
+                       model.unet.conv_in.bias)
 
 
 def test_what_is_no_checkpoint_of_ours_is_refused_in_one_line(model, tmp_path) -> None:
@@ -70,7 +72,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(model, tmp_path) -> None:
     models.save(tmp_path / "c.pt", model)
     before = (tmp_path / "c.pt").read_bytes()
     old_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)      # writing past the limit then fails like a full disk
+    # Writing past the limit then fails like a full disk.
+    old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, old_limit[1]))
         with pytest.raises(OSError, match="previous checkpoint there is intact"):
@@ -121,7 +124,8 @@ def test_the_text_query_does_not_depend_on_padding_or_on_later_words(model) -> N
     assert torch.allclose(model.text_encoder(tokens[:, :end + 1])[1], query, atol=1e-6)
     other = tokens.clone()
     other[0, end + 1:] = 3
-    assert torch.allclose(model.text_encoder(other)[1], query, atol=1e-6), "causal attention must hide what follows"
+    assert torch.allclose(model.text_encoder(other)[1], query, atol=1e-6), \
+        "causal attention must hide what follows"
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

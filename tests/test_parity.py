@@ -1,4 +1,5 @@
-"""The networks against diffusers and transformers, with the same random weights, at small sizes and at sd-v1's names."""
+"""The networks against diffusers and transformers, with the same random weights,
+at small sizes and at sd-v1's names."""
 import pytest
 import torch
 
@@ -7,13 +8,15 @@ from fusion import FusionConfig
 from model import (PRESETS, AutoencoderConfig, Config, DiffDis, KLAutoencoder, TextConfig, TextEncoder, UNet,
                    UNetConfig, is_new)
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle: pip install -r tests/requirements.txt")
+diffusers = pytest.importorskip(
+    "diffusers", reason="diffusers is the oracle: pip install -r tests/requirements.txt")
 transformers = pytest.importorskip("transformers")
 
 
 def small_config(**changes) -> Config:
     values = dict(fusion=FusionConfig(64, align_blocks=1, head_width=32), image_size=64,
-                  unet=UNetConfig((32, 64, 64), (True, True, False), 2, 4), text=TextConfig(600, 16, 64, 2, 4),
+                  unet=UNetConfig((32, 64, 64), (True, True, False), 2, 4),
+                  text=TextConfig(600, 16, 64, 2, 4),
                   autoencoder=AutoencoderConfig(channels=(32, 32, 64, 64)))
     return Config(**{**values, **changes})
 
@@ -22,7 +25,8 @@ def randomise(module: torch.nn.Module) -> None:
     """Every weight random: zero-initialised convolutions would hide whatever comes before them."""
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * (0.5 / max(1, parameter[0].numel()) ** 0.5)
+        parameter.data = (torch.randn(parameter.shape, generator=generator)
+                          * (0.5 / max(1, parameter[0].numel()) ** 0.5))
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -52,10 +56,11 @@ def test_autoencoder_equals_diffusers() -> None:
     ours = KLAutoencoder(AutoencoderConfig(channels=(32, 32, 64, 64)))
     randomise(ours)
     theirs = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4,
-        block_out_channels=(32, 32, 64, 64), layers_per_block=2)
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4, block_out_channels=(32, 32, 64, 64), layers_per_block=2)
     theirs.load_state_dict(ours.state_dict())
-    ours.double(), theirs.double()     # random weights amplify float32's rounding: float64 shows the formula alone
+    # Random weights amplify float32's rounding: float64 shows the formula alone.
+    ours.double(), theirs.double()
     images = torch.rand(2, 3, 64, 64, dtype=torch.float64) * 2 - 1
     posterior = theirs.encode(images).latent_dist
     mean, logvar = ours.moments(images)
@@ -70,7 +75,8 @@ def test_text_encoder_equals_transformers() -> None:
     randomise(ours)
     theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(
         vocab_size=600, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=16, hidden_act="quick_gelu", eos_token_id=599, bos_token_id=598, pad_token_id=599))
+        max_position_embeddings=16, hidden_act="quick_gelu",
+        eos_token_id=599, bos_token_id=598, pad_token_id=599))
     prefix = "text_model." if any(name.startswith("text_model.") for name in theirs.state_dict()) else ""
     wanted = {prefix + name: value for name, value in ours.state_dict().items()}
     buffers = {name: value for name, value in theirs.state_dict().items() if name.endswith("position_ids")}

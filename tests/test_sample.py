@@ -22,7 +22,8 @@ def test_an_image_does_not_depend_on_its_batch(base) -> None:
     assert together.shape == (3, 3, 32, 32) and together.abs().max() <= 1
     for i, prompt in enumerate(prompts):
         alone = draw_images(base, [prompt], [5 + i], steps=4)
-        assert torch.allclose(together[i], alone[0], atol=1e-4), "image k of a seed must not depend on the batch"
+        assert torch.allclose(together[i], alone[0], atol=1e-4), \
+            "image k of a seed must not depend on the batch"
     assert not torch.allclose(together[0], draw_images(base, ["a red circle"], [6], steps=4)[0], atol=1e-2)
 
 
@@ -30,7 +31,8 @@ def test_guidance_of_one_needs_no_second_pass(base) -> None:
     plain = draw_images(base, ["a red circle"], [1], steps=3, guidance_scale=1)
     nearly = draw_images(base, ["a red circle"], [1], steps=3, guidance_scale=1 + 1e-6)
     assert torch.allclose(plain, nearly, atol=1e-3)
-    assert not torch.allclose(plain, draw_images(base, ["a red circle"], [1], steps=3, guidance_scale=500), atol=1e-3)
+    assert not torch.allclose(
+        plain, draw_images(base, ["a red circle"], [1], steps=3, guidance_scale=500), atol=1e-3)
 
 
 def test_queries_depend_on_the_image_index_not_on_the_batch(base) -> None:
@@ -59,19 +61,23 @@ def test_command_line(base, tmp_path, monkeypatch, capsys) -> None:
     run = tmp_path / "runs" / "one"
     run.mkdir(parents=True)
     models.save(run / "checkpoint.pt", base)
-    sample.main(["a red circle", "a purple circle", "-n", "2", "--best-of", "2", "--steps", "2", "--device", "cpu"])
+    sample.main(["a red circle", "a purple circle", "-n", "2", "--best-of", "2", "--steps", "2",
+                 "--device", "cpu"])
     said = capsys.readouterr()
     picture = Image.open(tmp_path / "sample.png")
-    assert picture.size == (2 * 258 + 2, 2 * 258 + 2) and picture.text["prompt"] == "a red circle | a purple circle"
+    assert (picture.size == (2 * 258 + 2, 2 * 258 + 2)
+            and picture.text["prompt"] == "a red circle | a purple circle")
     assert "purple" in said.err and "circle" not in said.err, "exactly the words never seen must be named"
-    assert "runs/one/checkpoint.pt" in said.out and "sample.png" in said.out and said.out.count("similarity") == 4
-    sample.main([" ".join(["red"] * 99), "", "--steps", "1", "--device", "cpu"])       # too long: cut; empty: allowed
+    assert ("runs/one/checkpoint.pt" in said.out and "sample.png" in said.out
+            and said.out.count("similarity") == 4)
+    # Too long: cut; empty: allowed.
+    sample.main([" ".join(["red"] * 99), "", "--steps", "1", "--device", "cpu"])
 
 
 @pytest.mark.parametrize("flags, message", [
     ([], "train.py"), (["--ckpt", "x.pt"], "no checkpoint"), (["--out", "x.jpg"], ".png"),
-    (["--out", "no/where.png"], "existing folder"), (["--size", "33x32"], "multiples of 16"), (["--size", "big"], "WIDTH"),
-    (["--steps", "2000"], "1 to 1000"), (["--device", "cuda"], "CUDA")])
+    (["--out", "no/where.png"], "existing folder"), (["--size", "33x32"], "multiples of 16"),
+    (["--size", "big"], "WIDTH"), (["--steps", "2000"], "1 to 1000"), (["--device", "cuda"], "CUDA")])
 def test_mistakes_end_in_one_line_and_status_2(base, tmp_path, monkeypatch, capsys, flags, message) -> None:
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")

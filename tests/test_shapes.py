@@ -1,9 +1,9 @@
-"""The built-in data and its checker: the checker must be right before anything it says about a model counts."""
+"""The built-in data and its checker, which must be right before anything it says about a model counts."""
 import numpy as np
 import pytest
 
-from data import (COLOURS, HELD_OUT_PAIRS, PAIRS, RADII, RELATIONS, SHAPES, Scene, Shapes, Thing, check,
-                  held_out_captions, is_held_out, parse, render, words)
+from data import (BACKGROUND, COLOURS, HELD_OUT_PAIRS, PAIRS, RADII, RELATIONS, SHAPES, Scene, Shapes, Thing,
+                  check, held_out_captions, is_held_out, parse, render, words)
 
 SCENES = [Shapes("train").scene(i) for i in range(1000)] + [Shapes("val").scene(i) for i in range(500)]
 
@@ -18,10 +18,12 @@ def one_change(scene: Scene):
     """Every caption that differs from the scene's own in one respect, with the kind of change."""
     things, relation = scene.things, scene.relation
     for i, thing in enumerate(things):
-        others = {"size": RADII, "shape": SHAPES, "colour": [c for c in COLOURS if c not in {t.colour for t in things}]}
+        others = {"size": RADII, "shape": SHAPES,
+                  "colour": [c for c in COLOURS if c not in {t.colour for t in things}]}
         for kind, values in others.items():
             for value in set(values) - {getattr(thing, kind)}:
-                yield kind, Scene((*things[:i], thing._replace(**{kind: value}), *things[i + 1:]), relation, ())
+                yield kind, Scene(
+                    (*things[:i], thing._replace(**{kind: value}), *things[i + 1:]), relation, ())
     if relation is None:
         other = next(c for c in COLOURS if c != things[0].colour)
         yield "extra", Scene((things[0], Thing("", other, "circle")), "above", ())
@@ -39,13 +41,14 @@ def test_rendering_equals_supersampling() -> None:
         "circle": lambda x, y, r: x * x + y * y < r * r,
         "square": lambda x, y, r: np.maximum(abs(x), abs(y)) < 0.886 * r,
         "triangle": lambda x, y, r: (y < 1.02 * r) & (0.866 * abs(x) - 0.5 * (y - 0.34 * r) < 0.68 * r),
-        "cross": lambda x, y, r: ((abs(x) < 1.1 * r) & (abs(y) < 0.42 * r)) | ((abs(y) < 1.1 * r) & (abs(x) < 0.42 * r))}
+        "cross": lambda x, y, r: ((np.maximum(abs(x), abs(y)) < 1.05 * r)
+                                  & (np.minimum(abs(x), abs(y)) < 0.4 * r))}
     for shape, size in [(shape, size) for shape in SHAPES for size in RADII]:
         x, y = 15.3, 16.7
         image = render(Scene((Thing(size, "white", shape),), None, ((x, y),)))
         mask = inside[shape](fine[1] - x, fine[0] - y, RADII[size]).reshape(32, 16, 32, 16).mean((1, 3))
-        error = np.abs(image[..., 0] - (128 + mask * (250 - 128)))
-        assert error.max() < 40 and error.mean() < 0.5, f"{size} {shape} is drawn wrongly"
+        error = np.abs((image[..., 0] - BACKGROUND) / (250 - BACKGROUND) - mask)
+        assert error.max() < 0.3 and error.mean() < 0.004, f"{size} {shape} is drawn wrongly"
 
 
 def test_checker_accepts_true_pairs() -> None:
@@ -65,7 +68,8 @@ def test_checker_refuses_pairs_with_one_change() -> None:
 
 
 def test_checker_names_what_is_wrong() -> None:
-    scene = Scene((Thing("", "red", "circle"), Thing("small", "blue", "square")), "above", ((15, 8), (17, 24)))
+    scene = Scene((Thing("", "red", "circle"), Thing("small", "blue", "square")), "above",
+                  ((15, 8), (17, 24)))
     image = render(scene)
     for caption, wrong in (("a red cross above a small blue square", {"shape"}),
                            ("a red circle above a blue square", {"size"}),
@@ -76,12 +80,13 @@ def test_checker_names_what_is_wrong() -> None:
 
 def test_checker_bears_noise_and_refuses_nonsense() -> None:
     rng = np.random.default_rng(0)
-    noisy = [check(np.clip(render(s) + rng.normal(0, 10, (32, 32, 3)), 0, 255).astype(np.uint8), s.caption())["all"]
-             for s in SCENES[:300]]
+    noisy = [check(np.clip(render(s) + rng.normal(0, 10, (32, 32, 3)), 0, 255).astype(np.uint8),
+                   s.caption())["all"] for s in SCENES[:300]]
     assert np.mean(noisy) >= 0.97
     for scene in SCENES[:50]:
         assert not check(rng.integers(0, 256, (32, 32, 3), np.uint8), scene.caption())["all"]
-        assert not check(np.full((32, 32, 3), 128, np.uint8), scene.caption())["all"]
+        for level in (0, 32, 128, 255):
+            assert not check(np.full((32, 32, 3), level, np.uint8), scene.caption())["all"]
 
 
 def test_held_out_pairs_never_occur_in_training() -> None:
@@ -89,7 +94,8 @@ def test_held_out_pairs_never_occur_in_training() -> None:
     for scene in SCENES[:1000]:
         kinds = tuple(tuple(thing[1:]) for thing in scene.things)
         assert len(kinds) == 1 or not is_held_out(kinds), f"{scene.caption()} is held out"
-    assert is_held_out((("blue", "square"), ("red", "circle"))) and is_held_out((("red", "circle"), ("blue", "square")))
+    assert (is_held_out((("blue", "square"), ("red", "circle")))
+            and is_held_out((("red", "circle"), ("blue", "square"))))
     trained = {word for i in range(3000) for word in words(Shapes().captions(i)[0])}
     assert {word for caption in held_out_captions(864) for word in words(caption)} <= trained
 

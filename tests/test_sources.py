@@ -44,8 +44,8 @@ def read_all(source) -> tuple[dict, Counter]:
 
 
 # ---------------------------------------------------------------- one picture
-@pytest.mark.parametrize("mode, form", [("RGB", "JPEG"), ("RGB", "PNG"), ("RGB", "WEBP"), ("CMYK", "JPEG"), ("P", "PNG"),
-                                        ("RGBA", "PNG"), ("P", "GIF")])
+@pytest.mark.parametrize("mode, form", [("RGB", "JPEG"), ("RGB", "PNG"), ("RGB", "WEBP"), ("CMYK", "JPEG"),
+                                        ("P", "PNG"), ("RGBA", "PNG"), ("P", "GIF")])
 def test_every_mode_gives_its_colours(mode: str, form: str) -> None:
     image = decode_image(picture((200, 30, 30), form=form, mode=mode))
     assert image.mode == "RGB" and image.size == (40, 24)
@@ -65,8 +65,8 @@ def test_exif_rotation_is_applied() -> None:
 
 
 @pytest.mark.parametrize("raw, cause", [
-    (picture(size=(300, 300))[:900], "truncated image"), (b"", "unreadable image"), (b"a text", "unreadable image"),
-    (picture(size=(3, 2000), form="PNG"), "image too small"),
+    (picture(size=(300, 300))[:900], "truncated image"), (b"", "unreadable image"),
+    (b"a text", "unreadable image"), (picture(size=(3, 2000), form="PNG"), "image too small"),
     (picture(size=(9000, 9000), form="PNG", mode="1"), "decompression bomb")])
 def test_unusable_pictures_are_named(raw: bytes, cause: str) -> None:
     with pytest.raises(BadSample) as bad:
@@ -77,13 +77,15 @@ def test_unusable_pictures_are_named(raw: bytes, cause: str) -> None:
 @pytest.mark.parametrize("form", ["TIFF", "BMP", "PPM", "EPS"])
 def test_other_formats_are_not_opened(form: str) -> None:
     with pytest.raises(BadSample):
-        decode_image(picture(form=form))          # for an EPS, Pillow would start Ghostscript on a stranger's file
+        # For an EPS, Pillow would start Ghostscript on a stranger's file.
+        decode_image(picture(form=form))
 
 
 def test_to_square_takes_the_centre() -> None:
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = 255
-    assert to_square(Image.fromarray(pixels), 10).min() > 250, "what is not in the centre square must not come in"
+    assert to_square(Image.fromarray(pixels), 10).min() > 250, \
+        "what is not in the centre square must not come in"
 
 
 # ---------------------------------------------------------------- tars
@@ -124,9 +126,11 @@ def test_a_small_hostile_tar(tmp_path) -> None:
 
 
 def test_absurd_json_costs_no_more_than_its_sample(tmp_path) -> None:
-    deep = b"[" * 100_000                         # a parser that recurses gives up with another error than ValueError
+    # A parser that recurses gives up with another error than ValueError.
+    deep = b"[" * 100_000
     source = TarSource([write_tar(tmp_path / "0.tar", [
-        ("a.jpg", picture()), ("a.json", deep), ("a.txt", b"a"), ("b.jpg", picture()), ("b.json", deep)])], "test")
+        ("a.jpg", picture()), ("a.json", deep), ("a.txt", b"a"),
+        ("b.jpg", picture()), ("b.json", deep)])], "test")
     assert source.captions(0) == ["a"], "the .txt was good"
     with pytest.raises(BadSample):
         source.captions(1)
@@ -142,7 +146,8 @@ def test_what_only_looks_like_data_is_passed_over(tmp_path) -> None:
     (folders / "cat").mkdir(parents=True)
     (folders / "cat" / "1.jpg").write_bytes(picture())
     (folders / "cat" / "._1.jpg").write_bytes(b"shadow")
-    assert len(open_source(str(folders))) == 1, "shadow files would be half the samples, all bad, and stop the run"
+    assert len(open_source(str(folders))) == 1, \
+        "shadow files would be half the samples, all bad, and stop the run"
 
 
 def test_broken_shards_do_not_stop_the_rest(tmp_path, capsys) -> None:
@@ -158,9 +163,11 @@ def test_broken_shards_do_not_stop_the_rest(tmp_path, capsys) -> None:
     write_tar(tmp_path / "6.tar", good)
     source = open_source(str(tmp_path))
     whole = [key for key in source.keys]
-    assert len(whole) >= 8 + 2 and whole[-4:] == ["0", "1", "2", "3"], "shards after a broken one must be reached"
+    assert len(whole) >= 8 + 2 and whole[-4:] == ["0", "1", "2", "3"], \
+        "shards after a broken one must be reached"
     said = capsys.readouterr().err
-    assert all(f"{name}.tar" in said for name in "12345") and "6.tar" not in said, "each bad shard must be named"
+    assert all(f"{name}.tar" in said for name in "12345") and "6.tar" not in said, \
+        "each bad shard must be named"
     assert source.skipped["empty shard"] == 2 and source.skipped["shard cut short"] == 1
     assert read_all(source)[1] == source.skipped, "what was indexed of a cut shard must be whole"
 
@@ -181,8 +188,8 @@ def test_hostile_shards_as_expected() -> None:
                 assert list(got[0].image.size) == case["size_after_conversion"], case
             if "mean_rgb_after_conversion" in case:
                 mean = np.asarray(got[0].image, np.float64).mean((0, 1))
-                assert np.abs(mean - case["mean_rgb_after_conversion"]).max() <= 4 or "alpha" in case["problem"] \
-                    or "transparen" in case["problem"], (case, mean)
+                assert np.abs(mean - case["mean_rgb_after_conversion"]).max() <= 4 \
+                    or "alpha" in case["problem"] or "transparen" in case["problem"], (case, mean)
     for shard, case in expected["shards"].items():
         source = TarSource([SHARED / "hostile" / shard], "hostile")
         keys = [s.key for samples in read_all(source)[0].values() for s in samples]
@@ -258,7 +265,8 @@ def test_an_epoch_shows_every_sample_once_and_replaces_bad_ones(tars) -> None:
     assert set(keys) == set(tars.keys) - {"14"} and sum(keys.values()) == 24
     assert sum((b.skipped for b in batches), Counter()) == {"empty caption": 1}
     for batch in batches:
-        assert len(set(batch.keys)) == len(batch.keys), "a substitute must not be its neighbour's twin in the batch"
+        assert len(set(batch.keys)) == len(batch.keys), \
+            "a substitute must not be its neighbour's twin in the batch"
 
 
 def test_too_many_bad_samples_stop() -> None:

@@ -27,17 +27,20 @@ def test_same_ids_as_transformers(tokenizer: Tokenizer, tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
     save_folder(tokenizer, tmp_path)
     theirs = transformers.CLIPTokenizer.from_pretrained(str(tmp_path))
-    strings = CAPTIONS + ["Two DOGS   run\n\ton it", "it's 3 o'clock, 12:30", "naïve café 犬 ünïcødé", "🐶👩‍👧 emoji",
-                          "", "a", "x" * 300, "don't I'll they've", "a_b-c/d @ #tag $5.00 100%", "ﬁne ½ ²"]
+    strings = CAPTIONS + ["Two DOGS   run\n\ton it", "it's 3 o'clock, 12:30", "naïve café 犬 ünïcødé",
+                          "🐶👩‍👧 emoji", "", "a", "x" * 300, "don't I'll they've",
+                          "a_b-c/d @ #tag $5.00 100%", "ﬁne ½ ²"]
     for text in strings:
         expected = theirs(clean(text))["input_ids"][1:-1]     # cleaned first: theirs has no ftfy
-        assert tokenizer.encode(text) == expected, f"{text!r}: pretrained text encoders would see other tokens"
+        assert tokenizer.encode(text) == expected, \
+            f"{text!r}: pretrained text encoders would see other tokens"
 
 
 def test_where_transformers_differs(tokenizer: Tokenizer, tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
     save_folder(tokenizer, tmp_path)
-    theirs = transformers.CLIPTokenizer.from_pretrained(str(tmp_path))("a <|endoftext|> dog")["input_ids"][1:-1]
+    theirs = transformers.CLIPTokenizer.from_pretrained(str(tmp_path))(
+        "a <|endoftext|> dog")["input_ids"][1:-1]
     assert tokenizer.end in theirs and tokenizer.end not in tokenizer.encode("a <|endoftext|> dog"), \
         "transformers parses control tokens out of captions; ours must not, whatever a caption says"
 
@@ -50,7 +53,8 @@ def test_clips_own_file_gives_the_same_table(tokenizer: Tokenizer, tmp_path) -> 
 
 def test_control_tokens_in_a_caption_stay_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("<|endoftext|> a dog <|startoftext|>")
-    assert max(ids) < tokenizer.start, "a caption must not be able to end itself: the text query is read at the end"
+    assert max(ids) < tokenizer.start, \
+        "a caption must not be able to end itself: the text query is read at the end"
     assert tokenizer.decode(ids).replace(" ", "") == "<|endoftext|>adog<|startoftext|>"
 
 
@@ -98,7 +102,8 @@ def test_round_trips(tokenizer: Tokenizer, tmp_path) -> None:
     again = Tokenizer.from_dict(tokenizer.to_dict())
     assert again.id == tokenizer.id and again.context_length == 16
     save_folder(tokenizer, tmp_path)
-    assert Tokenizer.from_file(tmp_path, 16).encode("two running dogs") == tokenizer.encode("two running dogs")
+    assert (Tokenizer.from_file(tmp_path, 16).encode("two running dogs")
+            == tokenizer.encode("two running dogs"))
 
 
 def test_padding_and_truncation(tokenizer: Tokenizer) -> None:
@@ -106,8 +111,10 @@ def test_padding_and_truncation(tokenizer: Tokenizer) -> None:
         tokens = tokenizer(["a dog", "a dog " * 40, ""])
     assert tokens.shape == (3, 16) and tokens.dtype == torch.int64
     assert (tokens[:, 0] == tokenizer.start).all()
-    assert tokens[1, -1] == tokenizer.end, "a cut caption must keep its end token: the text query is read there"
-    assert tokens.argmax(dim=1).tolist() == [3, 15, 1], "argmax must find the first end token, not the padding"
+    assert tokens[1, -1] == tokenizer.end, \
+        "a cut caption must keep its end token: the text query is read there"
+    assert tokens.argmax(dim=1).tolist() == [3, 15, 1], \
+        "argmax must find the first end token, not the padding"
     with warnings.catch_warnings():
         warnings.simplefilter("error")            # any further warning is an error: one is enough for a run
         again = tokenizer(["short", "another long caption " * 40])
