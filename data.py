@@ -1,9 +1,8 @@
 """Captions to tokens, files to images, and a world of coloured shapes that needs no files at all.
 
-What it is, top to bottom: CLIP's tokenizer, which can also learn a vocabulary (METHOD 1, y -> tokens);
-reading images that may be broken; the sources that `--data` names; batches that are a pure function of
-the step; and the built-in data `shapes` with its checker, which judges a picture against its caption
-from the pixels alone.
+What it is, top to bottom: CLIP's tokenizer, which can also learn a vocabulary; reading images that may be
+broken; the sources that `--data` names; batches that are a pure function of the step; and the built-in data
+`shapes` with its checker, which judges a picture against its caption from the pixels alone.
 What it is not: latents or noise. This file imports no other of the project.
 
 Bad samples are never fatal and never silent: they are counted by cause, and too many of them stop the run.

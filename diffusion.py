@@ -1,7 +1,7 @@
 """The diffusion itself: schedules, noising, targets, losses, guidance, and the DDIM sampler.
 
-What it is: METHOD sections 2, 3 and 6 as functions on tensors. The same lines noise and denoise images and
-text queries, so names are generic here: x0 clean, x_t noised, t timestep, shapes (B, …).
+What it is: the paper's Eq. 4-8 and its sampling as functions on tensors. The same lines noise and denoise
+images and text queries, so names are generic here: x0 clean, x_t noised, t timestep, shapes (B, …).
 What it is not: a network. Samplers are handed a callable; nothing here knows what a UNet is.
 
 Notation: x_t = a x0 + s ε with a = γ √ᾱ_t and s = √(1-ᾱ_t); γ is 1 for images. Schedules are float64 tables.

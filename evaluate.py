@@ -1,6 +1,6 @@
 """Scores: how well images and texts find each other, and whether drawn pictures show what was asked.
 
-What it is: METHOD section 6, Algorithm 3, turned into the field's numbers.
+What it is: Algorithm 3 (sample.py) turned into the field's numbers.
     python evaluate.py retrieval --data shapes        R@1/5/10, image -> text and text -> image
     python evaluate.py zeroshot  --data cifar10       top-1, top-5, mean per class over class folders
     python evaluate.py checker   --best-of 4          pictures for held-out prompts, judged from their pixels

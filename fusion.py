@@ -1,9 +1,10 @@
 """The building blocks of DiffDis's attention: Stable Diffusion's transformer block, and its dual-stream form.
 
-What it is: METHOD section 4 ("dual-stream deep fusion attention"). A Stable Diffusion attention block lets
-image tokens attend to each other and to a text. DiffDis adds one more token, the noised *text query*, which
-travels with the image tokens through every attention block of the UNet's encoder half and is denoised by what
-it sees there. `SpatialTransformer` is that block; `AlignmentTransformer` is what follows the middle block.
+What it is: the paper's "dual-stream deep fusion attention" (README, method 4). A Stable Diffusion attention
+block lets image tokens attend to each other and to a text. DiffDis adds one more token, the noised *text
+query*, which travels with the image tokens through every attention block of the UNet's encoder half and is
+denoised by what it sees there. `SpatialTransformer` is that block; `AlignmentTransformer` is what follows the
+middle block.
 What it is not: the UNet itself (model.py), nor anything about noise and timesteps (diffusion.py).
 
 Module names are Stable Diffusion's own wherever it has the module, so that its weights load by name; all that
@@ -92,7 +93,7 @@ class TransformerBlock(nn.Module):
     """Stable Diffusion's block: self-attention, cross-attention to the text, feed-forward;
     each pre-norm, residual.
 
-    With `fusion` it is the dual-stream block (METHOD 4, steps 2-3): the query token goes through the *shared*
+    With `fusion` it is the dual-stream block (README, method 4, steps 2-3): the query token goes through the *shared*
     self-attention beside the image tokens, then through a feed-forward of its own, without cross-attention.
     `context_width` None leaves the cross-attention out (the M blocks of the alignment transformer).
     """
@@ -142,7 +143,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A UNet attention block: GroupNorm, 1×1 in, K transformer blocks, 1×1 out, residual (METHOD 4).
+    """A UNet attention block: GroupNorm, 1×1 in, K transformer blocks, 1×1 out, residual (README, method 4).
 
     With `fusion` it carries the text query along: FC_in adds the state left by the previous block to the
     noised query (the skip connection across blocks), FC_out hands the state on.

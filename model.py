@@ -1,8 +1,8 @@
 """DiffDis: one Stable Diffusion UNet that draws images from text and reads text from images.
 
 What it is: every network of the project, bottom-up: residual block, autoencoder, text encoder, UNet, and the
-`DiffDis` module that holds them with their configuration (METHOD sections 1-4). The `sd-v1` preset has Stable
-Diffusion v1's exact shapes; `tiny` and `small` are the same classes with smaller numbers.
+`DiffDis` module that holds them with their configuration. The `sd-v1` preset has Stable Diffusion v1's exact
+shapes; `tiny` and `small` are the same classes with smaller numbers.
 What it is not: noise, timesteps' distribution, losses and samplers (diffusion.py), or data (data.py).
 
 The UNet has two entry points. `denoise_image` is Stable Diffusion. `denoise_query` runs only the
@@ -88,7 +88,7 @@ class Config:
     timesteps: int = 1000        # T
     # t_z while the image is a condition (Table 7); None: T, never drawn
     condition_timestep: int | None = None
-    image_target: str = "noise"  # METHOD 2
+    image_target: str = "noise"  # Eq. 4 has noise; small presets predict data
     text_target: str = "data"    # Table 2
     image_schedule: str = "linear"
     text_schedule: str = "cosine"           # Table 3
@@ -359,7 +359,7 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text transformer. One pass gives the text condition c and the text query e (METHOD 1)."""
+    """CLIP's text transformer. One pass gives the text condition c and the text query e."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Prompts to PNG, with DiffDis's own judgement of what it drew.
 
-What it is: METHOD section 6: Algorithm 2 (`draw_images`, text to image) and Algorithm 3 (`draw_queries`,
+What it is: the paper's Algorithm 2 (`draw_images`, text to image) and Algorithm 3 (`draw_queries`,
 image to text query), each a few lines around the one sampler in diffusion.py, and the command line
 that saves pictures. `--best-of N` puts the two together: one model draws N images and keeps the one
 it reads the prompt from best.

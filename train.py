@@ -1,7 +1,6 @@
-"""Trains DiffDis: one network, two losses, one gradient step on both (Algorithm 1, METHOD section 5).
+"""Trains DiffDis: one network, two losses, one gradient step on both (the paper's Algorithm 1).
 
-What it is: the training loop, told once from top to bottom:
-recipe, loss, optimiser, loop, checkpoint, validation.
+What it is: recipe, loss, optimiser, loop, checkpoint, validation, told once from top to bottom.
     python train.py                                        the built-in data, on two CPU cores in minutes
     python train.py --data DIR                             tars, class folders or captioned images
     torchrun --nproc_per_node=8 train.py --data cc3m       several GPUs
@@ -35,7 +34,7 @@ from model import PRESETS, SCHEDULES, TARGETS, Config, DiffDis, is_new
 from sample import Parser, draw_images, fail, make_grid, pick_device, positive
 
 TASKS = ("generation", "alignment")
-# What a preset's training starts from where no flag says otherwise. sd-v1: METHOD section 5.
+# What a preset's training starts from where no flag says otherwise. sd-v1: the paper's for CC3M.
 RECIPES = {
     "tiny": dict(steps=1400, batch_size=64, lr=1e-3, lr_pretrained=1e-3, lr_decay="cosine", warmup=100,
                  beta2=0.99, weight_decay=1e-2, ema=0.997, generation_share=0.5),

@@ -1,4 +1,4 @@
-"""The dual-stream block against a slow reading of METHOD section 4, one token at a time."""
+"""The dual-stream block against a slow reading of the README's method 4, one token at a time."""
 from dataclasses import replace
 
 import pytest
