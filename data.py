@@ -368,12 +368,12 @@ class TarSource(Source):
                     if member.offset_data + member.size > total:
                         raise tarfile.ReadError("data cut short")
                     kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
+                    name = os.path.join(folder, stem)
                     # An extension seen again is another sample of the same name: never mix the two.
-                    if key != (key := os.path.join(folder, stem)) or kind in members:
-                        if members:
-                            yield previous, members
+                    if members and (name != key or kind in members):
+                        yield key, members
                         members = {}
-                    members[kind], previous = (member.offset_data, member.size), key
+                    key, members[kind] = name, (member.offset_data, member.size)
                 if found and tar.offset + 512 > total:
                     raise tarfile.ReadError("no end mark")
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
@@ -384,7 +384,7 @@ class TarSource(Source):
             if not found:
                 problem("empty shard")
         if members:
-            yield previous, members
+            yield key, members
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -679,7 +679,7 @@ SIDE, BACKGROUND = 32, 32.0                 # px; red = green = blue of 255
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (240, 220, 50),
            "purple": (160, 60, 200), "white": (250, 250, 250)}
 SHAPES = ("circle", "square", "triangle", "cross")
-RADII = {"": 6.6, "small": 4.3}             # px; the large size goes without saying
+RADII = {"": 7.0, "small": 5.0}             # px; the large size goes without saying
 RELATIONS = {"above": (0, -1), "below": (0, 1), "to the left of": (-1, 0), "to the right of": (1, 0)}
 PIXELS = np.mgrid[:SIDE, :SIDE].astype(np.float32) + 0.5      # y, x of pixel centres
 
@@ -735,7 +735,7 @@ def coverage(shape: str, centre_x, centre_y, radius) -> np.ndarray:
         inner, y = 0.68 * radius, y - 0.34 * radius          # equilateral, point up; inner is its inradius
         distance = np.maximum(y, 0.866 * x - 0.5 * y) - inner
     else:
-        arm, half, y = 1.05 * radius, 0.4 * radius, np.abs(y)
+        arm, half, y = 1.05 * radius, 0.35 * radius, np.abs(y)
         distance = np.minimum(np.maximum(x - arm, y - half), np.maximum(y - arm, x - half))
     return np.clip(0.5 - distance, 0, 1)
 

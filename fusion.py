@@ -93,7 +93,7 @@ class TransformerBlock(nn.Module):
     """Stable Diffusion's block: self-attention, cross-attention to the text, feed-forward;
     each pre-norm, residual.
 
-    With `fusion` it is the dual-stream block (README, method 4, steps 2-3): the query token goes through the *shared*
+    With `fusion` it is the dual-stream block (README, method 4): the query token goes through the *shared*
     self-attention beside the image tokens, then through a feed-forward of its own, without cross-attention.
     `context_width` None leaves the cross-attention out (the M blocks of the alignment transformer).
     """

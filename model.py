@@ -16,7 +16,7 @@ import math
 import os
 import pickle
 import tempfile
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data import Tokenizer
-from fusion import Attention, AlignmentTransformer, FusionConfig, SpatialTransformer
+from fusion import AlignmentTransformer, FusionConfig, SpatialTransformer
 
 TARGETS = ("noise", "v", "data")       # what a network may be asked to predict; formulas in diffusion.py
 SCHEDULES = ("linear", "cosine")

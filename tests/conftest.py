@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import Shapes, Tokenizer  # noqa: E402  (the path comes first)
 from fusion import FusionConfig  # noqa: E402
-from model import PRESETS, Config, DiffDis, TextConfig, UNetConfig, patches  # noqa: E402
+from model import Config, DiffDis, TextConfig, UNetConfig, patches  # noqa: E402
 
 
 def tiny_config(**changes) -> Config:

@@ -1,11 +1,10 @@
-"""The networks against diffusers and transformers, with the same random weights,
-at small sizes and at sd-v1's names."""
+"""The networks against diffusers and transformers, with the same random weights at small sizes."""
 import pytest
 import torch
+from conftest import randomise
 
-from data import Tokenizer
 from fusion import FusionConfig
-from model import (PRESETS, AutoencoderConfig, Config, DiffDis, KLAutoencoder, TextConfig, TextEncoder, UNet,
+from model import (PRESETS, AutoencoderConfig, Config, KLAutoencoder, TextConfig, TextEncoder, UNet,
                    UNetConfig, is_new)
 
 diffusers = pytest.importorskip(
@@ -19,14 +18,6 @@ def small_config(**changes) -> Config:
                   text=TextConfig(600, 16, 64, 2, 4),
                   autoencoder=AutoencoderConfig(channels=(32, 32, 64, 64)))
     return Config(**{**values, **changes})
-
-
-def randomise(module: torch.nn.Module) -> None:
-    """Every weight random: zero-initialised convolutions would hide whatever comes before them."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        parameter.data = (torch.randn(parameter.shape, generator=generator)
-                          * (0.5 / max(1, parameter[0].numel()) ** 0.5))
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:

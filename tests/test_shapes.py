@@ -42,7 +42,7 @@ def test_rendering_equals_supersampling() -> None:
         "square": lambda x, y, r: np.maximum(abs(x), abs(y)) < 0.886 * r,
         "triangle": lambda x, y, r: (y < 1.02 * r) & (0.866 * abs(x) - 0.5 * (y - 0.34 * r) < 0.68 * r),
         "cross": lambda x, y, r: ((np.maximum(abs(x), abs(y)) < 1.05 * r)
-                                  & (np.minimum(abs(x), abs(y)) < 0.4 * r))}
+                                  & (np.minimum(abs(x), abs(y)) < 0.35 * r))}
     for shape, size in [(shape, size) for shape in SHAPES for size in RADII]:
         x, y = 15.3, 16.7
         image = render(Scene((Thing(size, "white", shape),), None, ((x, y),)))
