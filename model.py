@@ -140,7 +140,7 @@ def patches(factor: int, scale: float) -> AutoencoderConfig:
 PRESETS = {
     "tiny": Config(
         FusionConfig(query_width=128, align_blocks=2, head_width=32),
-        UNetConfig((64, 128), (False, True), 1, 4),
+        UNetConfig((64, 128), (True, True), 1, 4),
         TextConfig(1024, 24, 128, 2, 8), patches(4, 1.0), image_size=32, image_target="data"),
     "small": Config(
         FusionConfig(query_width=384, align_blocks=4), UNetConfig((192, 384, 576), (True, True, True), 2, 6),

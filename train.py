@@ -36,12 +36,12 @@ from sample import Parser, draw_images, fail, make_grid, pick_device, positive
 TASKS = ("generation", "alignment")
 # What a preset's training starts from where no flag says otherwise. sd-v1: the paper's for CC3M.
 RECIPES = {
-    "tiny": dict(steps=1400, batch_size=64, lr=1e-3, lr_pretrained=1e-3, lr_decay="cosine", warmup=100,
-                 beta2=0.99, weight_decay=1e-2, ema=0.997, generation_share=0.5),
+    "tiny": dict(steps=2400, batch_size=32, lr=1e-3, lr_pretrained=1e-3, lr_decay="cosine", warmup=150,
+                 beta2=0.99, weight_decay=1e-2, ema=0.997, align_weight=0.3),
     "small": dict(steps=50000, batch_size=256, lr=5e-4, lr_pretrained=5e-4, lr_decay="cosine", warmup=500,
-                  beta2=0.99, weight_decay=1e-2, ema=0.999, generation_share=1.0),
+                  beta2=0.99, weight_decay=1e-2, ema=0.999, align_weight=0.3),
     "sd-v1": dict(steps=60000, batch_size=1024, lr=1e-4, lr_pretrained=1e-5, lr_decay="constant", warmup=1000,
-                  beta2=0.999, weight_decay=1e-4, ema=0.9999, generation_share=1.0),
+                  beta2=0.999, weight_decay=1e-4, ema=0.9999, align_weight=1.0),
 }
 # Flags that may differ between a run and its resumption without changing what is computed.
 FREE_ON_RESUME = ("resume", "out", "device", "workers", "log_every", "save_every", "sample_every")
@@ -96,8 +96,6 @@ def add_run_flags(add: Callable, switch: dict) -> None:
 def add_optimisation_flags(add: Callable, switch: dict) -> None:
     add("--steps", "gradient steps", type=positive)
     add("--batch-size", "image-caption pairs per step, over all ranks", type=positive)
-    add("--generation-share", "share of a batch that the generation loss sees; the alignment loss, "
-        "which compares pairs, always sees all of it", type=float)
     add("--lr", "peak learning rate of AdamW", type=float)
     add("--lr-pretrained", "the same for weights that came with --init", type=float)
     add("--lr-decay", "after warm-up", choices=("cosine", "constant"))
@@ -109,7 +107,7 @@ def add_optimisation_flags(add: Callable, switch: dict) -> None:
 
 
 def add_method_flags(add: Callable, switch: dict) -> None:
-    add("--align-weight", "λ, weight of the alignment loss", type=float, default=1.0)
+    add("--align-weight", "λ, weight of the alignment loss", type=float)
     add("--p-uncond", "share of captions replaced by the empty prompt (generation)", type=float, default=0.1)
     add("--p-drop-image", "share of images dropped (alignment)", type=float, default=0.1)
     add("--image-target", "what the UNet predicts for images; without it the preset's", choices=TARGETS)
@@ -134,8 +132,7 @@ def check_args(args: argparse.Namespace) -> None:
     for field, low, high in (("p_uncond", 0, 1), ("p_drop_image", 0, 1), ("ema", 0, 1), ("max_bad", 0, 1),
                              ("lr", 0, math.inf), ("lr_pretrained", 0, math.inf), ("warmup", 0, math.inf),
                              ("weight_decay", 0, math.inf), ("grad_clip", 0, math.inf), ("val", 1, math.inf),
-                             ("align_weight", 0, math.inf), ("beta2", 0, 1), ("generation_share", 0, 1),
-                             ("seed", 0, 2 ** 63)):
+                             ("align_weight", 0, math.inf), ("beta2", 0, 1), ("seed", 0, 2 ** 63)):
         if not low <= getattr(args, field) <= high:
             raise ValueError(f"--{field.replace('_', '-')} is {getattr(args, field)}, "
                              f"expected {low} to {high}")
@@ -175,7 +172,6 @@ class JointLoss(nn.Module):
         super().__init__()
         self.model, self.tasks = model, args.tasks
         self.p_uncond, self.p_drop_image = args.p_uncond, args.p_drop_image
-        self.generation_share = args.generation_share if len(args.tasks) > 1 else 1.0
         for name in ("image", "text"):
             table = make_alphas_cumprod(getattr(model.config, f"{name}_schedule"), model.config.timesteps)
             self.register_buffer(f"{name}_alphas", table)
@@ -210,10 +206,7 @@ class JointLoss(nn.Module):
         if "generation" in self.tasks:
             dropped = drawn["u"][:, 0] < self.p_uncond
             context = torch.where(dropped[:, None, None], null_context, context)
-            # Of each rank's: the global batch's first.
-            n = max(1, round(self.generation_share * len(latents)))
-            losses["generation"] = self.generation(latents[:n], context[:n],
-                                                   {k: v[:n] for k, v in drawn.items()})
+            losses["generation"] = self.generation(latents, context, drawn)
         if "alignment" in self.tasks:
             dropped = drawn["u"][:, 1] < self.p_drop_image
             condition = torch.where(dropped[:, None, None, None], 0.0, latents)
