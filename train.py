@@ -36,7 +36,7 @@ from sample import Parser, draw_images, fail, make_grid, pick_device, positive
 TASKS = ("generation", "alignment")
 # What a preset's training starts from where no flag says otherwise. sd-v1: the paper's for CC3M.
 RECIPES = {
-    "tiny": dict(steps=2400, batch_size=32, lr=5e-4, lr_pretrained=5e-4, lr_decay="cosine", warmup=150,
+    "tiny": dict(steps=2000, batch_size=32, lr=5e-4, lr_pretrained=5e-4, lr_decay="cosine", warmup=150,
                  beta2=0.99, weight_decay=1e-2, ema=0.997, align_weight=0.3),
     "small": dict(steps=50000, batch_size=256, lr=3e-4, lr_pretrained=3e-4, lr_decay="cosine", warmup=500,
                   beta2=0.99, weight_decay=1e-2, ema=0.999, align_weight=0.3),
