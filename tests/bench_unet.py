@@ -1,6 +1,6 @@
 """Time of a UNet training step (forward, backward, no optimiser) against diffusers' UNet of the same size.
 
-    python tests/bench_unet.py                       the `tiny` preset at its batch of 64
+    python tests/bench_unet.py                       the `tiny` preset at its batch of 32
     python tests/bench_unet.py --preset sd-v1 --batch 1 --device cuda
 
 Both networks hold the same weights and get the same tensors; the two take turns within one process,
@@ -11,22 +11,20 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import diffusers
 import torch
+from conftest import randomise      # which also puts the project on the import path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from model import PRESETS, UNet, is_new  # noqa: E402  (the path comes first)
+from model import PRESETS, UNet, is_new
 
 
 def pair(preset: str):
     """Ours and diffusers' UNet with the same weights, the query stream left out of the count."""
     config = PRESETS[preset]
-    ours, u = UNet(config), config.unet
+    ours, u = randomise(UNet(config)), config.unet      # at its start it puts out zeros: nothing to compare
     theirs = diffusers.UNet2DConditionModel(
         in_channels=config.autoencoder.latent_channels, out_channels=config.autoencoder.latent_channels,
         layers_per_block=u.res_blocks, block_out_channels=u.channels, cross_attention_dim=config.text.width,
@@ -40,7 +38,7 @@ def pair(preset: str):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=tuple(PRESETS), default="tiny")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=30, help="measured steps of each network")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="also write the figures here")
