@@ -11,6 +11,7 @@ Read next: evaluate.py, which scores images against texts.
 """
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -134,6 +135,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs) -> None:
         super().__init__(formatter_class=HelpFormatter, **kwargs)
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"    # no line of code with it
 
     def error(self, message: str) -> None:
         fail(f"{message}; --help explains every flag")
