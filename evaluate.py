@@ -176,13 +176,14 @@ def checker(model: DiffDis, args: argparse.Namespace) -> dict:
     `all_single` those of the first draw.
     """
     prompts = held_out_captions(args.n)
+    scale = model.config.guidance_scale if args.guidance_scale is None else args.guidance_scale
     keys, rates = ("colour", "shape", "size", "relation", "all"), {}
     kept, singles, at_once = [], [], max(1, 64 // args.best_of)
     for i in tqdm(range(0, len(prompts), at_once), unit="batch", disable=None, leave=False):
         some = prompts[i:i + at_once]
         seeds = list(range(args.seed + i * args.best_of, args.seed + (i + len(some)) * args.best_of))
         images = draw_images(model, [prompt for prompt in some for _ in range(args.best_of)], seeds,
-                             args.steps, args.guidance_scale)
+                             args.steps, scale)
         pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
         for k, prompt in enumerate(some):
             first = k * args.best_of
@@ -193,7 +194,7 @@ def checker(model: DiffDis, args: argparse.Namespace) -> dict:
     for key in keys:
         rates[key] = sum(verdict[key] for verdict in kept) / len(kept)
     return {"n": len(prompts), "best_of": args.best_of, "steps": args.steps,
-            "guidance_scale": args.guidance_scale, "chance": 0.0, **rates,
+            "guidance_scale": scale, "chance": 0.0, **rates,
             "all_interval": wilson(rates["all"], len(prompts)), "all_single": sum(singles) / len(singles)}
 
 
@@ -230,7 +231,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             add("--n", type=positive, default=64, help="held-out prompts to draw")
             add("--best-of", type=positive, default=1, help="draw this many, keep the model's own favourite")
             add("--steps", type=positive, default=50, help="sampler steps")
-            add("--guidance-scale", type=float, default=3.0, help="1 + w; 1: no guidance")
+            add("--guidance-scale", type=float, help="1 + w, 1: none; without it the checkpoint's own")
             continue
         add("--data", default="shapes",
             help="shapes, cc3m, or a folder of tars, class folders or captioned images")

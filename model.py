@@ -93,6 +93,7 @@ class Config:
     image_schedule: str = "linear"
     text_schedule: str = "cosine"           # Table 3
     gamma: float = 1.0           # γ, scale of the text query inside its noise (Eq. 6)
+    guidance_scale: float = 7.5  # 1 + w with which images are drawn unless told otherwise
 
     def __post_init__(self) -> None:
         if self.condition_timestep is None:
@@ -141,10 +142,12 @@ PRESETS = {
     "tiny": Config(
         FusionConfig(query_width=128, align_blocks=2, head_width=32),
         UNetConfig((64, 128), (True, True), 1, 4),
-        TextConfig(1024, 24, 128, 2, 8), patches(4, 1.0), image_size=32, image_target="data"),
+        TextConfig(1024, 24, 128, 2, 8), patches(4, 1.0), image_size=32, image_target="data",
+        guidance_scale=2.0),
     "small": Config(
         FusionConfig(query_width=384, align_blocks=4), UNetConfig((192, 384, 576), (True, True, True), 2, 6),
-        TextConfig(8192, 48, 384, 6, 6), patches(4, 2.0), image_size=64, image_target="data"),
+        TextConfig(8192, 48, 384, 6, 6), patches(4, 2.0), image_size=64, image_target="data",
+        guidance_scale=2.0),
     "sd-v1": Config(FusionConfig(query_width=768)),
 }
 

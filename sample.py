@@ -29,25 +29,27 @@ from model import DiffDis
 # ---------------------------------------------------------------- Algorithm 2: text -> image
 @torch.no_grad()
 def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int = 50,
-                guidance_scale: float = 3.0, size: tuple[int, int] | None = None, negative: str = "",
-                progress=iter) -> Tensor:
+                guidance_scale: float | None = None, size: tuple[int, int] | None = None,
+                negative: str = "", progress=iter) -> Tensor:
     """Draw one image per prompt and seed (Algorithm 2): DDIM with classifier-free guidance.
 
     prompts, seeds: B of each, an image depends on its own two alone; steps: sampler steps, 1 to T;
-    guidance_scale: 1 + w, 1 is no guidance; size: (height, width) in px, default the training size;
-    negative: the prompt to guide away from -> images [B, 3, H, W] in [-1, 1], float32, on the model's device.
+    guidance_scale: 1 + w, 1 is no guidance, None the configuration's; size: (height, width) in px, None the
+    training size; negative: the prompt to guide away from
+    -> images [B, 3, H, W] in [-1, 1], float32, on the model's device.
     """
     config, device = model.config, model.device
     shape = model.latent_shape(*(size or (config.image_size, config.image_size)))
     z_T = torch.stack([torch.randn(shape, generator=generator_of(seed)) for seed in seeds]).to(device)
     both = model.encode_text([negative] * len(prompts) + prompts)[0]      # [2B, L, D], unconditional first
     alphas_cumprod = make_alphas_cumprod(config.image_schedule, config.timesteps).to(device)
+    scale = config.guidance_scale if guidance_scale is None else guidance_scale
 
     def predict(z_t: Tensor, t: Tensor) -> Tensor:
-        if guidance_scale == 1:
+        if scale == 1:
             return model.denoise_image(z_t, t, both[len(prompts):])
         unconditional, conditional = model.denoise_image(z_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-        return guide(conditional, unconditional, guidance_scale)
+        return guide(conditional, unconditional, scale)
 
     # A noise-predicting model is sampled as Stable Diffusion is: from t = 981 to 1 (in 50 steps),
     # ending at ᾱ_0. At T-1 its x̂0 would be its error divided by √ᾱ, a fifteenfold;
@@ -182,7 +184,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ckpt", help="checkpoint; without it the newest runs/*/checkpoint.pt")
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights, or the last step's")
     add("--steps", type=positive, default=50, help="sampler steps")
-    add("--guidance-scale", type=float, default=3.0, help="1 + w of classifier-free guidance; 1: none")
+    add("--guidance-scale", type=float,
+        help="1 + w of classifier-free guidance, 1: none; without it the checkpoint's own")
     add("--negative", default="", help="prompt to guide away from")
     add("--seed", type=int, default=0, help="image k of a prompt is drawn from seed + k")
     add("-n", type=positive, default=1, help="images per prompt")
@@ -254,6 +257,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--out is {args.out!r}, expected a .png in an existing folder")
         device = pick_device(args.device)
         model = models.load(find_checkpoint(args.ckpt), device, args.weights)
+        if args.guidance_scale is None:
+            args.guidance_scale = model.config.guidance_scale
         model.latent_shape(*(parse_size(args.size) or (model.config.image_size,) * 2))
         sampling_timesteps(args.steps, model.config.timesteps, "trailing")
         warn_unknown_words(model, args.prompts)

@@ -532,7 +532,8 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0:
             count = sum(p.numel() for p in trainer.averages.live.values())
             print(f"run: {trainer.run.folder}  seed: {args.seed}  device: {device} x {world}  "
-                  f"{args.precision}  trainable parameters: {count:,}  step: {trainer.step} of {args.steps}")
+                  f"{args.precision}  trainable parameters: {count:,}  step: {trainer.step} of {args.steps}",
+                  flush=True)
         trainer.train()
         if rank == 0:
             print(trainer.report)
