@@ -137,7 +137,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs) -> None:
         super().__init__(formatter_class=HelpFormatter, **kwargs)
-        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"    # no line of code with it
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"   # no line of code with it
 
     def error(self, message: str) -> None:
         fail(f"{message}; --help explains every flag")
