@@ -134,7 +134,8 @@ def sampling_timesteps(steps: int, total: int, spacing: str) -> list[int]:
     """Which of the T timesteps a sampler visits, from noisy to clean.
 
     spacing: "leading" is Stable Diffusion's (…, 41, 21, 1 for 50 steps: it never visits T-1);
-    "trailing" starts at T-1, where what a sampler starts from, pure noise, is what training showed.
+    "trailing" starts at T-1, where what a sampler starts from, pure noise, is what training showed;
+    "linspace" cuts T-1 … 0 into equal parts and leaves 0 out.
     """
     if not 1 <= steps <= total:
         raise ValueError(f"sampling steps is {steps}, expected 1 to {total}")
@@ -142,7 +143,9 @@ def sampling_timesteps(steps: int, total: int, spacing: str) -> list[int]:
         return [min(i * (total // steps) + 1, total - 1) for i in reversed(range(steps))]
     if spacing == "trailing":
         return [round(total - i * total / steps) - 1 for i in range(steps)]
-    raise ValueError(f"spacing is {spacing!r}, expected 'leading' or 'trailing'")
+    if spacing == "linspace":
+        return [round((total - 1) * (steps - i) / steps) for i in range(steps)]
+    raise ValueError(f"spacing is {spacing!r}, expected 'leading', 'trailing' or 'linspace'")
 
 
 def make_denoiser(predict: Callable[[Tensor, Tensor], Tensor], kind: str, alphas_cumprod: Tensor,
@@ -164,17 +167,48 @@ def make_denoiser(predict: Callable[[Tensor, Tensor], Tensor], kind: str, alphas
 
 
 def ddim(denoise: Denoiser, x_t: Tensor, timesteps: list[int], alphas_cumprod: Tensor, gamma: float = 1.0,
-         final_alpha_cumprod: float = 1.0, progress: Callable = iter) -> Tensor:
-    """DDIM without added noise (Song et al. 2021): x_t' = a' x̂0 + s' ε̂
+         final_alpha_cumprod: float = 1.0, eta: float = 0.0, noise: Callable[[int], Tensor] | None = None,
+         progress: Callable = iter) -> Tensor:
+    """DDIM (Song et al. 2021, Eq. 12): x_t' = a' x̂0 + √(s'² − σ²) ε̂ + σ ε'
     (Algorithms 2 and 3, images or queries).
 
     x_t: (B, …) pure noise; timesteps: decreasing; final_alpha_cumprod: ᾱ after the last step, 1 for clean
-    data (Stable Diffusion's own sampler stops at ᾱ_0); progress: wraps the list of timesteps, e.g. tqdm.
+    data (Stable Diffusion's own sampler stops at ᾱ_0); eta: 0 adds no noise, 1 as much as DDPM;
+    noise: number of the step -> ε' (B, …), needed for eta > 0; progress: wraps the timesteps, e.g. tqdm.
     -> x0 (B, …)
     """
     for i, now in enumerate(progress(timesteps)):
         x0_pred, eps_pred = denoise(x_t, torch.full((len(x_t),), now, device=x_t.device))
-        last = i + 1 == len(timesteps)
-        alpha_bar = final_alpha_cumprod if last else float(alphas_cumprod[timesteps[i + 1]])
-        x_t = gamma * alpha_bar ** 0.5 * x0_pred + (1 - alpha_bar) ** 0.5 * eps_pred
+        before, last = float(alphas_cumprod[now]), i + 1 == len(timesteps)
+        after = final_alpha_cumprod if last else float(alphas_cumprod[timesteps[i + 1]])
+        sigma = eta * ((1 - after) / (1 - before) * (1 - before / after)) ** 0.5
+        x_t = gamma * after ** 0.5 * x0_pred + (1 - after - sigma ** 2) ** 0.5 * eps_pred
+        if sigma:
+            x_t = x_t + sigma * noise(i)
     return x_t / gamma
+
+
+def dpm_solver(denoise: Denoiser, x_t: Tensor, timesteps: list[int], alphas_cumprod: Tensor,
+               progress: Callable = iter) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2), for images: good in 20 steps where DDIM needs 50.
+
+    With half the log-SNR ℓ = log(a/s) as time, one step over h = ℓ' − ℓ is exact for an x̂0 that changes
+    linearly, which it is extrapolated to from this step's and the last one's. The first and the last step
+    use this step's alone; the last, to ᾱ = 1, ends at x̂0. Arguments as in `ddim`.
+    """
+    def scales(t: int) -> tuple[float, float, float]:
+        alpha_bar = float(alphas_cumprod[t])
+        return (alpha_bar ** 0.5, (1 - alpha_bar) ** 0.5,
+                0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar)))
+
+    x0_before = half_before = None
+    for i, now in enumerate(progress(timesteps)):
+        x0_pred, _ = denoise(x_t, torch.full((len(x_t),), now, device=x_t.device))
+        if i + 1 == len(timesteps):
+            return x0_pred
+        (_, s, half), (a_next, s_next, half_next) = scales(now), scales(timesteps[i + 1])
+        h, estimate = half_next - half, x0_pred
+        if i > 0:
+            estimate = x0_pred + 0.5 * h / (half - half_before) * (x0_pred - x0_before)
+        x_t = s_next / s * x_t - a_next * math.expm1(-h) * estimate
+        x0_before, half_before = x0_pred, half
