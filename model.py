@@ -605,25 +605,235 @@ def is_new(name: str) -> bool:
     return "query_" in name or name == "logit_scale"
 
 
+# ---------------------------------------------------------------- Stable Diffusion's names
+# Our names are those of a diffusers folder. The original files (CompVis) count through flat lists instead.
+PREFIXES = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.",
+            "text_encoder": "cond_stage_model.transformer."}
+QUERY_PREFIX = "diffdis."         # what Stable Diffusion does not have, in files we write under its names
+# What such files hold beside the networks.
+IGNORED = re.compile(r".*position_ids$|model_ema\.|first_stage_model\.loss\.|"
+                     r"cond_stage_model\.(logit_scale|transformer\.(logit_scale|text_projection))|"
+                     r"((sqrt_)?(one_minus_)?alphas?|(log_|sqrt_)?(one_minus_|recip(m1)?_)?alphas|betas|posterior_|"
+                     r"lvlb_weights|logvar)[^.]*$")
+RES_BLOCK = r"(put_blocks\.\d+\.0|middle_block\.\d)\."
+# Spellings that older files have for what is now called otherwise.
+OLD_SPELLINGS = [(r"(attentions\.\d\.)query\.", r"\1to_q."), (r"(attentions\.\d\.)key\.", r"\1to_k."),
+                 (r"(attentions\.\d\.)value\.", r"\1to_v."),
+                 (r"(attentions\.\d\.)proj_attn\.", r"\1to_out.0."), (r"^text_model\.", "")]
+
+
+def compvis_rules(config: Config) -> dict[str, list]:
+    """Part -> [(pattern in our name, CompVis's spelling)], applied one after the other.
+
+    x is a level, i a block within it; a level has n entries in the flat lists.
+    """
+    n, attention = config.unet.res_blocks + 1, config.unet.attention[::-1]
+    top = len(config.autoencoder.channels) - 1
+    unet = [
+        (r"^time_embedding\.linear_1", "time_embed.0"), (r"^time_embedding\.linear_2", "time_embed.2"),
+        (r"^conv_in\.", "input_blocks.0.0."), (r"^conv_norm_out\.", "out.0."), (r"^conv_out\.", "out.2."),
+        (r"^down_blocks\.(\d)\.resnets\.(\d)", lambda x, i: f"input_blocks.{1 + n * x + i}.0"),
+        (r"^down_blocks\.(\d)\.attentions\.(\d)", lambda x, i: f"input_blocks.{1 + n * x + i}.1"),
+        (r"^down_blocks\.(\d)\.downsamplers\.0\.conv", lambda x: f"input_blocks.{n + n * x}.0.op"),
+        (r"^mid_block\.resnets\.(\d)", lambda i: f"middle_block.{2 * i}"),
+        (r"^mid_block\.attentions\.0", "middle_block.1"),
+        (r"^up_blocks\.(\d)\.resnets\.(\d)", lambda x, i: f"output_blocks.{n * x + i}.0"),
+        (r"^up_blocks\.(\d)\.attentions\.(\d)", lambda x, i: f"output_blocks.{n * x + i}.1"),
+        (r"^up_blocks\.(\d)\.upsamplers\.0",
+         lambda x: f"output_blocks.{n * x + n - 1}.{2 if attention[x] else 1}"),
+        (RES_BLOCK + "norm1", r"\1.in_layers.0"), (RES_BLOCK + "conv1", r"\1.in_layers.2"),
+        (RES_BLOCK + "time_emb_proj", r"\1.emb_layers.1"),
+        (RES_BLOCK + "norm2", r"\1.out_layers.0"), (RES_BLOCK + "conv2", r"\1.out_layers.3"),
+        (RES_BLOCK + "conv_shortcut", r"\1.skip_connection")]
+    autoencoder = [
+        (r"mid_block\.resnets\.(\d)", lambda i: f"mid.block_{i + 1}"),
+        (r"mid_block\.attentions\.0", "mid.attn_1"),
+        (r"attn_1\.group_norm", "attn_1.norm"), (r"attn_1\.to_([qkv])", r"attn_1.\1"),
+        (r"attn_1\.to_out\.0", "attn_1.proj_out"),
+        (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
+        (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+        (r"up_blocks\.(\d)\.resnets", lambda x: f"up.{top - x}.block"),     # counted from the finest
+        (r"up_blocks\.(\d)\.upsamplers\.0", lambda x: f"up.{top - x}.upsample"),
+        (r"conv_norm_out", "norm_out"), (r"conv_shortcut", "nin_shortcut")]
+    return {"unet": unet, "autoencoder": autoencoder, "text_encoder": [("^", "text_model.")]}
+
+
+def to_compvis(names: Iterable[str], config: Config) -> dict[str, str]:
+    """Our names of Stable Diffusion's parameters -> {our name: CompVis's}."""
+    rules, found = compvis_rules(config), {}
+    for name in names:
+        part, spelling = name.split(".", 1)
+        for pattern, to in rules[part]:
+            new = to if isinstance(to, str) else lambda match, to=to: to(*map(int, match.groups()))
+            spelling = re.sub(pattern, new, spelling)
+        found[name] = PREFIXES[part] + spelling
+    return found
+
+
+def from_compvis(raw: dict[str, Tensor], names: list[str], config: Config, weights: str) -> dict[str, Tensor]:
+    """A CompVis file's tensors under our names; those it has and we know nothing of keep theirs.
+
+    weights: "ema" takes the averages of the UNet where the file has them, "raw" never.
+    """
+    raw, found = dict(raw), {}
+    text = PREFIXES["text_encoder"]
+    if not any(name.startswith(text + "text_model.") for name in raw):           # some files leave it out
+        raw = {name.replace(text, text + "text_model.", 1): value for name, value in raw.items()}
+    has_averages = sum(name.startswith("model_ema.") for name in raw) > 100
+    for name, theirs in to_compvis([name for name in names if not is_new(name)], config).items():
+        averaged = "model_ema." + theirs.removeprefix("model.").replace(".", "")
+        if weights == "ema" and has_averages and averaged in raw:
+            found[name] = raw.pop(averaged)
+            raw.pop(theirs, None)
+        elif theirs in raw:
+            found[name] = raw.pop(theirs)
+    for name in [name for name in raw if name.startswith(QUERY_PREFIX)]:
+        found[name.removeprefix(QUERY_PREFIX)] = raw.pop(name)
+    return found | raw
+
+
+# ---------------------------------------------------------------- files, read without running anything in them
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A .safetensors file -> tensors mapped from the file (read when touched), metadata.
+
+    The format: 8 bytes of header length; a JSON header of name: dtype, shape, byte range; then the bytes.
+    Raises ValueError where the ranges do not tile the rest of the file exactly.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, 100_000_000):
+            raise ValueError(f"{path} is no .safetensors file, or is cut short: "
+                             f"its header would have {length} bytes, the file has {size}")
+        header_bytes = file.read(length)
+    try:
+        header = json.loads(header_bytes)
+        metadata = header.pop("__metadata__", {})
+        rows = sorted((*entry["data_offsets"], entry["dtype"], tuple(entry["shape"]), name)
+                      for name, entry in header.items())
+        tensors, at, start = {}, 0, 8 + length
+        for begin, end, kind, shape, name in rows:
+            dtype = DTYPES[kind]
+            if begin != at or end - begin != math.prod(shape) * dtype.itemsize or start + end > size:
+                raise ValueError(f"{name}: bytes {begin} to {end} of a file of {size} for {kind} {shape}")
+            flat = torch.empty(0, dtype=torch.uint8) if begin == end else torch.from_numpy(
+                np.memmap(path, np.uint8, "c", start + begin, end - begin))
+            # One map per tensor: as views of one map, saving a single tensor would write out the whole file.
+            tensors[name] = (flat if flat.data_ptr() % dtype.itemsize == 0 else flat.clone()).view(dtype).view(shape)
+            at = end
+        if start + at != size:
+            raise ValueError(f"{size - start - at} bytes belong to no tensor")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: its header does not describe the file ({error}): fetch it again") from None
+    return tensors, metadata
+
+
+class Inert:
+    """What stands in for an object of another program's class in a checkpoint: it holds nothing."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        pass
+
+    def __setstate__(self, state) -> None:
+        pass
+
+
+HARMLESS = ("pytorch_lightning.", "lightning.", "numpy.")      # whose objects training programs leave behind
+
+
+def read_torch(path: Path) -> object:
+    """What torch.save wrote, mapped to CPU memory, without running any code from the file.
+
+    Objects of HARMLESS packages become `Inert`; anything else but tensors and plain values is refused.
+    Raises ValueError.
+    """
+    try:
+        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        refused = [name for name in wanted if not name.startswith(HARMLESS)]
+        if refused:
+            raise ValueError(f"it wants to run {', '.join(refused)}, which is refused")
+        with torch.serialization.safe_globals([(Inert, name) for name in wanted]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is no readable checkpoint (truncated, not written by torch.save, or by one "
+                         f"before 1.6): {reason}") from None
+
+
+def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A diffusers folder's tensors under our names -> tensors, metadata (of our own part, if it has one)."""
+    tensors, metadata = {}, {}
+    for part, folder, stems in (("unet", "unet", ("diffusion_pytorch_model",)),
+                                ("autoencoder", "vae", ("diffusion_pytorch_model",)),
+                                ("text_encoder", "text_encoder", ("model", "pytorch_model"))):
+        names = [f"{stem}{half}.{kind}" for half in ("", ".fp16") for stem in stems
+                 for kind in ("safetensors", "bin")]
+        file = next((path / folder / name for name in names if (path / folder / name).is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"{path / folder} has none of {', '.join(names)}: "
+                                    "expected a Stable Diffusion folder")
+        raw = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_torch(file)
+        for name, value in raw.items():
+            for old, new in OLD_SPELLINGS:
+                name = re.sub(old, new, name)
+            tensors[f"{part}.{name}"] = value
+    if (path / "diffdis/query.safetensors").is_file():
+        query, metadata = read_safetensors(path / "diffdis/query.safetensors")
+        tensors |= {name.removeprefix(QUERY_PREFIX): value for name, value in query.items()}
+    return tensors, metadata
+
+
+# ---------------------------------------------------------------- downloads
+DOWNLOADS = {
+    "sd-v1-5": ("https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/"
+                "v1-5-pruned-emaonly.safetensors",
+                "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa"),
+    "sd-v1-4": ("https://huggingface.co/CompVis/stable-diffusion-v-1-4-original/resolve/main/sd-v1-4.ckpt",
+                "fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556"),
+    "vocabulary": ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+                   "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
+}
+
+
+def download(name: str) -> Path:
+    """The cached file of a name in DOWNLOADS, fetched first if it is not there and its sha256 checked."""
+    url, sha256 = DOWNLOADS[name]
+    path = Path(torch.hub.get_dir()) / "diffdis" / url.rsplit("/", 1)[1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"downloading {url} to {path}")
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        except (OSError, RuntimeError) as error:      # URLError is an OSError; a wrong hash a RuntimeError
+            raise OSError(f"could not download {url} ({error}): try again, "
+                          f"or put the file at {path} yourself") from None
+    return path
+
+
+def find_tokenizer(path: Path, length: int) -> Tokenizer:
+    """CLIP's vocabulary for weights at `path`: in their folder, beside them, in the cache, or downloaded."""
+    file = Path(DOWNLOADS["vocabulary"][0]).name
+    for place in (path / "tokenizer", path / file, path.parent / "tokenizer", path.parent / file):
+        if place.exists():
+            return Tokenizer.from_file(place, length)
+    return Tokenizer.from_file(download("vocabulary"), length)
+
+
 # ---------------------------------------------------------------- checkpoints
 FORMAT = "diffdis-1"
 
 
-def save(path: str | Path, model: DiffDis, ema: dict | None = None, training: dict | None = None) -> None:
-    """Write a checkpoint atomically: it is complete under its name, or the old one is still there.
-
-    ema: averaged parameters by name, preferred by `load`;
-    training: what resuming needs (tensors, plain dicts).
-    Raises OSError, naming the path, when it cannot be written.
-    """
-    path = Path(path)
-    words = None if model.known_words is None else sorted(model.known_words)
-    checkpoint = {"format": FORMAT, "config": model.config.to_dict(), "tokenizer": model.tokenizer.to_dict(),
-                  "words": words, "model": model.state_dict(), "ema": ema, "training": training}
+def write_atomically(path: Path, write: Callable) -> None:
+    """`write(file)` to a file that is complete under its name, or the old one is still there. Raises OSError."""
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(checkpoint, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -634,6 +844,24 @@ def save(path: str | Path, model: DiffDis, ema: dict | None = None, training: di
         Path(part).unlink(missing_ok=True)
 
 
+def describe(model: DiffDis) -> dict:
+    """What a file must remember besides tensors."""
+    words = None if model.known_words is None else sorted(model.known_words)
+    return {"config": model.config.to_dict(), "tokenizer": model.tokenizer.to_dict(), "words": words}
+
+
+def save(path: str | Path, model: DiffDis, ema: dict | None = None, training: dict | None = None) -> None:
+    """Write a checkpoint atomically: it is complete under its name, or the old one is still there.
+
+    ema: averaged parameters by name, preferred by `load`;
+    training: what resuming needs (tensors, plain dicts).
+    Raises OSError, naming the path, when it cannot be written.
+    """
+    checkpoint = {"format": FORMAT, **describe(model), "model": model.state_dict(), "ema": ema,
+                  "training": training}
+    write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+
+
 def read_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint of ours to CPU memory (mapped, not copied), without running any code from it.
 
@@ -642,12 +870,7 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py`, or give --ckpt")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path} is no readable checkpoint (truncated, or not written by torch.save): "
-            f"{str(error).splitlines()[0][:100] if str(error) else type(error).__name__}") from None
+    checkpoint = read_torch(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = (", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else
                  type(checkpoint).__name__)
@@ -656,25 +879,109 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema") -> DiffDis:
+def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
+    """Any file or folder that `load` takes -> what `describe` wrote (or nothing), tensors under our names."""
+    config, description = PRESETS["sd-v1"], {}
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py`, or name a Stable "
+                                f"Diffusion v1 file or folder, or one of {', '.join(list(DOWNLOADS)[:2])}")
+    if path.is_dir():
+        tensors, metadata = read_folder(path)
+    elif path.open("rb").read(9)[8:] == b"{":
+        tensors, metadata = read_safetensors(path)
+    else:
+        raw, metadata = read_torch(path), {}
+        if isinstance(raw, dict) and raw.get("format") == FORMAT:
+            averages = raw["ema"] if weights == "ema" and raw["ema"] is not None else {}
+            return raw, raw["model"] | averages
+        tensors = raw.get("state_dict", raw) if isinstance(raw, dict) else None
+        if not isinstance(tensors, dict):
+            raise ValueError(f"{path} holds a {type(raw).__name__}, expected a checkpoint of DiffDis "
+                             "or of Stable Diffusion v1")
+        tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    if "diffdis" in metadata:
+        description = json.loads(metadata["diffdis"])
+        config = Config.from_dict(description["config"])
+    if not path.is_dir():
+        with torch.device("meta"):
+            names = list(DiffDis(config, description.get("tokenizer")).state_dict())
+        tensors = from_compvis(tensors, names, config, weights)
+    return description, tensors
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema",
+         dtype: torch.dtype = torch.float32, adapt: Callable[[Config], Config] = lambda config: config) -> DiffDis:
     """A checkpoint as a model in eval mode, averaged weights preferred.
 
-    path: a file written by `save`; weights: "ema" (if the file has them) or "raw".
+    path: a file written by `save`, Stable Diffusion v1 as .ckpt, .safetensors (CompVis's names) or a diffusers
+    folder, or a name in DOWNLOADS; weights: "ema" (if the file has them) or "raw"; dtype: of the parameters;
+    adapt: changes the configuration before the networks are built (a Stable Diffusion file says nothing of
+    the query stream, which then starts from random weights).
     Raises FileNotFoundError or ValueError as `read_checkpoint`, ValueError naming tensors that do not fit.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights is {weights!r}, expected 'ema' or 'raw'")
-    checkpoint = read_checkpoint(path)
-    config = Config.from_dict(checkpoint["config"])
-    model = DiffDis(config, Tokenizer.from_dict(checkpoint["tokenizer"]))
-    state = dict(checkpoint["model"])
-    if weights == "ema" and checkpoint["ema"] is not None:
-        state.update(checkpoint["ema"])
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        details = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path}: its tensors do not fit its configuration: {details}") from None
-    if checkpoint["words"] is not None:
-        model.known_words = frozenset(checkpoint["words"])
-    return model.to(device).eval().requires_grad_(False)
+    path = download(str(path)) if str(path) in DOWNLOADS else Path(path)
+    description, tensors = read_weights(path, weights)
+    if description:
+        config = Config.from_dict(description["config"])
+        tokenizer = Tokenizer.from_dict(description["tokenizer"])
+    else:
+        config = PRESETS["sd-v1"]
+        tokenizer = find_tokenizer(path, config.text.context_length)
+    model = assemble(adapt(config), tokenizer, tensors, path, may_lack_query=not description)
+    if description.get("words") is not None:
+        model.known_words = frozenset(description["words"])
+    model.to(device, dtype)
+    if dtype == torch.float16:
+        model.autoencoder.float()        # its activations overflow float16: black pictures
+    return model.eval().requires_grad_(False)
+
+
+def assemble(config: Config, tokenizer: Tokenizer, tensors: dict[str, Tensor], path: Path,
+             may_lack_query: bool) -> DiffDis:
+    """A model of these very tensors: nothing is initialised to be overwritten, nothing copied.
+
+    Raises ValueError unless each tensor has its place and each place its tensor.
+    """
+    with torch.device("meta"):
+        model = DiffDis(config, tokenizer)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    tensors = {name: value.flatten(1) if name in shapes and value.dim() == 4 and len(shapes[name]) == 2 else value
+               for name, value in tensors.items()}                  # attention as 1×1 convolutions
+    ignored = [name for name in tensors if name not in shapes and IGNORED.match(name.split(".", 1)[-1])
+               or IGNORED.match(name)]
+    tensors = {name: value.float() if value.is_floating_point() else value
+               for name, value in tensors.items() if name not in ignored}
+    fresh = [name for name in shapes if name not in tensors and is_new(name)] if may_lack_query else []
+    wrong = ([f"lacks {name}" for name in shapes if name not in tensors and name not in fresh]
+             + [f"has an unknown {name}" for name in tensors if name not in shapes]
+             + [f"{name} is {tuple(value.shape)}, expected {tuple(shapes[name])}" for name, value in tensors.items()
+                if name in shapes and value.shape != shapes[name]])
+    if wrong:
+        raise ValueError(f"{path}: its tensors do not fit the configuration: {'; '.join(wrong[:4])}"
+                         + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+    tensors |= start_query_stream(model, set(fresh))
+    model.load_state_dict(tensors, assign=True)
+    model.null_tokens = tokenizer([""])
+    if may_lack_query:
+        count = sum(tensors[name].numel() for name in fresh)
+        kinds = sorted({re.sub(r"\.\d+\b", ".*", name.rsplit(".", 1)[0]) for name in fresh})
+        print(f"loaded {len(tensors) - len(fresh)} tensors of {path}; new, from random weights: {len(fresh)} tensors, "
+              f"{count:,} numbers ({', '.join(kinds)}); ignored: {', '.join(ignored[:3]) or 'none'}"
+              + (f" and {len(ignored) - 3} more" if len(ignored) > 3 else ""))
+    return model
+
+
+def start_query_stream(model: DiffDis, names: set[str]) -> dict[str, Tensor]:
+    """Random starts, PyTorch's own, for these parameters of a model without storage."""
+    started = {}
+    for prefix, module in model.named_modules():
+        own = {f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)}
+        if own and own <= names:
+            module.to_empty(device="cpu", recurse=False)
+            module.reset_parameters()
+            started |= {f"{prefix}.{name}": p.data for name, p in module.named_parameters(recurse=False)}
+    if "logit_scale" in names:
+        started["logit_scale"] = torch.tensor(math.log(1 / 0.07))
+    return started
