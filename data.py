@@ -605,8 +605,8 @@ class TrainingBatches(Dataset):
         """Position in the endless stream -> epoch, sample;
         every epoch is a fresh permutation of all samples."""
         epoch, place = divmod(position, len(self.source))
-        if isinstance(self.source, Shapes):
-            return epoch, place          # drawn at random already
+        if isinstance(self.source, Shapes):      # drawn at random already; each seed has its own stretch
+            return epoch, (place + self.seed * 10_000_000) % len(self.source)
         if self.order[0] != epoch:
             self.order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.source)))
         return epoch, int(self.order[1][place])

@@ -436,6 +436,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.averages.live.values(), args.grad_clip or math.inf)
         self.optimizer.step()
         with torch.no_grad():
+            # As CLIP. Here and not in the loss, where a clamp would leave no gradient to come back by.
             self.model.logit_scale.clamp_(0, math.log(100))
         self.averages.update(self.step)
         self.step += 1
