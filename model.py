@@ -15,9 +15,10 @@ named `query_...`. Read next: diffusion.py.
 import math
 import os
 import pickle
-import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from fusion import AlignmentTransformer, FusionConfig, SpatialTransformer
 
 TARGETS = ("noise", "v", "data")       # what a network may be asked to predict; formulas in diffusion.py
 SCHEDULES = ("linear", "cosine")
+MAX_SIDE = 4096            # px; a larger image is a slip of the finger
 
 
 # ---------------------------------------------------------------- configuration
@@ -110,8 +112,9 @@ class Config:
             raise ValueError(f"condition_timestep is {self.condition_timestep}, "
                              f"expected 0 to {self.timesteps}")
         side = self.autoencoder.factor * 2 ** (len(self.unet.channels) - 1)
-        if self.image_size % side:
-            raise ValueError(f"image size is {self.image_size} px, expected a multiple of {side}")
+        if self.image_size % side or not 0 < self.image_size <= MAX_SIDE:
+            raise ValueError(f"image size is {self.image_size} px, "
+                             f"expected a multiple of {side} up to {MAX_SIDE}")
         if self.fusion.query_width != self.text.width:
             raise ValueError(f"query_width {self.fusion.query_width} is not the text width {self.text.width}")
 
@@ -594,8 +597,8 @@ class DiffDis(nn.Module):
         Raises ValueError on an unfit size.
         """
         side = self.config.autoencoder.factor * 2 ** (len(self.config.unet.channels) - 1)
-        if height % side or width % side or height <= 0 or width <= 0:
-            raise ValueError(f"size is {width}x{height} px, expected multiples of {side}")
+        if height % side or width % side or not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
+            raise ValueError(f"size is {width}x{height} px, expected multiples of {side} up to {MAX_SIDE}")
         factor = self.config.autoencoder.factor
         return self.config.autoencoder.latent_channels, height // factor, width // factor
 
@@ -616,22 +619,28 @@ def save(path: str | Path, model: DiffDis, ema: dict | None = None, training: di
     training: what resuming needs (tensors, plain dicts).
     Raises OSError, naming the path, when it cannot be written.
     """
-    path = Path(path)
     words = None if model.known_words is None else sorted(model.known_words)
     checkpoint = {"format": FORMAT, "config": model.config.to_dict(), "tokenizer": model.tokenizer.to_dict(),
                   "words": words, "model": model.state_dict(), "ema": ema, "training": training}
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
+    write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a file that is complete under its name, or the old one stays. Raises OSError."""
+    part = path.with_name(path.name + ".part")      # one name: what a killed program left is overwritten
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(checkpoint, file)
+        with part.open("wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:   # torch reports a full disk as RuntimeError
-        kept = "; the previous checkpoint there is intact" if path.exists() else ""
-        raise OSError(f"cannot write {path}: {error or 'disk full?'}".split("\n")[0] + kept) from None
+    except (OSError, RuntimeError) as error:
+        kept = "; what was there before is intact" if path.exists() else ""
+        # torch.save reports a failed write as a RuntimeError about file positions.
+        reason = getattr(error, "strerror", None) or "writing stopped short: is the disk full?"
+        raise OSError(f"cannot write {path}: {reason}{kept}") from None
     finally:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -653,7 +662,28 @@ def read_checkpoint(path: str | Path) -> dict:
                  type(checkpoint).__name__)
         raise ValueError(f"{path} is not a DiffDis checkpoint: expected format {FORMAT!r}, "
                          f"found {found or 'nothing'}")
+    missing = {"config", "tokenizer", "words", "model", "ema", "training"} - set(checkpoint)
+    if missing:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     return checkpoint
+
+
+def build(checkpoint: dict, path: str | Path) -> DiffDis:
+    """The networks that a checkpoint describes, its tensors not yet in them. Raises ValueError."""
+    try:
+        return DiffDis(Config.from_dict(checkpoint["config"]), Tokenizer.from_dict(checkpoint["tokenizer"]))
+    except (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: no networks can be built from it "
+                         f"({type(error).__name__}: {error})") from None
+
+
+def load_tensors(model: DiffDis, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Put a checkpoint's tensors into the networks. Raises ValueError where they do not fit."""
+    try:
+        model.load_state_dict(tensors)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        details = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: its tensors do not fit the configuration: {details}") from None
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema") -> DiffDis:
@@ -665,16 +695,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights is {weights!r}, expected 'ema' or 'raw'")
     checkpoint = read_checkpoint(path)
-    config = Config.from_dict(checkpoint["config"])
-    model = DiffDis(config, Tokenizer.from_dict(checkpoint["tokenizer"]))
-    state = dict(checkpoint["model"])
-    if weights == "ema" and checkpoint["ema"] is not None:
-        state.update(checkpoint["ema"])
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        details = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path}: its tensors do not fit its configuration: {details}") from None
+    model = build(checkpoint, path)
+    averages = checkpoint["ema"] if weights == "ema" and checkpoint["ema"] is not None else {}
+    load_tensors(model, checkpoint["model"] | averages, path)
     if checkpoint["words"] is not None:
         model.known_words = frozenset(checkpoint["words"])
     return model.to(device).eval().requires_grad_(False)

@@ -10,6 +10,7 @@ it reads the prompt from best.
 Read next: evaluate.py, which scores images against texts.
 """
 import argparse
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import words
+from data import MAX_PIXELS, words
 from diffusion import ddim, generator_of, guide, make_alphas_cumprod, make_denoiser, sampling_timesteps
 from model import DiffDis
 
@@ -94,6 +95,7 @@ def draw_queries(model: DiffDis, latents: Tensor, indices: list[int], steps: int
     return F.normalize(total, dim=-1)
 
 
+@torch.no_grad()
 def best_of(model: DiffDis, prompt: str, images: Tensor, seed: int = 0) -> tuple[int, Tensor]:
     """Which of images [N, 3, H, W] the model itself reads `prompt` from best -> index, similarities [N]."""
     queries = draw_queries(model, model.encode_image(images), list(range(len(images))), draws=4, seed=seed)
@@ -176,6 +178,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    if not 0 <= int(text) < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return float(text)
+
+
 # ---------------------------------------------------------------- command line
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Draw images for prompts.")
@@ -184,10 +198,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ckpt", help="checkpoint; without it the newest runs/*/checkpoint.pt")
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights, or the last step's")
     add("--steps", type=positive, default=50, help="sampler steps")
-    add("--guidance-scale", type=float,
+    add("--guidance-scale", type=finite,
         help="1 + w of classifier-free guidance, 1: none; without it the checkpoint's own")
     add("--negative", default="", help="prompt to guide away from")
-    add("--seed", type=int, default=0, help="image k of a prompt is drawn from seed + k")
+    add("--seed", type=natural, default=0, help="the k-th image drawn for a prompt comes from seed + k")
     add("-n", type=positive, default=1, help="images per prompt")
     add("--best-of", type=positive, default=1, metavar="N",
         help="draw N images for each one kept: the one whose own alignment score with the prompt is highest")
@@ -240,6 +254,8 @@ def draw_all(model: DiffDis, args: argparse.Namespace) -> tuple[Tensor, list[dic
 def save_png(images: Tensor, notes: list[dict], args: argparse.Namespace) -> None:
     """One picture, or a grid with a row per prompt; what made it stands in the PNG's text chunks."""
     scale = args.scale or max(1, 256 // images.shape[3])
+    if len(images) * images[0].numel() * scale ** 2 > 3 * MAX_PIXELS:
+        raise ValueError(f"the picture would have over {MAX_PIXELS:,} pixels: lower --scale, -n or --size")
     picture = make_grid(images, args.n, scale, gap=2 if len(images) > 1 else 0)
     text = PngImagePlugin.PngInfo()
     for key, value in (("prompt", " | ".join(args.prompts)),
@@ -247,7 +263,7 @@ def save_png(images: Tensor, notes: list[dict], args: argparse.Namespace) -> Non
                        ("steps", args.steps), ("guidance_scale", args.guidance_scale),
                        ("negative", args.negative)):
         text.add_itxt(key, str(value))
-    picture.save(args.out, pnginfo=text)
+    models.write_atomically(Path(args.out), lambda file: picture.save(file, "PNG", pnginfo=text))
 
 
 def main(argv: list[str] | None = None) -> None:
