@@ -152,7 +152,7 @@ def test_retrieval_takes_any_caption_and_any_image_of_a_caption(base) -> None:
             return [f"picture {index // 2 * 2}", f"image {index}"]
     oracle = Oracle(base, [f"picture {i // 2 * 2}" for i in range(20)])
     result = run(evaluate.retrieval, oracle, Twins(20))
-    assert result["n_texts"] == 30 and result["i2t_r1"] == 1.0, "a text that fits two images is right for both"
+    assert result["n_texts"] == 30 and result["i2t_r1"] == 1.0, "a text of two images is right for both"
     assert result["t2i_r1_chance"] == pytest.approx((10 * 2 / 20 + 20 * 1 / 20) / 30)
     hits = run(evaluate.retrieval, Oracle(base, [f"image {i}" for i in range(20)]), Twins(20))
     assert hits["i2t_r1"] == 1.0, "any of an image's captions counts"

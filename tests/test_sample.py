@@ -80,7 +80,8 @@ def test_best_of_keeps_the_highest_similarity(base, monkeypatch) -> None:
     monkeypatch.setattr(sample, "draw_queries", lambda *_, **__: read)      # what is read from images 0 to 3
     best, similarities = best_of(base, "a red circle", torch.zeros(4, 3, 32, 32))
     assert best == 2 and similarities[2] == pytest.approx(1, abs=1e-5)
-    args = sample.parse_args(["a red circle", "a blue square", "--best-of", "4", "--steps", "2", "--seed", "7"])
+    flags = ["--best-of", "4", "--steps", "2", "--seed", "7"]
+    args = sample.parse_args(["a red circle", "a blue square", *flags])
     kept, notes = sample.draw_all(base, args)
     assert [note["seed"] for note in notes] == [9, 8]
     for image, note in zip(kept, notes, strict=True):
