@@ -4,7 +4,7 @@ What it is: recipe, loss, optimiser, loop, checkpoint, validation, told once fro
     python train.py                                        the built-in data, on two CPU cores in minutes
     python train.py --data DIR                             tars, class folders or captioned images
     torchrun --nproc_per_node=8 train.py --data cc3m       several GPUs
-    python train.py --resume                               go on with the newest run
+    python train.py --resume                               go on with the newest run of that data and preset
 What it is not: the formulas (diffusion.py) or the networks (model.py).
 
 Nothing random here has a state: batches, timesteps and noise are functions of (seed, step, index in the
