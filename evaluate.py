@@ -150,7 +150,8 @@ def retrieval(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
         for k in (1, 5, 10):
             rate = (ranks < k).float().mean().item()
             result[f"{name}_r{k}"] = rate
-            result[f"{name}_r{k}_interval"] = wilson(rate, len(ranks))
+            # An image's captions succeed and fail together: no more trials than images.
+            result[f"{name}_r{k}_interval"] = wilson(rate, min(len(ranks), len(queries)))
             result[f"{name}_r{k}_chance"] = sum(
                 chance_of_hit(k, pool, len(set(m))) for m in matches) / len(matches)
     return {**result, "chance": result["i2t_r1_chance"], "skipped": skips.to_dict()}
