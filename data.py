@@ -312,11 +312,11 @@ class Source:
         """Raises BadSample."""
         raise NotImplementedError
 
-    def vocabulary_captions(self, limit: int = 100_000) -> Iterator[str]:
-        """Captions to learn a vocabulary from: evenly spaced over the source, at most `limit` samples."""
+    def usable_captions(self, limit: int) -> Iterator[list[str]]:
+        """The captions of up to `limit` samples, evenly spaced over the source, bad ones passed over."""
         for i in range(0, len(self), -(-len(self) // limit)):
             try:
-                yield from self.captions(i)
+                yield self.captions(i)
             except BadSample:
                 continue              # counted when it is read for training
 
@@ -332,6 +332,7 @@ class TarSource(Source):
     def __init__(self, tars: list[Path], name: str) -> None:
         self.name, self.tars, self.skipped = name, tars, Counter()
         self.keys: list[str] = []
+        self.lost = 0                 # bytes of shards that could not be read
         rows = array("q")             # flat, 8 bytes a number: lists of them would take GBs for CC3M
         for shard, path in enumerate(tars):
             for key, members in self.index(path):
@@ -343,6 +344,9 @@ class TarSource(Source):
                 self.keys.append(key)
                 rows.extend([shard, *(number for kind in self.KINDS
                                       for number in members.get(kind, (0, -1)))])
+        if self.lost and self.keys:      # a lost shard weighs what the samples in it would
+            readable = sum(path.stat().st_size for path in tars) - self.lost
+            self.skipped["lost with its shard (estimated)"] = round(self.lost * len(self.keys) / readable)
         self.table = np.array(rows).reshape(-1, 7)      # shard, then offset and size of each kind
         self.files: dict[tuple[int, int], int] = {}
 
@@ -351,22 +355,17 @@ class TarSource(Source):
 
         What is wrong with a shard is counted and said.
         """
-        def problem(cause: str) -> None:
-            self.skipped[cause] += 1
-            print(f"warning: {path}: {cause}", file=sys.stderr)
-
-        key, members, found = None, {}, False
+        key, members, read_to, total, cause = None, {}, 0, path.stat().st_size, None
         try:
             with tarfile.open(path, "r:") as tar:
-                total = path.stat().st_size
                 for member in tar:
-                    found = True
                     folder, base = os.path.split(member.name)
                     stem, _, suffix = base.partition(".")
-                    if not member.isreg() or base.startswith("._"):     # links, folders, macOS's shadow files
-                        continue
                     if member.offset_data + member.size > total:
                         raise tarfile.ReadError("data cut short")
+                    read_to = tar.offset
+                    if not member.isreg() or base.startswith("._"):     # links, folders, macOS's shadow files
+                        continue
                     kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
                     name = os.path.join(folder, stem)
                     # An extension seen again is another sample of the same name: never mix the two.
@@ -374,15 +373,21 @@ class TarSource(Source):
                         yield key, members
                         members = {}
                     key, members[kind] = name, (member.offset_data, member.size)
-                if found and tar.offset + 512 > total:
-                    raise tarfile.ReadError("no end mark")
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            with path.open("rb") as file:        # tarfile also stops, silently, at a header it cannot read
+                file.seek(read_to)
+                end = file.read(2 ** 20)
+            cause = ("empty shard" if not read_to else "shard cut short" if len(end) < 512 else
+                     "damaged shard, or several in one file" if end.strip(b"\0") else None)
+        except OSError as error:
+            cause = f"unreadable shard ({error.strerror or error})"
+        except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
             head = path.open("rb").read(2)
-            problem("empty shard" if not head else "compressed shard: gunzip it" if head == b"\x1f\x8b" else
-                    "shard cut short" if found else f"unreadable shard ({error})")
-        else:
-            if not found:
-                problem("empty shard")
+            cause = ("empty shard" if not head else "compressed shard: gunzip it" if head == b"\x1f\x8b" else
+                     "shard cut short" if read_to else f"unreadable shard ({error})")
+        if cause:
+            self.skipped[cause] += 1
+            self.lost += total - read_to
+            print(f"warning: {path}: {cause}", file=sys.stderr)
         if members:
             yield key, members
 
@@ -413,7 +418,7 @@ class TarSource(Source):
         listed = [c for c in listed if isinstance(c, str)] if isinstance(listed, list) else []
         # .txt wins: the list is used only where it agrees with it.
         found = listed if listed and (not first or first[0].strip() in [c.strip() for c in listed]) else first
-        found = [caption.strip() for caption in found if caption.strip()]
+        found = [caption.strip() for caption in found if clean(caption)]
         if not found:
             raise BadSample("empty caption" if first or listed else "no caption", self.keys[index])
         return found
@@ -427,10 +432,10 @@ class FileSource(Source):
     """Images as files: in class folders (the folder's name is the class),
     or with a .txt of captions beside each."""
 
-    def __init__(self, images: list[Path], name: str, classes: dict[str, int] | None,
-                 labels: list[int] | None) -> None:
+    def __init__(self, images: list[Path], name: str, classes: list[str] | None = None,
+                 labels: list[int] | None = None) -> None:
         self.name, self.images, self.labels, self.skipped = name, images, labels, Counter()
-        self.classes = None if classes is None else list(classes)
+        self.classes = classes
 
     def __len__(self) -> int:
         return len(self.images)
@@ -440,7 +445,7 @@ class FileSource(Source):
             name = self.classes[self.labels[index]]
             return [f"a photo of a{'n' if name[0].lower() in 'aeiou' else ''} {name}"]
         text = self.images[index].with_suffix(".txt").read_text("utf-8-sig", errors="replace")
-        found = [line.strip() for line in text.splitlines() if line.strip()]
+        found = [line.strip() for line in text.splitlines() if clean(line)]
         if not found:
             raise BadSample("empty caption", str(self.images[index]))
         return found
@@ -468,15 +473,21 @@ class Subset(Source):
         return self.source.read(int(self.indices[index]))
 
 
+def evenly_spaced(source: Source, count: int | None) -> Source:
+    """`count` samples from all over the source, or all of it: the first ones might be all of one class."""
+    if count is None or count >= len(source):
+        return source
+    return Subset(source, np.linspace(0, len(source) - 1, count).astype(np.int64))
+
+
 def hold_out(source: Source, count: int) -> tuple[Source, Source]:
     """Split off `count` samples for validation (at most a twentieth), evenly spaced; `shapes` has its own."""
     if isinstance(source, Shapes):
-        val = Shapes("val", source.seed)
-        return source, Subset(val, np.arange(min(count, len(val))))
-    count = max(1, min(count, len(source) // 20))
-    held = np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64))
-    rest = np.setdiff1d(np.arange(len(source)), held)
-    return Subset(source, rest if len(rest) else held), Subset(source, held)
+        return source, evenly_spaced(Shapes("val", source.seed), count)
+    held = evenly_spaced(source, max(1, min(count, len(source) // 20)))
+    indices = getattr(held, "indices", np.arange(len(source)))          # a source of one sample is its own
+    rest = np.setdiff1d(np.arange(len(source)), indices)
+    return Subset(source, rest if len(rest) else indices), held
 
 
 CC3M_COMMAND = ("img2dataset --input_format tsv --url_list cc3m.tsv --url_col url --caption_col caption "
@@ -507,28 +518,38 @@ def open_source(name: str, split: str = "train") -> Source:
         raise FileNotFoundError(f"no data at {name}: expected 'shapes', 'cc3m', a tar, or a folder")
     if split == "val" and (path / "val").is_dir():
         path = path / "val"
-    tars = [path] if path.is_file() else [p for p in sorted(path.rglob("*.tar")) if is_data_file(p)]
+    files = [path] if path.is_file() else files_below(path)
+    tars = files if path.is_file() else [p for p in files if p.suffix == ".tar"]
     if tars:
+        if split == "train" and any(p.is_relative_to(path / "val") for p in tars):
+            print(f"warning: training on every tar below {path}, {path / 'val'} included, which evaluation "
+                  f"would use: if there is one, name {path / 'train'} instead", file=sys.stderr)
         source = TarSource(tars, path.name)
         if not len(source):
             raise ValueError(f"{name}: {len(tars)} tars but no usable sample ({dict(source.skipped)}): "
                              "expected KEY.jpg with KEY.txt or KEY.json")
         return source
-    return open_folder(path, split)
+    return open_folder(path, split, [p for p in files if p.suffix[1:].lower() in IMAGE_SUFFIXES])
 
 
-def is_data_file(path: Path) -> bool:
-    """Not a folder that is named like a tar, nor one of macOS's shadow files `._NAME`."""
-    return path.is_file() and not path.name.startswith("._")
+def files_below(path: Path) -> list[Path]:
+    """All files, sorted, links to folders followed; hidden ones and macOS's shadows are left out."""
+    found, visited = [], set()
+    for folder, subfolders, names in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in visited:          # a link back up
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
+        found += [Path(folder) / name for name in names if not name.startswith(".")]
+    return sorted(p for p in found if p.is_file())
 
 
-def open_folder(path: Path, split: str) -> FileSource:
-    """A folder without tars: captioned images, or class folders. Raises ValueError."""
-    images = [p for p in sorted(path.rglob("*"))
-              if p.suffix[1:].lower() in IMAGE_SUFFIXES and is_data_file(p)]
+def open_folder(path: Path, split: str, images: list[Path]) -> FileSource:
+    """A folder's images, captioned or in class folders. Raises ValueError."""
     captioned = [p for p in images if p.with_suffix(".txt").is_file()]
     if captioned:
-        source = FileSource(captioned, path.name, None, None)
+        source = FileSource(captioned, path.name)
         source.skipped["no caption"] = len(images) - len(captioned)
         return source
     root = path / split if (path / split).is_dir() else path
@@ -537,10 +558,11 @@ def open_folder(path: Path, split: str) -> FileSource:
     if not folders:
         raise ValueError(f"{path} holds {len(images)} images and no tars: expected tars, "
                          "images with .txt beside them, or class folders of images")
-    images = [p for p in images if p.parent != root]
-    labels = [folders.index(p.relative_to(root).parts[0]) for p in images]
-    return FileSource(images, path.name,
-                      {folder.replace("_", " "): i for i, folder in enumerate(folders)}, labels)
+    names = [folder.replace("_", " ") for folder in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{root}: two class folders have the same name but for underscores: rename one")
+    images, number = [p for p in images if p.parent != root], {folder: i for i, folder in enumerate(folders)}
+    return FileSource(images, path.name, names, [number[p.relative_to(root).parts[0]] for p in images])
 
 
 # ---------------------------------------------------------------- batches
@@ -557,6 +579,8 @@ class SkipReport:
     """Counts bad samples by cause, and says when they are too many."""
 
     def __init__(self, max_bad: float = 0.05) -> None:
+        if not 0 <= max_bad <= 1:
+            raise ValueError(f"--max-bad is {max_bad}, expected a share from 0 to 1")
         self.max_bad, self.visited, self.skipped = max_bad, 0, Counter()
 
     def add(self, skipped: Counter, visited: int) -> None:
@@ -605,8 +629,8 @@ class TrainingBatches(Dataset):
         """Position in the endless stream -> epoch, sample;
         every epoch is a fresh permutation of all samples."""
         epoch, place = divmod(position, len(self.source))
-        if isinstance(self.source, Shapes):
-            return epoch, place          # drawn at random already
+        if isinstance(self.source, Shapes):      # drawn at random already; each seed has its own stretch
+            return epoch, (place + self.seed * 10_000_000) % len(self.source)
         if self.order[0] != epoch:
             self.order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.source)))
         return epoch, int(self.order[1][place])
@@ -617,8 +641,9 @@ class TrainingBatches(Dataset):
         epoch, place = divmod(position, len(self.source))
         for attempt in range(100):
             # From half an epoch away: the very next one is in this batch already,
-            # and would be its own negative.
-            substitute = (place + attempt * (len(self.source) // 2 + 1)) % len(self.source)
+            # and would be its own negative. The stride and the length have no common factor.
+            stride = len(self.source) // 2 + (2 if len(self.source) % 4 == 2 else 1)
+            substitute = (place + attempt * stride) % len(self.source)
             _, index = self.index_at(epoch * len(self.source) + substitute)
             try:
                 sample = self.source.read(index)
@@ -631,37 +656,41 @@ class TrainingBatches(Dataset):
             return sample, sample.captions[choice]
         return None
 
-    def __getitem__(self, k: int) -> Batch:
+    def __getitem__(self, k: int) -> Batch | ValueError:
         skipped: Counter = Counter()
         found = [self.read(k * self.batch_size + row, skipped) for row in self.rows]
-        if None in found:
-            raise ValueError(f"100 unusable samples in a row ({dict(skipped)}): "
-                             "is this an image-caption data set?")
+        if None in found:       # handed over, not raised: a worker's exceptions arrive as pages of traceback
+            return ValueError(f"100 unusable samples in a row ({dict(skipped)}): "
+                              "is this an image-caption data set?")
         samples, captions = zip(*found)
         return Batch(to_tensor([to_square(s.image, self.image_size) for s in samples]), list(captions),
                      [s.label for s in samples], [s.key for s in samples], skipped,
                      len(self.rows) + sum(skipped.values()))
 
 
-def as_it_is(batch: Batch) -> Batch:
+def as_it_is(batch: Batch | ValueError) -> Batch | ValueError:
     return batch
 
 
 def training_batches(source: Source, image_size: int, batch_size: int, seed: int, start: int = 0,
                      rank: int = 0, world: int = 1, workers: int = 0) -> Iterator[Batch]:
-    """Endless training batches from number `start` on; of a global batch, the rows of one rank of `world`."""
+    """Endless training batches from number `start` on; of a global batch, the rows of one rank of `world`.
+
+    Raises ValueError where nothing usable is left.
+    """
     dataset = TrainingBatches(source, image_size, batch_size, seed, rank, world)
-    return iter(DataLoader(dataset, batch_size=None, sampler=range(start, 2 ** 40), num_workers=workers,
-                           collate_fn=as_it_is, prefetch_factor=4 if workers else None))
+    for batch in DataLoader(dataset, batch_size=None, sampler=range(start, 2 ** 40), num_workers=workers,
+                            collate_fn=as_it_is, prefetch_factor=4 if workers else None):
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
 
 
-def evaluation_batches(source: Source, image_size: int, batch_size: int,
-                       limit: int | None = None) -> Iterator[Batch]:
+def evaluation_batches(source: Source, image_size: int, batch_size: int) -> Iterator[Batch]:
     """The source's samples in order, with all their captions; bad ones left out and counted."""
-    total = min(len(source), limit or len(source))
-    for first in range(0, total, batch_size):
+    for first in range(0, len(source), batch_size):
         samples, skipped = [], Counter()
-        for i in range(first, min(first + batch_size, total)):
+        for i in range(first, min(first + batch_size, len(source))):
             try:
                 samples.append(source.read(i))
             except BadSample as bad:
@@ -787,14 +816,14 @@ def same_words(pair: tuple, sizes: tuple, relation: str, rng: np.random.Generato
 class Shapes(Source):
     """Procedural scenes with captions: sample i is a function of (seed, split, i) alone.
 
-    In training, scenes come in groups of GROUP: one, and others that differ from it in one attribute. They
-    share a batch, so that telling captions apart means reading all of them, not just spotting a colour.
+    In training, scenes come in pairs whose captions have the same words and another meaning. They share a
+    batch, so that telling captions apart means reading all of them, not just spotting a colour.
 
     split "train": endless in practice, pairs of TRAIN_PAIRS, one scene in ten a single thing;
     "val": each meaning of the held-out pairs exactly once ("A above B" and "B below A" are one meaning);
     "classes": single things, labelled with one of 24 classes such as "red circle".
     """
-    name, GROUP = "shapes", 2
+    name = "shapes"
 
     def __init__(self, split: str = "train", seed: int = 0) -> None:
         if split not in ("train", "val", "classes"):
@@ -815,14 +844,14 @@ class Shapes(Source):
         rng, sizes = np.random.default_rng([*key, 1, index]), list(RADII)
         if self.split == "val":
             return pair_scene(*self.meanings[index], bool(rng.integers(2)), rng)
-        group = np.random.default_rng([*key, 0, index // self.GROUP])       # what the group's scenes share
+        group = np.random.default_rng([*key, 0, index // 2])                # what the pair's scenes share
         if self.split == "classes" or group.random() < 0.1:
             kind = KINDS[index % len(KINDS) if self.split == "classes" else rng.integers(len(KINDS))]
             return Scene((Thing(sizes[rng.integers(2)], *kind),), None, (tuple(rng.uniform(14, 18, 2)),))
         pair = TRAIN_PAIRS[group.integers(len(TRAIN_PAIRS))]
         meaning = (pair, (sizes[group.integers(2)], sizes[group.integers(2)]),
                    list(RELATIONS)[group.integers(4)])
-        if index % self.GROUP:
+        if index % 2:
             meaning = same_words(*meaning, rng)
         return pair_scene(*meaning, bool(rng.integers(2)), rng)
 
@@ -835,9 +864,8 @@ class Shapes(Source):
         return Sample(Image.fromarray(render(scene)), [scene.caption()],
                       f"shapes-{self.split}-{index}", label)
 
-    def vocabulary_captions(self, limit: int = 1000) -> Iterator[str]:
-        for i in range(limit):
-            yield self.captions(i)[0]
+    def usable_captions(self, limit: int) -> Iterator[list[str]]:
+        return map(self.captions, range(min(limit, len(self), 1000)))       # a thousand hold every word
 
 
 def held_out_captions(count: int) -> list[str]:
@@ -865,14 +893,14 @@ def parse(caption: str) -> tuple[tuple[Thing, ...], str | None]:
 
 
 MIN_MASS = 12.0          # px of a colour that count as a thing: about half of the smallest thing's inside
-# Intersection over union with the best template: a clean thing has 0.95, a blurred blob 0.6.
-MIN_OVERLAP = 0.75
+MIN_OVERLAP = 0.75       # intersection over union: a clean thing has 0.95, a blurred blob 0.6
+FAR, MAX_STRAYS = 64, 32     # of 255, px: edges of clean things give up to 17, a speck of 6 px across 36
 
 
 def colour_masks(image: np.ndarray) -> dict[str, np.ndarray]:
     """Per colour, how much of each pixel it covers: [32, 32] in [0, 1], of the pixels that are nearest to it.
 
-    A pixel at a thing's edge mixes its colour with the grey behind: it lies on the line between the two.
+    A pixel at a thing's edge mixes its colour with the ground behind: it lies on the line between the two.
     """
     offset = image.astype(np.float32) - BACKGROUND
     lines = np.array(list(COLOURS.values()), np.float32) - BACKGROUND                   # [6, 3]
@@ -886,49 +914,61 @@ def centroid(mask: np.ndarray) -> tuple[float, float]:
     return float((mask * PIXELS[1]).sum() / mask.sum()), float((mask * PIXELS[0]).sum() / mask.sum())
 
 
-def best_fit(mask: np.ndarray) -> tuple[str, float, float]:
-    """Analysis by synthesis: shape, radius and overlap of the template that fits a mask best."""
+class Fit(NamedTuple):
+    shape: str
+    radius: float                 # px
+    overlap: float                # intersection over union with the mask
+    alpha: np.ndarray             # the template itself, [32, 32]
+
+
+def best_fit(mask: np.ndarray) -> Fit:
+    """Analysis by synthesis: the template that fits a mask best."""
     x, y = centroid(mask)
-    shifts = np.array([-0.5, 0.0, 0.5], np.float32)
-    best = ("", 0.0, 0.0)
+    shifts, fits = np.array([-0.5, 0.0, 0.5], np.float32), []
     for shape in SHAPES:
         unit = coverage(shape, 16.0, 16.0, 6.0)
         lift = centroid(unit)[1] - 16.0                   # a triangle's centroid is below its box's centre
         radius = 6.0 * (mask.sum() / unit.sum()) ** 0.5   # equal area
         radii = radius * np.array([0.94, 1.0, 1.06], np.float32)[:, None, None, None, None]
-        templates = coverage(shape, x + shifts[:, None, None, None],
-                             y - lift * radius / 6 + shifts[:, None, None], radii)
-        templates = np.where(templates > 0.35, templates, 0)
-        overlap = np.minimum(templates, mask).sum((-1, -2)) / np.maximum(templates, mask).sum((-1, -2))
-        if overlap.max() > best[2]:
-            at = np.unravel_index(overlap.argmax(), overlap.shape)
-            best = (shape, float(radii[at[0]].item()), float(overlap.max()))
-    return best
+        alphas = coverage(shape, x + shifts[:, None, None, None],
+                          y - lift * radius / 6 + shifts[:, None, None], radii)
+        solid = np.where(alphas > 0.35, alphas, 0)
+        overlap = np.minimum(solid, mask).sum((-1, -2)) / np.maximum(solid, mask).sum((-1, -2))
+        at = np.unravel_index(overlap.argmax(), overlap.shape)
+        fits.append(Fit(shape, radii[at[0]].item(), float(overlap.max()), alphas[at]))
+    return max(fits, key=lambda fit: fit.overlap)
+
+
+def strays(image: np.ndarray, fits: dict[str, Fit]) -> int:
+    """How many pixels are far from what the fitted templates, in their colours on the ground, explain."""
+    explained = np.full(image.shape, BACKGROUND, np.float32)
+    for colour, fit in fits.items():
+        explained += fit.alpha[..., None] * (np.array(COLOURS[colour], np.float32) - explained)
+    return int((np.abs(image - explained).max(-1) > FAR).sum())
 
 
 def check(image: np.ndarray, caption: str) -> dict[str, bool]:
     """Whether a picture shows what a caption of `shapes` says, decided from the pixels alone.
 
     image: uint8 [32, 32, 3] -> {"colour", "shape", "size", "relation", "all"}:
-    the mentioned colours and no other are there; each thing of its colour has the right shape, cleanly;
-    the right size; and they stand as told.
+    the mentioned colours are there, and nothing else stands out; each thing of its colour has the right
+    shape, cleanly; the right size; and they stand as told. Raises ValueError on other pictures and captions.
     """
+    if image.shape != (SIDE, SIDE, 3) or image.dtype != np.uint8:
+        raise ValueError(f"a picture of {image.dtype} {image.shape}, expected uint8 {(SIDE, SIDE, 3)}")
     things, relation = parse(caption)
     masks = colour_masks(image)
-    # Only pixels mostly of a colour count here: faint noise all over the grey must not add up to a thing.
+    # Only pixels mostly of a colour count here: faint noise all over the ground must not add up to a thing.
     present = {colour for colour, mask in masks.items() if mask[mask > 0.5].sum() >= MIN_MASS}
-    verdict = {"colour": present == {thing.colour for thing in things}, "shape": True, "size": True,
-               "relation": True}
-    middle = (RADII[""] * RADII["small"]) ** 0.5
-    for thing in things:
-        shape, radius, overlap = best_fit(masks[thing.colour]) if thing.colour in present else ("", 0.0, 0.0)
-        verdict["shape"] &= shape == thing.shape and overlap >= MIN_OVERLAP
-        verdict["size"] &= ("small" if radius < middle else "") == thing.size and radius > 0
-    if relation is not None:
-        verdict["relation"] = {thing.colour for thing in things} <= present
-        if verdict["relation"]:
-            (x0, y0), (x1, y1) = (centroid(masks[thing.colour]) for thing in things)
-            (dx, dy), across = RELATIONS[relation], abs(x0 - x1) * abs(RELATIONS[relation][1]) + abs(
-                y0 - y1) * abs(RELATIONS[relation][0])
-            verdict["relation"] = dx * (x0 - x1) + dy * (y0 - y1) > max(across, 4.0)
+    told, middle = {thing.colour for thing in things}, (RADII[""] * RADII["small"]) ** 0.5
+    fits = {colour: best_fit(masks[colour]) for colour in told & present}
+    verdict = {"colour": present == told and strays(image, fits) <= MAX_STRAYS,
+               "shape": told <= present, "size": told <= present, "relation": told <= present}
+    for thing, fit in [(thing, fits[thing.colour]) for thing in things if thing.colour in fits]:
+        verdict["shape"] &= fit.shape == thing.shape and fit.overlap >= MIN_OVERLAP
+        verdict["size"] &= ("small" if fit.radius < middle else "") == thing.size
+    if relation is not None and verdict["relation"]:
+        offset = np.subtract(*(centroid(masks[thing.colour]) for thing in things))      # first from second
+        along, across = offset @ RELATIONS[relation], abs(offset @ RELATIONS[relation][::-1])
+        verdict["relation"] = bool(along > max(across, 4.0))
     return {**verdict, "all": all(verdict.values())}

@@ -117,7 +117,7 @@ def alignment_loss(x0_pred: Tensor, text_query: Tensor, logit_scale: Tensor) -> 
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         all_ours, all_texts = GatherWithGradient.apply(ours), GatherWithGradient.apply(texts)
         rank = dist.get_rank()
-    scale = logit_scale.exp().clamp(max=100)
+    scale = logit_scale.exp()
     image_logits, text_logits = scale * ours @ all_texts.T, scale * texts @ all_ours.T    # [B, N·B]
     labels = torch.arange(len(ours), device=ours.device) + rank * len(ours)
     loss = [F.cross_entropy(logits, labels, reduction="none") for logits in (image_logits, text_logits)]

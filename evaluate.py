@@ -4,8 +4,8 @@ What it is: Algorithm 3 (sample.py) turned into the field's numbers.
     python evaluate.py retrieval --data shapes        R@1/5/10, image -> text and text -> image
     python evaluate.py zeroshot  --data cifar10       top-1, top-5, mean per class over class folders
     python evaluate.py checker   --best-of 4          pictures for held-out prompts, judged from their pixels
-What it is not: training. No function here that sees an image and predicts is ever handed its label: `score`
-takes images and all candidate texts and returns similarities; only then are they compared with the truth.
+What it is not: training. What predicts is `sample.draw_queries`, which is handed clean latents and nothing
+else; its text queries are compared with those of all candidate texts, and only then with the truth.
 Every task has controls (`--control`) in which a sound evaluation must fall to chance.
 """
 import argparse
@@ -14,15 +14,18 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import SkipReport, Source, check, evaluation_batches, held_out_captions, open_source
+from data import (SIDE, SkipReport, Source, check, evaluation_batches, evenly_spaced, held_out_captions,
+                  open_source)
 from model import DiffDis
-from sample import Parser, best_of, draw_images, draw_queries, fail, find_checkpoint, pick_device, positive
+from sample import (CKPT_HELP, Parser, best_of, draw_images, draw_queries, fail, find_checkpoint, finite,
+                    natural, pick_device, positive, to_pil)
 
 CONTROLS = ("none", "shuffle-images", "no-image", "shuffle-labels")
 
@@ -47,32 +50,43 @@ def score(model: DiffDis, images: Tensor, texts: list[str], text_steps: int = 1,
     return queries @ encode_texts(model, texts).T
 
 
-def read_queries(model: DiffDis, source: Source, args: argparse.Namespace, report: SkipReport):
-    """Every image of the source as a denoised text query
-    -> queries [N, D], captions [N] of lists, labels [N].
-
-    The controls that concern images act here: "no-image" zeroes the condition, "shuffle-images" hands each
-    image the query of another one, which is what scoring the other image would give.
-    """
-    queries, captions, labels = [], [], []
-    total = min(len(source), args.limit or len(source))
-    with tqdm(total=total, unit="image", disable=None, leave=False) as bar:
-        for batch in evaluation_batches(source, model.config.image_size, args.batch_size, args.limit):
-            report.add(batch.skipped, batch.visited)
+def read_latents(model: DiffDis, source: Source, batch_size: int, skips: SkipReport):
+    """All usable images -> latents [N, C, h, w] on the CPU, captions [N] of lists, labels [N]."""
+    latents, captions, labels = [], [], []
+    skips.add(source.skipped, sum(source.skipped.values()))
+    with tqdm(total=len(source), unit="image", desc="read", disable=None, leave=False) as bar:
+        for batch in evaluation_batches(source, model.config.image_size, batch_size):
+            skips.add(batch.skipped, batch.visited)
             if batch.captions:
-                latents = model.encode_image(batch.images.to(model.device))
-                latents = torch.zeros_like(latents) if args.control == "no-image" else latents
-                indices = list(range(len(captions), len(captions) + len(latents)))
-                queries.append(draw_queries(model, latents, indices, args.text_steps, args.draws,
-                                            args.guidance_scale, args.seed))
+                latents.append(model.encode_image(batch.images.to(model.device)).cpu())
             captions += batch.captions
             labels += batch.labels
             bar.update(batch.visited)
-    report.check(final=True)
+    skips.check(final=True)
+    if not latents:
+        raise ValueError(f"{source.name} has no usable sample ({skips})")
+    return torch.cat(latents), captions, labels
+
+
+def image_queries(model: DiffDis, latents: Tensor, args: argparse.Namespace) -> Tensor:
+    """latents [N, C, h, w] of all images -> their denoised text queries [N, D].
+
+    The controls that concern images act here, before anything is predicted: "no-image" zeroes the condition,
+    "shuffle-images" gives each place the latents of another.
+    """
+    if args.control == "no-image":
+        latents = torch.zeros_like(latents)
+    elif args.control == "shuffle-images":
+        latents = latents[shuffled(len(latents), args.seed)]
+    queries = []
+    for first in tqdm(range(0, len(latents), args.batch_size), unit="batch", disable=None, leave=False):
+        some = latents[first:first + args.batch_size].to(model.device)
+        queries.append(draw_queries(model, some, list(range(first, first + len(some))), args.text_steps,
+                                    args.draws, args.guidance_scale, args.seed))
     queries = torch.cat(queries)
-    if args.control == "shuffle-images":
-        queries = queries[shuffled(len(queries), args.seed)]
-    return queries, captions, labels
+    if not torch.isfinite(queries).all():
+        raise ValueError("the model's text queries are not finite: its weights are not usable")
+    return queries
 
 
 def shuffled(n: int, seed: int) -> Tensor:
@@ -100,7 +114,7 @@ def ranks_of_best_match(queries: Tensor, candidates: Tensor, matches: list[list[
         for row, columns in enumerate(matches[start:start + block]):
             right[row, columns] = True
         best = similarity.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-        ranks.append(((similarity >= best) & ~right).sum(dim=1))
+        ranks.append((~(similarity < best) & ~right).sum(dim=1))       # so written, NaN counts against it too
     return torch.cat(ranks).cpu()
 
 
@@ -117,8 +131,9 @@ def retrieval(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
     Image -> text is a hit if any caption of the image is among the k most similar texts;
     text -> image if any image with that caption is.
     """
-    report = SkipReport(args.max_bad)
-    queries, captions, _ = read_queries(model, source, args, report)
+    skips = SkipReport(args.max_bad)
+    latents, captions, _ = read_latents(model, source, args.batch_size, skips)
+    queries = image_queries(model, latents, args)
     if args.control == "shuffle-labels":
         captions = [captions[i] for i in shuffled(len(captions), args.seed).tolist()]
     column = {text: i for i, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
@@ -135,10 +150,11 @@ def retrieval(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
         for k in (1, 5, 10):
             rate = (ranks < k).float().mean().item()
             result[f"{name}_r{k}"] = rate
-            result[f"{name}_r{k}_interval"] = wilson(rate, len(ranks))
+            # An image's captions succeed and fail together: no more trials than images.
+            result[f"{name}_r{k}_interval"] = wilson(rate, min(len(ranks), len(queries)))
             result[f"{name}_r{k}_chance"] = sum(
                 chance_of_hit(k, pool, len(set(m))) for m in matches) / len(matches)
-    return {**result, "chance": result["i2t_r1_chance"], "skipped": report.to_dict()}
+    return {**result, "chance": result["i2t_r1_chance"], "skipped": skips.to_dict()}
 
 
 def fill(template: str, name: str) -> str:
@@ -154,19 +170,20 @@ def zeroshot(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
     templates = args.templates or ["a {}" if source.name == "shapes" else "a photo of a {}"]
     classes = torch.stack([encode_texts(model, [fill(t, name) for t in templates]).mean(dim=0)
                            for name in source.classes])
-    report = SkipReport(args.max_bad)
-    queries, _, labels = read_queries(model, source, args, report)
+    skips = SkipReport(args.max_bad)
+    latents, _, labels = read_latents(model, source, args.batch_size, skips)
+    queries = image_queries(model, latents, args)
     similarity, labels = (queries @ F.normalize(classes, dim=-1).T).cpu(), torch.tensor(labels)
     if args.control == "shuffle-labels":
         labels = labels[shuffled(len(labels), args.seed)]
     truth = similarity.gather(1, labels[:, None])
-    ranks = (similarity >= truth).sum(dim=1) - 1          # ties count against the model, as above
+    ranks = (~(similarity < truth)).sum(dim=1) - 1        # ties count against the model, as above
     hits = (ranks == 0).float()
     per_class = [hits[labels == c].mean().item() for c in labels.unique()]
     top1, count = hits.mean().item(), len(source.classes)
     return {"n": len(labels), "classes": count, "templates": templates, "chance": 1 / count, "top1": top1,
             "top1_interval": wilson(top1, len(labels)), "top5": (ranks < 5).float().mean().item(),
-            "mean_per_class": sum(per_class) / len(per_class), "skipped": report.to_dict()}
+            "mean_per_class": sum(per_class) / len(per_class), "skipped": skips.to_dict()}
 
 
 def checker(model: DiffDis, args: argparse.Namespace) -> dict:
@@ -184,7 +201,9 @@ def checker(model: DiffDis, args: argparse.Namespace) -> dict:
         seeds = list(range(args.seed + i * args.best_of, args.seed + (i + len(some)) * args.best_of))
         images = draw_images(model, [prompt for prompt in some for _ in range(args.best_of)], seeds,
                              args.steps, scale)
-        pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        if images.shape[2] != SIDE:          # `shapes` at another --image-size: judged at its own
+            images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
+        pixels = [np.asarray(to_pil(image)) for image in images]
         for k, prompt in enumerate(some):
             first = k * args.best_of
             own = images[first:first + args.best_of]
@@ -201,6 +220,9 @@ def checker(model: DiffDis, args: argparse.Namespace) -> dict:
 # ---------------------------------------------------------------- command line
 def print_table(title: str, result: dict, metrics: tuple[str, ...]) -> None:
     print(f"{title}  (n = {result['n']})")
+    skipped = result.get("skipped", {"skipped": {}})["skipped"]
+    if skipped:
+        print(f"  left out: {', '.join(f'{count} {cause}' for cause, count in sorted(skipped.items()))}")
     for name in metrics:
         low, high = result.get(f"{name}_interval", (None, None))
         interval = "" if low is None else f"   95 % interval {100 * low:5.1f} – {100 * high:5.1f}"
@@ -222,16 +244,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, (function, _) in TASKS.items():
         task = tasks.add_parser(name, help=function.__doc__.split("\n")[0].replace("%", "%%"))
         add = task.add_argument
-        add("--ckpt", help="checkpoint; without it the newest runs/*/checkpoint.pt")
+        add("--ckpt", help=CKPT_HELP)
         add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights, or the last step's")
         add("--json", metavar="FILE", help="also write the numbers here; rates are fractions")
-        add("--seed", type=int, default=0, help="seed of all noise and of the controls' shuffling")
+        add("--seed", type=natural, default=0, help="seed of all noise and of the controls' shuffling")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
         if name == "checker":
             add("--n", type=positive, default=64, help="held-out prompts to draw")
             add("--best-of", type=positive, default=1, help="draw this many, keep the model's own favourite")
             add("--steps", type=positive, default=50, help="sampler steps")
-            add("--guidance-scale", type=float, help="1 + w, 1: none; without it the checkpoint's own")
+            add("--guidance-scale", type=finite, help="1 + w, 1: none; without it the checkpoint's own")
             continue
         add("--data", default="shapes",
             help="shapes, cc3m, or a folder of tars, class folders or captioned images")
@@ -239,10 +261,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             help="break the evaluation on purpose: expect chance")
         add("--text-steps", type=positive, default=1, help="denoising steps of the text query")
         add("--draws", type=positive, default=1, help="noise draws averaged per image")
-        add("--guidance-scale", type=float, default=1.0, help="1 + w; 1: no guidance")
-        add("--limit", type=positive, help="images to use, from the first; without it all")
+        add("--guidance-scale", type=finite, default=1.0, help="1 + w; 1: no guidance")
+        add("--limit", type=positive, help="images to use, evenly spaced; without it all")
         add("--batch-size", type=positive, default=100, help="images at once")
-        add("--max-bad", type=float, default=0.05,
+        add("--max-bad", type=finite, default=0.05,
             help="stop when more than this share of samples is unusable")
         if name == "zeroshot":
             add("--templates", metavar="FILE", help="text file, a template per line, {} for the class name")
@@ -272,6 +294,8 @@ def report(task: str, model: DiffDis, source: Source | None, args: argparse.Name
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
+        if args.json and not Path(args.json).resolve().parent.is_dir():
+            raise ValueError(f"--json is {args.json!r}, expected a file in an existing folder")
         path, source = find_checkpoint(args.ckpt), None
         model = models.load(path, pick_device(args.device), args.weights)
         if args.task == "zeroshot":
@@ -279,6 +303,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.task != "checker":
             source = open_source(
                 args.data, "classes" if (args.task, args.data) == ("zeroshot", "shapes") else "val")
+            source = evenly_spaced(source, args.limit)
         result = report(args.task, model, source, args)
         if args.json:
             settings = {"checkpoint": str(path), "torch": torch.__version__, "device": str(model.device)}

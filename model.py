@@ -12,22 +12,29 @@ attention block (fusion.py).
 Parameter names are those of the diffusers / transformers folders of Stable Diffusion v1; what DiffDis adds is
 named `query_...`. Read next: diffusion.py.
 """
+import argparse
+import json
 import math
 import os
 import pickle
-import tempfile
+import re
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import Tokenizer
+from data import END, START, Tokenizer
 from fusion import AlignmentTransformer, FusionConfig, SpatialTransformer
 
 TARGETS = ("noise", "v", "data")       # what a network may be asked to predict; formulas in diffusion.py
 SCHEDULES = ("linear", "cosine")
+MAX_SIDE = 4096            # px; a larger image is a slip of the finger
 
 
 # ---------------------------------------------------------------- configuration
@@ -110,8 +117,9 @@ class Config:
             raise ValueError(f"condition_timestep is {self.condition_timestep}, "
                              f"expected 0 to {self.timesteps}")
         side = self.autoencoder.factor * 2 ** (len(self.unet.channels) - 1)
-        if self.image_size % side:
-            raise ValueError(f"image size is {self.image_size} px, expected a multiple of {side}")
+        if self.image_size % side or not 0 < self.image_size <= MAX_SIDE:
+            raise ValueError(f"image size is {self.image_size} px, "
+                             f"expected a multiple of {side} up to {MAX_SIDE}")
         if self.fusion.query_width != self.text.width:
             raise ValueError(f"query_width {self.fusion.query_width} is not the text width {self.text.width}")
 
@@ -127,7 +135,8 @@ class Config:
         parts = {"fusion": FusionConfig, "unet": UNetConfig, "text": TextConfig,
                  "autoencoder": AutoencoderConfig}
         try:
-            built = {name: cls(**values[name]) for name, cls in parts.items()}
+            built = {name: cls(**{field: tuple(value) if isinstance(value, list) else value
+                                  for field, value in values[name].items()}) for name, cls in parts.items()}
             return Config(**{**values, **built})
         except (KeyError, TypeError) as error:
             raise ValueError(f"the checkpoint's configuration does not fit this version: {error}") from None
@@ -332,12 +341,14 @@ class KLAutoencoder(nn.Module):
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W] in [-1, 1] -> mean, log-variance [B, 4, H/8, W/8], before scaling."""
+        images = images.to(self.quant_conv.weight.dtype)
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, 4, H/8, W/8] -> images [B, 3, H, W], nominally in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(latents / self.config.scale))
+        latents = latents.to(self.post_quant_conv.weight.dtype) / self.config.scale
+        return self.decoder(self.post_quant_conv(latents))
 
 
 # ---------------------------------------------------------------- text encoder
@@ -594,8 +605,8 @@ class DiffDis(nn.Module):
         Raises ValueError on an unfit size.
         """
         side = self.config.autoencoder.factor * 2 ** (len(self.config.unet.channels) - 1)
-        if height % side or width % side or height <= 0 or width <= 0:
-            raise ValueError(f"size is {width}x{height} px, expected multiples of {side}")
+        if height % side or width % side or not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
+            raise ValueError(f"size is {width}x{height} px, expected multiples of {side} up to {MAX_SIDE}")
         factor = self.config.autoencoder.factor
         return self.config.autoencoder.latent_channels, height // factor, width // factor
 
@@ -609,12 +620,15 @@ def is_new(name: str) -> bool:
 # Our names are those of a diffusers folder. The original files (CompVis) count through flat lists instead.
 PREFIXES = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.",
             "text_encoder": "cond_stage_model.transformer."}
+# Part -> its folder, its file, the prefix of names in it.
+FOLDERS = {"unet": ("unet", "diffusion_pytorch_model", ""),
+           "autoencoder": ("vae", "diffusion_pytorch_model", ""),
+           "text_encoder": ("text_encoder", "model", "text_model.")}
 QUERY_PREFIX = "diffdis."         # what Stable Diffusion does not have, in files we write under its names
 # What such files hold beside the networks.
 IGNORED = re.compile(r".*position_ids$|model_ema\.|first_stage_model\.loss\.|"
                      r"cond_stage_model\.(logit_scale|transformer\.(logit_scale|text_projection))|"
-                     r"((sqrt_)?(one_minus_)?alphas?|(log_|sqrt_)?(one_minus_|recip(m1)?_)?alphas|betas|posterior_|"
-                     r"lvlb_weights|logvar)[^.]*$")
+                     r"((log_|sqrt_)?(one_minus_|recip(m1)?_)?alphas|betas|posterior_|lvlb_|logvar)[^.]*$")
 RES_BLOCK = r"(put_blocks\.\d+\.0|middle_block\.\d)\."
 # Spellings that older files have for what is now called otherwise.
 OLD_SPELLINGS = [(r"(attentions\.\d\.)query\.", r"\1to_q."), (r"(attentions\.\d\.)key\.", r"\1to_k."),
@@ -692,7 +706,7 @@ def from_compvis(raw: dict[str, Tensor], names: list[str], config: Config, weigh
     return found | raw
 
 
-# ---------------------------------------------------------------- files, read without running anything in them
+# ---------------------------------------------------------------- files; nothing in them is ever run
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
@@ -721,11 +735,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             dtype = DTYPES[kind]
             if begin != at or end - begin != math.prod(shape) * dtype.itemsize or start + end > size:
                 raise ValueError(f"{name}: bytes {begin} to {end} of a file of {size} for {kind} {shape}")
+            # One map per tensor: as views of one map, saving a single tensor would write out the whole file.
             flat = torch.empty(0, dtype=torch.uint8) if begin == end else torch.from_numpy(
                 np.memmap(path, np.uint8, "c", start + begin, end - begin))
-            # One map per tensor: as views of one map, saving a single tensor would write out the whole file.
-            tensors[name] = (flat if flat.data_ptr() % dtype.itemsize == 0 else flat.clone()).view(dtype).view(shape)
-            at = end
+            if flat.data_ptr() % dtype.itemsize:
+                flat = flat.clone()          # not aligned in the file
+            tensors[name], at = flat.view(dtype).view(shape), end
         if start + at != size:
             raise ValueError(f"{size - start - at} bytes belong to no tensor")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -759,7 +774,8 @@ def read_torch(path: Path) -> object:
             raise ValueError(f"it wants to run {', '.join(refused)}, which is refused")
         with torch.serialization.safe_globals([(Inert, name) for name in wanted]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError,
+            pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no readable checkpoint (truncated, not written by torch.save, or by one "
                          f"before 1.6): {reason}") from None
@@ -768,11 +784,9 @@ def read_torch(path: Path) -> object:
 def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A diffusers folder's tensors under our names -> tensors, metadata (of our own part, if it has one)."""
     tensors, metadata = {}, {}
-    for part, folder, stems in (("unet", "unet", ("diffusion_pytorch_model",)),
-                                ("autoencoder", "vae", ("diffusion_pytorch_model",)),
-                                ("text_encoder", "text_encoder", ("model", "pytorch_model"))):
-        names = [f"{stem}{half}.{kind}" for half in ("", ".fp16") for stem in stems
-                 for kind in ("safetensors", "bin")]
+    for part, (folder, stem, _) in FOLDERS.items():
+        old = "pytorch_model" if stem == "model" else stem
+        names = [f"{stem}.safetensors", f"{old}.bin", f"{stem}.fp16.safetensors", f"{old}.fp16.bin"]
         file = next((path / folder / name for name in names if (path / folder / name).is_file()), None)
         if file is None:
             raise FileNotFoundError(f"{path / folder} has none of {', '.join(names)}: "
@@ -789,6 +803,7 @@ def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 # ---------------------------------------------------------------- downloads
+MODELS = ("sd-v1-5", "sd-v1-4")      # whose licence is CreativeML OpenRAIL-M
 DOWNLOADS = {
     "sd-v1-5": ("https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/"
                 "v1-5-pruned-emaonly.safetensors",
@@ -815,6 +830,11 @@ def download(name: str) -> Path:
     return path
 
 
+def locate(path: str | Path) -> Path:
+    """A path, or the downloaded file of one of MODELS."""
+    return download(str(path)) if str(path) in MODELS else Path(path)
+
+
 def find_tokenizer(path: Path, length: int) -> Tokenizer:
     """CLIP's vocabulary for weights at `path`: in their folder, beside them, in the cache, or downloaded."""
     file = Path(DOWNLOADS["vocabulary"][0]).name
@@ -826,22 +846,6 @@ def find_tokenizer(path: Path, length: int) -> Tokenizer:
 
 # ---------------------------------------------------------------- checkpoints
 FORMAT = "diffdis-1"
-
-
-def write_atomically(path: Path, write: Callable) -> None:
-    """`write(file)` to a file that is complete under its name, or the old one is still there. Raises OSError."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:   # torch reports a full disk as RuntimeError
-        kept = "; the previous checkpoint there is intact" if path.exists() else ""
-        raise OSError(f"cannot write {path}: {error or 'disk full?'}".split("\n")[0] + kept) from None
-    finally:
-        Path(part).unlink(missing_ok=True)
 
 
 def describe(model: DiffDis) -> dict:
@@ -862,6 +866,24 @@ def save(path: str | Path, model: DiffDis, ema: dict | None = None, training: di
     write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
 
 
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a file that is complete under its name, or the old one stays. Raises OSError."""
+    part = path.with_name(path.name + ".part")      # one name: what a killed program left is overwritten
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        kept = "; what was there before is intact" if path.exists() else ""
+        # torch.save reports a failed write as a RuntimeError about file positions.
+        reason = getattr(error, "strerror", None) or "writing stopped short: is the disk full?"
+        raise OSError(f"cannot write {path}: {reason}{kept}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def read_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint of ours to CPU memory (mapped, not copied), without running any code from it.
 
@@ -871,106 +893,121 @@ def read_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py`, or give --ckpt")
     checkpoint = read_torch(path)
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+    if not is_ours(checkpoint):
         found = (", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else
                  type(checkpoint).__name__)
         raise ValueError(f"{path} is not a DiffDis checkpoint: expected format {FORMAT!r}, "
                          f"found {found or 'nothing'}")
+    missing = {"config", "tokenizer", "words", "model", "ema", "training"} - set(checkpoint)
+    if missing:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     return checkpoint
 
 
-def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
-    """Any file or folder that `load` takes -> what `describe` wrote (or nothing), tensors under our names."""
-    config, description = PRESETS["sd-v1"], {}
+def is_ours(checkpoint: object) -> bool:
+    return isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
+
+
+def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor], bool]:
+    """Any file or folder that `load` takes -> what `describe` wrote or {}, tensors, are their names ours."""
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py`, or name a Stable "
-                                f"Diffusion v1 file or folder, or one of {', '.join(list(DOWNLOADS)[:2])}")
+        raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py`, give a Stable "
+                                f"Diffusion v1 file or folder, or name one to download: {', '.join(MODELS)}")
     if path.is_dir():
         tensors, metadata = read_folder(path)
     elif path.open("rb").read(9)[8:] == b"{":
         tensors, metadata = read_safetensors(path)
     else:
         raw, metadata = read_torch(path), {}
-        if isinstance(raw, dict) and raw.get("format") == FORMAT:
-            averages = raw["ema"] if weights == "ema" and raw["ema"] is not None else {}
-            return raw, raw["model"] | averages
-        tensors = raw.get("state_dict", raw) if isinstance(raw, dict) else None
-        if not isinstance(tensors, dict):
-            raise ValueError(f"{path} holds a {type(raw).__name__}, expected a checkpoint of DiffDis "
-                             "or of Stable Diffusion v1")
-        tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
-    if "diffdis" in metadata:
-        description = json.loads(metadata["diffdis"])
-        config = Config.from_dict(description["config"])
-    if not path.is_dir():
-        with torch.device("meta"):
-            names = list(DiffDis(config, description.get("tokenizer")).state_dict())
-        tensors = from_compvis(tensors, names, config, weights)
-    return description, tensors
+        if is_ours(raw):
+            checkpoint = read_checkpoint(path)
+            averages = checkpoint["ema"] if weights == "ema" and checkpoint["ema"] is not None else {}
+            return checkpoint, checkpoint["model"] | averages, True
+        raw = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
+        tensors = {name: value for name, value in raw.items() if isinstance(value, Tensor)}
+        if not any(name.startswith(PREFIXES["unet"]) for name in tensors):
+            found = ", ".join(map(str, list(raw)[:4])) or "nothing"
+            raise ValueError(f"{path} is not a DiffDis checkpoint (format {FORMAT!r}), nor one of "
+                             f"Stable Diffusion ({PREFIXES['unet']}...): found {found}")
+    try:
+        description = json.loads(metadata.get("diffdis", "{}"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: its description is no JSON ({error})") from None
+    return description, tensors, path.is_dir()
+
+
+def build(description: dict, path: str | Path, adapt: Callable = lambda config: config) -> DiffDis:
+    """The networks that a file describes, its tensors not yet in them. Raises ValueError."""
+    try:
+        return DiffDis(adapt(Config.from_dict(description["config"])),
+                       Tokenizer.from_dict(description["tokenizer"]))
+    except (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: no networks can be built from it "
+                         f"({type(error).__name__}: {error})") from None
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema",
-         dtype: torch.dtype = torch.float32, adapt: Callable[[Config], Config] = lambda config: config) -> DiffDis:
+         dtype: torch.dtype = torch.float32,
+         adapt: Callable[[Config], Config] = lambda config: config) -> DiffDis:
     """A checkpoint as a model in eval mode, averaged weights preferred.
 
-    path: a file written by `save`, Stable Diffusion v1 as .ckpt, .safetensors (CompVis's names) or a diffusers
-    folder, or a name in DOWNLOADS; weights: "ema" (if the file has them) or "raw"; dtype: of the parameters;
-    adapt: changes the configuration before the networks are built (a Stable Diffusion file says nothing of
-    the query stream, which then starts from random weights).
-    Raises FileNotFoundError or ValueError as `read_checkpoint`, ValueError naming tensors that do not fit.
+    path: a file that `save` or `export` wrote; Stable Diffusion v1 as .ckpt, .safetensors (CompVis's names)
+    or a diffusers folder; or one of MODELS, downloaded once; weights: "ema" (if the file has them) or "raw";
+    dtype: of the parameters; adapt: changes the configuration before the networks are built. What a Stable
+    Diffusion file does not have, the query stream, starts from random weights, and this is said.
+    Raises FileNotFoundError or ValueError: no file, not a checkpoint, truncated, tensors that do not fit.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights is {weights!r}, expected 'ema' or 'raw'")
-    path = download(str(path)) if str(path) in DOWNLOADS else Path(path)
-    description, tensors = read_weights(path, weights)
-    if description:
-        config = Config.from_dict(description["config"])
-        tokenizer = Tokenizer.from_dict(description["tokenizer"])
-    else:
+    path = locate(path)
+    description, tensors, ours = read_weights(path, weights)
+    foreign = not description
+    if foreign:
         config = PRESETS["sd-v1"]
         tokenizer = find_tokenizer(path, config.text.context_length)
-    model = assemble(adapt(config), tokenizer, tensors, path, may_lack_query=not description)
+        description = {"config": config.to_dict(), "tokenizer": tokenizer.to_dict()}
+    with torch.device("meta"):       # no storage: nothing is initialised only to be overwritten
+        model = build(description, path, adapt)
+    if not ours:
+        tensors = from_compvis(tensors, list(model.state_dict()), model.config, weights)
+    put_tensors(model, tensors, path, foreign)
     if description.get("words") is not None:
         model.known_words = frozenset(description["words"])
     model.to(device, dtype)
     if dtype == torch.float16:
-        model.autoencoder.float()        # its activations overflow float16: black pictures
+        model.autoencoder.float()    # its activations overflow float16: black pictures
     return model.eval().requires_grad_(False)
 
 
-def assemble(config: Config, tokenizer: Tokenizer, tensors: dict[str, Tensor], path: Path,
-             may_lack_query: bool) -> DiffDis:
-    """A model of these very tensors: nothing is initialised to be overwritten, nothing copied.
+def put_tensors(model: DiffDis, tensors: dict[str, Tensor], path: str | Path, foreign: bool = False) -> None:
+    """Make a file's tensors the model's own, without a copy; each must have its place, each place its tensor.
 
-    Raises ValueError unless each tensor has its place and each place its tensor.
+    foreign: the file is Stable Diffusion's: it may hold what IGNORED names, and lack the query stream.
+    Raises ValueError naming what does not fit.
     """
-    with torch.device("meta"):
-        model = DiffDis(config, tokenizer)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    tensors = {name: value.flatten(1) if name in shapes and value.dim() == 4 and len(shapes[name]) == 2 else value
-               for name, value in tensors.items()}                  # attention as 1×1 convolutions
-    ignored = [name for name in tensors if name not in shapes and IGNORED.match(name.split(".", 1)[-1])
-               or IGNORED.match(name)]
-    tensors = {name: value.float() if value.is_floating_point() else value
+    ignored = [name for name in tensors if foreign and name not in shapes and IGNORED.match(name)]
+    # Attention as 1×1 convolutions, half precision: other ways of writing the same.
+    tensors = {name: value.flatten(1) if value.dim() == 4 and len(shapes.get(name, ())) == 2 else value
                for name, value in tensors.items() if name not in ignored}
-    fresh = [name for name in shapes if name not in tensors and is_new(name)] if may_lack_query else []
+    tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    fresh = [name for name in shapes if foreign and name not in tensors and is_new(name)]
     wrong = ([f"lacks {name}" for name in shapes if name not in tensors and name not in fresh]
              + [f"has an unknown {name}" for name in tensors if name not in shapes]
-             + [f"{name} is {tuple(value.shape)}, expected {tuple(shapes[name])}" for name, value in tensors.items()
-                if name in shapes and value.shape != shapes[name]])
+             + [f"has {name} of shape {tuple(value.shape)} instead of {tuple(shapes[name])}"
+                for name, value in tensors.items() if name in shapes and value.shape != shapes[name]])
     if wrong:
-        raise ValueError(f"{path}: its tensors do not fit the configuration: {'; '.join(wrong[:4])}"
+        raise ValueError(f"{path}: its tensors do not fit the configuration: it {'; '.join(wrong[:4])}"
                          + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
-    tensors |= start_query_stream(model, set(fresh))
-    model.load_state_dict(tensors, assign=True)
-    model.null_tokens = tokenizer([""])
-    if may_lack_query:
-        count = sum(tensors[name].numel() for name in fresh)
+    started = start_query_stream(model, set(fresh))
+    model.load_state_dict(tensors | started, assign=True)
+    model.null_tokens = model.tokenizer([""])
+    if foreign:
+        numbers = sum(value.numel() for value in started.values())
         kinds = sorted({re.sub(r"\.\d+\b", ".*", name.rsplit(".", 1)[0]) for name in fresh})
-        print(f"loaded {len(tensors) - len(fresh)} tensors of {path}; new, from random weights: {len(fresh)} tensors, "
-              f"{count:,} numbers ({', '.join(kinds)}); ignored: {', '.join(ignored[:3]) or 'none'}"
-              + (f" and {len(ignored) - 3} more" if len(ignored) > 3 else ""))
-    return model
+        print(f"{path}: loaded {len(tensors)} tensors; new, from random weights: {len(fresh)} tensors, "
+              f"{numbers:,} numbers ({', '.join(kinds) or 'none'}); "
+              f"ignored: {len(ignored)} ({', '.join(ignored[:3] + ['...'] * (len(ignored) > 3)) or 'none'})")
 
 
 def start_query_stream(model: DiffDis, names: set[str]) -> dict[str, Tensor]:
@@ -985,3 +1022,117 @@ def start_query_stream(model: DiffDis, names: set[str]) -> dict[str, Tensor]:
     if "logit_scale" in names:
         started["logit_scale"] = torch.tensor(math.log(1 / 0.07))
     return started
+
+
+# ---------------------------------------------------------------- export
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """tensors in any layout -> a .safetensors file, atomically."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, at = {"__metadata__": {"format": "pt", **metadata}}, 0
+    for name, value in tensors.items():
+        header[name] = {"dtype": names[value.dtype], "shape": list(value.shape),
+                        "data_offsets": [at, at := at + value.numel() * value.dtype.itemsize]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)       # tensors begin at a multiple of 8
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for value in tensors.values():
+            file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    write_atomically(path, write)
+
+
+def export(model: DiffDis, out: str | Path) -> None:
+    """Write a model for other programs: OUT.safetensors (CompVis's names) or a diffusers folder OUT.
+
+    Stable Diffusion's part is what they expect; the query stream, the configuration and the vocabulary stand
+    beside it, under a prefix or in a folder `diffdis`, so that `load` gives the whole model back.
+    Raises ValueError for a model that is not of Stable Diffusion v1's make.
+    """
+    config, out = model.config, Path(out)
+    if config.autoencoder.kind != "kl" or config.image_target != "noise":
+        raise ValueError("only a model with Stable Diffusion's autoencoder that predicts noise is exported: "
+                         f"this one has {config.autoencoder.kind!r} and predicts {config.image_target!r}")
+    tensors, metadata = model.state_dict(), {"diffdis": json.dumps(describe(model))}
+    query = {QUERY_PREFIX + name: value for name, value in tensors.items() if is_new(name)}
+    theirs = {name: value for name, value in tensors.items() if not is_new(name)}
+    if out.suffix == ".safetensors":
+        names = to_compvis(theirs, config)
+        renamed = {names[name]: value[:, :, None, None] if re.search(r"attn_1\.\w+\.weight$", names[name])
+                   and value.dim() == 2 else value for name, value in theirs.items()}
+        write_safetensors(out, renamed | query, metadata)
+        return
+    for part, (folder, stem, prefix) in FOLDERS.items():
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        write_safetensors(out / folder / f"{stem}.safetensors", {
+            prefix + name.removeprefix(part + "."): value for name, value in theirs.items()
+            if name.startswith(part + ".")}, {})
+    (out / "diffdis").mkdir(exist_ok=True)
+    write_safetensors(out / "diffdis/query.safetensors", query, metadata)
+    for name, content in folder_configs(model).items():
+        (out / name).parent.mkdir(exist_ok=True)
+        text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
+        write_atomically(out / name, lambda file, text=text: file.write(text.encode()))
+
+
+def folder_configs(model: DiffDis) -> dict[str, dict | str]:
+    """The text files of a diffusers folder, by path."""
+    config, tokenizer = model.config, model.tokenizer
+    unet, text, vae = config.unet, config.text, config.autoencoder
+    levels = len(vae.channels)
+    end = tokenizer.vocab_size - 1
+    return {
+        "model_index.json": {
+            "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "DDIMScheduler"],
+            "safety_checker": [None, None], "feature_extractor": [None, None],
+            "requires_safety_checker": False},
+        "unet/config.json": {
+            "_class_name": "UNet2DConditionModel", "in_channels": vae.latent_channels,
+            "out_channels": vae.latent_channels, "sample_size": config.image_size // vae.factor,
+            "block_out_channels": unet.channels, "layers_per_block": unet.res_blocks,
+            "attention_head_dim": unet.heads, "cross_attention_dim": text.width,
+            "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in unet.attention],
+            "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in unet.attention[::-1]]},
+        "vae/config.json": {
+            "_class_name": "AutoencoderKL", "latent_channels": vae.latent_channels,
+            "block_out_channels": vae.channels, "layers_per_block": 2, "scaling_factor": vae.scale,
+            "sample_size": config.image_size, "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels},
+        "text_encoder/config.json": {
+            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "quick_gelu",
+            "vocab_size": text.vocab_size, "hidden_size": text.width, "intermediate_size": 4 * text.width,
+            "num_hidden_layers": text.layers, "num_attention_heads": text.heads, "projection_dim": text.width,
+            "max_position_embeddings": text.context_length, "bos_token_id": end - 1, "eos_token_id": end,
+            "pad_token_id": end},
+        "scheduler/scheduler_config.json": {
+            "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+            "beta_end": 0.012, "num_train_timesteps": config.timesteps, "clip_sample": False,
+            "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon"},
+        "tokenizer/vocab.json": tokenizer.id,
+        "tokenizer/merges.txt": "\n".join(["#version: 0.2", *tokenizer.merges]) + "\n",
+        "tokenizer/tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": text.context_length,
+            "bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END},
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Export a checkpoint for other programs.")
+    parser.add_argument("command", choices=("export",), help="what to do")
+    parser.add_argument("ckpt", help="a checkpoint that sample.py takes")
+    parser.add_argument("out", help="OUT.safetensors (CompVis's names), or a folder in diffusers's layout")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
+                        help="averaged weights, or the last step's")
+    args = parser.parse_args(argv)
+    try:
+        export(load(args.ckpt, weights=args.weights), args.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,8 @@ it reads the prompt from best.
 Read next: evaluate.py, which scores images against texts.
 """
 import argparse
+import hashlib
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -21,19 +23,33 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import words
-from diffusion import ddim, generator_of, guide, make_alphas_cumprod, make_denoiser, sampling_timesteps
+from data import MAX_PIXELS, words
+from diffusion import (ddim, dpm_solver, generator_of, guide, make_alphas_cumprod, make_denoiser,
+                       sampling_timesteps)
 from model import DiffDis
 
 
 # ---------------------------------------------------------------- Algorithm 2: text -> image
+SAMPLERS = {"ddim": "leading", "dpm++": "linspace"}      # and how each spaces its timesteps by default
+
+
+def image_timesteps(model: DiffDis, sampler: str, steps: int) -> list[int]:
+    """The timesteps to draw an image by. Raises ValueError on an impossible number of steps."""
+    # A noise-predicting model is sampled as Stable Diffusion is: DDIM from t = 981 to 1 (in 50 steps),
+    # ending at ᾱ_0. At T-1 its x̂0 would be its error divided by √ᾱ, a fifteenfold;
+    # v and data targets have no such trouble.
+    spacing = SAMPLERS[sampler] if model.config.image_target == "noise" else "trailing"
+    return sampling_timesteps(steps, model.config.timesteps, spacing)
+
+
 @torch.no_grad()
 def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int = 50,
                 guidance_scale: float | None = None, size: tuple[int, int] | None = None,
-                negative: str = "", progress=iter) -> Tensor:
-    """Draw one image per prompt and seed (Algorithm 2): DDIM with classifier-free guidance.
+                negative: str = "", sampler: str = "ddim", eta: float = 0.0, progress=iter) -> Tensor:
+    """Draw one image per prompt and seed (Algorithm 2): a sampler with classifier-free guidance.
 
     prompts, seeds: B of each, an image depends on its own two alone; steps: sampler steps, 1 to T;
+    sampler: one of SAMPLERS; eta: DDIM's share of fresh noise, 0 to 1;
     guidance_scale: 1 + w, 1 is no guidance, None the configuration's; size: (height, width) in px, None the
     training size; negative: the prompt to guide away from
     -> images [B, 3, H, W] in [-1, 1], float32, on the model's device.
@@ -51,14 +67,16 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
         unconditional, conditional = model.denoise_image(z_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
         return guide(conditional, unconditional, scale)
 
-    # A noise-predicting model is sampled as Stable Diffusion is: from t = 981 to 1 (in 50 steps),
-    # ending at ᾱ_0. At T-1 its x̂0 would be its error divided by √ᾱ, a fifteenfold;
-    # v and data targets have no such trouble.
-    leading = config.image_target == "noise"
-    timesteps = sampling_timesteps(steps, config.timesteps, "leading" if leading else "trailing")
-    latents = ddim(make_denoiser(predict, config.image_target, alphas_cumprod), z_T, timesteps,
-                   alphas_cumprod, final_alpha_cumprod=float(alphas_cumprod[0]) if leading else 1.0,
-                   progress=progress)
+    denoise = make_denoiser(predict, config.image_target, alphas_cumprod)
+    timesteps = image_timesteps(model, sampler, steps)
+    if sampler == "dpm++":
+        latents = dpm_solver(denoise, z_T, timesteps, alphas_cumprod, progress)
+    else:
+        def noise(step: int) -> Tensor:
+            fresh = [torch.randn(shape, generator=generator_of(seed, step)) for seed in seeds]
+            return torch.stack(fresh).to(device)
+        last = float(alphas_cumprod[0]) if config.image_target == "noise" else 1.0
+        latents = ddim(denoise, z_T, timesteps, alphas_cumprod, 1.0, last, eta, noise, progress)
     return model.decode_image(latents).float().clamp(-1, 1)
 
 
@@ -94,6 +112,7 @@ def draw_queries(model: DiffDis, latents: Tensor, indices: list[int], steps: int
     return F.normalize(total, dim=-1)
 
 
+@torch.no_grad()
 def best_of(model: DiffDis, prompt: str, images: Tensor, seed: int = 0) -> tuple[int, Tensor]:
     """Which of images [N, 3, H, W] the model itself reads `prompt` from best -> index, similarities [N]."""
     queries = draw_queries(model, model.encode_image(images), list(range(len(images))), draws=4, seed=seed)
@@ -156,8 +175,9 @@ def find_checkpoint(given: str | None) -> Path:
         return Path(given)
     found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise FileNotFoundError("no --ckpt given and no runs/*/checkpoint.pt here: "
-                                "train one with `python train.py`")
+        raise FileNotFoundError("no --ckpt given and no runs/*/checkpoint.pt here: train one with "
+                                "`python train.py`, give Stable Diffusion v1 as --ckpt FILE_OR_FOLDER, "
+                                "or download it with --ckpt sd-v1-5")
     print(f"checkpoint: {found[-1]} (the newest of {len(found)})")
     return found[-1]
 
@@ -176,18 +196,40 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    if not 0 <= int(text) < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return float(text)
+
+
 # ---------------------------------------------------------------- command line
+CKPT_HELP = ("checkpoint, Stable Diffusion v1 as .ckpt, .safetensors or diffusers folder, or "
+             f"{' or '.join(models.MODELS)} to download; without it the newest runs/*/checkpoint.pt")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Draw images for prompts.")
     add = parser.add_argument
     add("prompts", nargs="+", help="what to draw; several prompts give a grid, a row each")
-    add("--ckpt", help="checkpoint; without it the newest runs/*/checkpoint.pt")
+    add("--ckpt", help=CKPT_HELP)
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights, or the last step's")
+    add("--dtype", choices=tuple(DTYPES), default="fp32",
+        help="type of the weights (the autoencoder is never in fp16)")
+    add("--sampler", choices=tuple(SAMPLERS), default="ddim",
+        help="DDIM, or DPM-Solver++(2M), for which 20 steps are plenty")
     add("--steps", type=positive, default=50, help="sampler steps")
-    add("--guidance-scale", type=float,
+    add("--eta", type=finite, default=0.0, help="fresh noise in DDIM: 0 none, 1 as much as DDPM")
+    add("--guidance-scale", type=finite,
         help="1 + w of classifier-free guidance, 1: none; without it the checkpoint's own")
     add("--negative", default="", help="prompt to guide away from")
-    add("--seed", type=int, default=0, help="image k of a prompt is drawn from seed + k")
+    add("--seed", type=natural, default=0, help="the k-th image drawn for a prompt comes from seed + k")
     add("-n", type=positive, default=1, help="images per prompt")
     add("--best-of", type=positive, default=1, metavar="N",
         help="draw N images for each one kept: the one whose own alignment score with the prompt is highest")
@@ -224,7 +266,7 @@ def draw_all(model: DiffDis, args: argparse.Namespace) -> tuple[Tensor, list[dic
         for i in range(0, len(jobs), args.batch):
             prompts, seeds = zip(*jobs[i:i + args.batch])
             drawn.append(draw_images(model, list(prompts), list(seeds), args.steps, args.guidance_scale, size,
-                                     args.negative, progress))
+                                     args.negative, args.sampler, args.eta, progress))
     images = torch.cat(drawn)
     notes = [{"prompt": prompt, "seed": seed} for prompt, seed in jobs]
     if args.best_of == 1:
@@ -237,17 +279,28 @@ def draw_all(model: DiffDis, args: argparse.Namespace) -> tuple[Tensor, list[dic
     return images[kept], [notes[i] for i in kept]
 
 
-def save_png(images: Tensor, notes: list[dict], args: argparse.Namespace) -> None:
+def fingerprint(path: Path) -> str:
+    """The first 10 digits of a checkpoint's SHA-256 (of a folder: its UNet's), as other programs show it."""
+    if path.is_dir():
+        path = next(file for file in sorted(path.glob("unet/*")) if file.suffix in (".safetensors", ".bin"))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+
+
+def save_png(images: Tensor, notes: list[dict], args: argparse.Namespace, checkpoint: str) -> None:
     """One picture, or a grid with a row per prompt; what made it stands in the PNG's text chunks."""
     scale = args.scale or max(1, 256 // images.shape[3])
+    if len(images) * images[0].numel() * scale ** 2 > 3 * MAX_PIXELS:
+        raise ValueError(f"the picture would have over {MAX_PIXELS:,} pixels: lower --scale, -n or --size")
     picture = make_grid(images, args.n, scale, gap=2 if len(images) > 1 else 0)
     text = PngImagePlugin.PngInfo()
     for key, value in (("prompt", " | ".join(args.prompts)),
                        ("seeds", ", ".join(str(n["seed"]) for n in notes)),
+                       ("sampler", args.sampler), ("eta", args.eta), ("checkpoint", checkpoint),
                        ("steps", args.steps), ("guidance_scale", args.guidance_scale),
                        ("negative", args.negative)):
         text.add_itxt(key, str(value))
-    picture.save(args.out, pnginfo=text)
+    models.write_atomically(Path(args.out), lambda file: picture.save(file, "PNG", pnginfo=text))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -256,14 +309,17 @@ def main(argv: list[str] | None = None) -> None:
         if Path(args.out).suffix.lower() != ".png" or not Path(args.out).resolve().parent.is_dir():
             raise ValueError(f"--out is {args.out!r}, expected a .png in an existing folder")
         device = pick_device(args.device)
-        model = models.load(find_checkpoint(args.ckpt), device, args.weights)
+        path = models.locate(find_checkpoint(args.ckpt))
+        model = models.load(path, device, args.weights, DTYPES[args.dtype])
         if args.guidance_scale is None:
             args.guidance_scale = model.config.guidance_scale
         model.latent_shape(*(parse_size(args.size) or (model.config.image_size,) * 2))
-        sampling_timesteps(args.steps, model.config.timesteps, "trailing")
+        image_timesteps(model, args.sampler, args.steps)
+        if not 0 <= args.eta <= 1:
+            raise ValueError(f"--eta is {args.eta}, expected 0 to 1")
         warn_unknown_words(model, args.prompts)
         images, notes = draw_all(model, args)
-        save_png(images, notes, args)
+        save_png(images, notes, args, fingerprint(path))
     except (ValueError, OSError) as error:
         fail(error)
     for note in notes:

@@ -4,7 +4,7 @@ What it is: recipe, loss, optimiser, loop, checkpoint, validation, told once fro
     python train.py                                        the built-in data, on two CPU cores in minutes
     python train.py --data DIR                             tars, class folders or captioned images
     torchrun --nproc_per_node=8 train.py --data cc3m       several GPUs
-    python train.py --resume                               go on with the newest run
+    python train.py --resume                               go on with the newest run of that data and preset
 What it is not: the formulas (diffusion.py) or the networks (model.py).
 
 Nothing random here has a state: batches, timesteps and noise are functions of (seed, step, index in the
@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -30,8 +31,8 @@ import model as models
 from data import SkipReport, Source, Tokenizer, check_index, hold_out, open_source, training_batches, words
 from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
                        q_sample, read_prediction, signal_and_noise)
-from model import PRESETS, SCHEDULES, TARGETS, Config, DiffDis, is_new
-from sample import Parser, draw_images, fail, make_grid, pick_device, positive
+from model import PRESETS, SCHEDULES, TARGETS, Config, DiffDis, UNet, is_new
+from sample import Parser, draw_images, fail, finite, make_grid, natural, pick_device, positive
 
 TASKS = ("generation", "alignment")
 # What a preset's training starts from where no flag says otherwise. sd-v1: the paper's for CC3M.
@@ -43,6 +44,7 @@ RECIPES = {
     "sd-v1": dict(steps=60000, batch_size=1024, lr=1e-4, lr_pretrained=1e-5, lr_decay="constant", warmup=1000,
                   beta2=0.999, weight_decay=1e-4, ema=0.9999, align_weight=1.0),
 }
+START_OVER = "the last checkpoint is from before it: start anew from that one with --init and a lower --lr"
 # Flags that may differ between a run and its resumption without changing what is computed.
 FREE_ON_RESUME = ("resume", "out", "device", "workers", "log_every", "save_every", "sample_every")
 
@@ -71,23 +73,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def add_run_flags(add: Callable, switch: dict) -> None:
     add("--data", "shapes, cc3m, or a folder of tars, class folders or captioned images", default="shapes")
-    add("--preset", "size of the networks", choices=tuple(PRESETS), default="tiny")
-    add("--init", "checkpoint whose weights (and configuration) to start from")
+    add("--preset", "size of the networks, and recipe; with --init the recipe alone",
+        choices=tuple(PRESETS), default="tiny")
+    add("--init", "weights (and configuration) to start from: a checkpoint, Stable Diffusion v1 as .ckpt, "
+        f".safetensors or diffusers folder, or {' or '.join(models.MODELS)} to download")
     add("--out", "folder of the run; without it runs/DATA-PRESET, numbered if taken")
-    add("--resume", "go on from the run's checkpoint.pt, if there is one", action="store_true")
+    add("--resume", "go on from the checkpoint.pt of --out, else of the newest run of that data and preset",
+        action="store_true")
     add("--tasks", "generation, alignment, or both with a comma", default=",".join(TASKS))
-    add("--seed", "seed of everything", type=int, default=0)
+    add("--seed", "seed of everything", type=natural, default=0)
     add("--val", "pairs held out of --data for validation (shapes has its own)", type=int, default=500)
     add("--tokenizer", "CLIP's vocabulary file, or a folder with vocab.json and merges.txt; "
         "without it one is learnt from the captions")
-    add("--max-bad", "stop when more than this share of samples is unusable", type=float, default=0.05)
+    add("--max-bad", "stop when more than this share of samples is unusable", type=finite, default=0.05)
     add("--image-size", "px; without it the preset's", type=positive)
     add("--precision", "auto is bf16 on CUDA, fp32 elsewhere", choices=("auto", "fp32", "bf16"),
         default="auto")
     add("--compile", "torch.compile the UNet; without it: on CUDA", **switch)
     add("--device", "where to run", choices=("auto", "cpu", "cuda"), default="auto")
     add("--workers", "processes that read and decode data, per rank; without it 0 for shapes, 2 otherwise",
-        type=int)
+        type=natural)
     add("--log-every", "steps between lines of log.jsonl", type=positive, default=10)
     add("--save-every", "steps between checkpoints", type=positive, default=500)
     add("--sample-every", "steps between sample grids; without it a quarter of the steps", type=positive)
@@ -96,30 +101,32 @@ def add_run_flags(add: Callable, switch: dict) -> None:
 def add_optimisation_flags(add: Callable, switch: dict) -> None:
     add("--steps", "gradient steps", type=positive)
     add("--batch-size", "image-caption pairs per step, over all ranks", type=positive)
-    add("--lr", "peak learning rate of AdamW", type=float)
-    add("--lr-pretrained", "the same for weights that came with --init", type=float)
+    add("--lr", "peak learning rate of AdamW", type=finite)
+    add("--lr-pretrained", "the same for weights that came with --init", type=finite)
     add("--lr-decay", "after warm-up", choices=("cosine", "constant"))
-    add("--warmup", "steps over which the learning rate rises", type=int)
-    add("--beta2", "AdamW's decay of squared gradients; beta1 is 0.9", type=float)
-    add("--weight-decay", "AdamW's, on matrices and kernels only", type=float)
-    add("--grad-clip", "largest norm of the gradient; 0: no limit", type=float, default=1.0)
-    add("--ema", "decay of the averaged weights per step", type=float)
+    add("--warmup", "steps over which the learning rate rises", type=natural)
+    add("--beta2", "AdamW's decay of squared gradients; beta1 is 0.9", type=finite)
+    add("--weight-decay", "AdamW's, on matrices and kernels only", type=finite)
+    add("--grad-clip", "largest norm of the gradient; 0: no limit", type=finite, default=1.0)
+    add("--ema", "decay of the averaged weights per step", type=finite)
 
 
 def add_method_flags(add: Callable, switch: dict) -> None:
-    add("--align-weight", "λ, weight of the alignment loss", type=float)
-    add("--p-uncond", "share of captions replaced by the empty prompt (generation)", type=float, default=0.1)
-    add("--p-drop-image", "share of images dropped (alignment)", type=float, default=0.1)
+    add("--align-weight", "λ, weight of the alignment loss", type=finite)
+    add("--p-uncond", "share of captions replaced by the empty prompt (generation)", type=finite, default=0.1)
+    add("--p-drop-image", "share of images dropped (alignment)", type=finite, default=0.1)
     add("--image-target", "what the UNet predicts for images; without it the preset's", choices=TARGETS)
     add("--text-target", "the same for text queries (Table 2); without it data", choices=TARGETS)
     add("--image-schedule", "noise schedule of images; without it linear", choices=SCHEDULES)
     add("--text-schedule", "noise schedule of text queries (Table 3); without it cosine", choices=SCHEDULES)
-    add("--gamma", "γ, scale of the text query within its noise; without it 1", type=float)
-    add("--condition-timestep", "t_z of a conditioning image: 0, T-1 or T (Table 7); without it T", type=int)
+    add("--gamma", "γ, scale of the text query within its noise; without it 1", type=finite)
+    add("--condition-timestep", "t_z of a conditioning image: 0, T-1 or T (Table 7); without it T",
+        type=natural)
     add("--fusion", "dual-stream attention in the encoder half (Table 4)", **switch)
     add("--shared-attention", "the query uses the image tokens' attention weights (Table 5)", **switch)
     add("--own-ffn", "the query has a feed-forward of its own (Table 5)", **switch)
-    add("--align-blocks", "M, transformer blocks after the middle block; without it the preset's", type=int)
+    add("--align-blocks", "M, transformer blocks after the middle block; without it the preset's",
+        type=natural)
     add("--train-text-encoder", "train T; without it: only if it did not come pretrained", **switch)
 
 
@@ -132,10 +139,12 @@ def check_args(args: argparse.Namespace) -> None:
     for field, low, high in (("p_uncond", 0, 1), ("p_drop_image", 0, 1), ("ema", 0, 1), ("max_bad", 0, 1),
                              ("lr", 0, math.inf), ("lr_pretrained", 0, math.inf), ("warmup", 0, math.inf),
                              ("weight_decay", 0, math.inf), ("grad_clip", 0, math.inf), ("val", 1, math.inf),
-                             ("align_weight", 0, math.inf), ("beta2", 0, 1), ("seed", 0, 2 ** 63)):
+                             ("align_weight", 0, math.inf), ("beta2", 0, 1 - 1e-9)):
         if not low <= getattr(args, field) <= high:
             raise ValueError(f"--{field.replace('_', '-')} is {getattr(args, field)}, "
                              f"expected {low} to {high}")
+    if args.init is not None and args.tokenizer is not None:
+        raise ValueError("--tokenizer with --init: a checkpoint brings its own, leave one of the two out")
     if "alignment" in args.tasks and args.batch_size < 2:
         raise ValueError("--batch-size is 1, but alignment compares pairs within a batch: 2 or more")
 
@@ -175,15 +184,18 @@ class JointLoss(nn.Module):
         for name in ("image", "text"):
             table = make_alphas_cumprod(getattr(model.config, f"{name}_schedule"), model.config.timesteps)
             self.register_buffer(f"{name}_alphas", table)
-        compiled = torch.compile if args.compile else lambda function: function
-        self.denoise_image, self.denoise_query = map(
-            compiled, (model.unet.denoise_image, model.unet.denoise_query))
+        # Functions of a UNet, not methods bound to this one: a copy of the module must run its own weights.
+        self.denoise_image, self.denoise_query = UNet.denoise_image, UNet.denoise_query
+        if args.compile:
+            self.denoise_image, self.denoise_query = map(
+                torch.compile, (UNet.denoise_image, UNet.denoise_query))
 
     def generation(self, latents: Tensor, context: Tensor, drawn: dict) -> Tensor:
         """L_IG of each pair (Eq. 4), the text query masked."""
         t, noise, kind = drawn["t_image"], drawn["noise"], self.model.config.image_target
         a, s = signal_and_noise(t, latents, self.image_alphas)
-        pred = self.denoise_image(q_sample(latents, t, noise, self.image_alphas), t, context)
+        noisy_latents = q_sample(latents, t, noise, self.image_alphas)
+        pred = self.denoise_image(self.model.unet, noisy_latents, t, context)
         return generation_loss(pred, make_target(kind, latents, noise, a, s))
 
     def alignment(self, latents: Tensor, text_query: Tensor, null_context: Tensor, drawn: dict):
@@ -191,7 +203,7 @@ class JointLoss(nn.Module):
         the text condition masked, the image clean."""
         t, noise, config = drawn["t_text"], drawn["query_noise"], self.model.config
         noisy_query = q_sample(text_query.detach(), t, noise, self.text_alphas, config.gamma)
-        pred = self.denoise_query(noisy_query, t, latents, null_context)
+        pred = self.denoise_query(self.model.unet, noisy_query, t, latents, null_context)
         a, s = signal_and_noise(t, noisy_query, self.text_alphas, config.gamma)
         x0_pred = read_prediction(config.text_target, pred.float(), noisy_query, a, s)[0]
         return alignment_loss(x0_pred, text_query, self.model.logit_scale)
@@ -279,31 +291,41 @@ class Run:
     """The run's folder: checkpoint, log, pictures. Only rank 0 writes."""
 
     def __init__(self, args: argparse.Namespace, rank: int) -> None:
-        name = Path(args.data).resolve().name if args.data not in ("shapes", "cc3m") else args.data
-        self.folder = Path(args.out) if args.out else self.pick_folder(f"{name}-{args.preset}", args.resume)
-        self.checkpoint, self.log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
         self.rank, self.started = rank, time.monotonic()
+        folder = [self.claim_folder(args) if rank == 0 else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(folder)
+        self.folder = folder[0]
+        self.checkpoint, self.log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
         if self.checkpoint.exists() and not args.resume:
             raise ValueError(f"{self.folder} holds a run: add --resume to go on with it, "
                              "or choose another --out")
-        if rank == 0:
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
 
     @staticmethod
-    def pick_folder(name: str, resume: bool) -> Path:
-        """runs/NAME, or the first runs/NAME-k that is free (to resume: the newest that has a checkpoint)."""
-        names = [Path("runs") / name] + [Path("runs") / f"{name}-{k}" for k in range(2, 1000)]
-        taken = [path for path in names if (path / "checkpoint.pt").exists()]
-        if resume and taken:
-            return max(taken, key=lambda path: (path / "checkpoint.pt").stat().st_mtime)
-        return next(path for path in names if path not in taken)
+    def claim_folder(args: argparse.Namespace) -> Path:
+        """--out, or runs/NAME, or the first runs/NAME-k that nobody has
+        (to resume: the newest that has a checkpoint)."""
+        data = Path(args.data).resolve().name if args.data not in ("shapes", "cc3m") else args.data
+        names = [Path("runs") / f"{data}-{args.preset}{number}"
+                 for number in ("", *(f"-{k}" for k in range(2, 1000)))]
+        started = [path for path in names if (path / "checkpoint.pt").exists()]
+        if args.out:
+            folder = Path(args.out)
+        elif args.resume and started:
+            folder = max(started, key=lambda path: (path / "checkpoint.pt").stat().st_mtime)
+        else:
+            folder = next(path for path in names if not path.exists())
+            folder.mkdir(parents=True)             # fails, rather than share, if another run was quicker
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        return folder
 
     def start_log(self, step: int) -> None:
         """Keep the log's lines up to this step: what came later is about to be done again."""
         if self.rank == 0:
             lines = self.log.read_text().splitlines() if self.log.exists() and step else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            self.log.write_text("".join(line + "\n" for line in kept))
+            text = "".join(line + "\n" for line in kept)
+            models.write_atomically(self.log, lambda file: file.write(text.encode()))
 
     def write(self, record: dict) -> None:
         with open(self.log, "a") as file:
@@ -316,19 +338,17 @@ def make_model(args: argparse.Namespace, source: Source, checkpoint: dict | None
     (weights are loaded later)."""
     torch.manual_seed(args.seed)
     if checkpoint is not None:
-        return DiffDis(Config.from_dict(checkpoint["config"]), Tokenizer.from_dict(checkpoint["tokenizer"]))
+        return models.build(checkpoint, "the run's checkpoint")
     if args.init is not None:
-        start = models.load(args.init, weights="raw")
-        model = DiffDis(make_config(start.config, args), start.tokenizer)
-        model.load_state_dict(start.state_dict())
-        model.known_words = start.known_words
-        return model
+        model = models.load(args.init, weights="raw", adapt=lambda config: make_config(config, args))
+        return model.train().requires_grad_(True)
     config = make_config(PRESETS[args.preset], args)
     length = config.text.context_length
     if args.tokenizer is not None:
         tokenizer = Tokenizer.from_file(args.tokenizer, length)
     else:
-        tokenizer = Tokenizer.learn(source.vocabulary_captions(), config.text.vocab_size, length)
+        captions = chain.from_iterable(source.usable_captions(100_000))
+        tokenizer = Tokenizer.learn(captions, config.text.vocab_size, length)
     config = replace(config, text=replace(config.text, vocab_size=tokenizer.vocab_size))
     model = DiffDis(config, tokenizer)
     model.known_words = frozenset()
@@ -337,6 +357,9 @@ def make_model(args: argparse.Namespace, source: Source, checkpoint: dict | None
 
 def check_resume(checkpoint: dict, args: argparse.Namespace) -> None:
     """A resumed run must be the same run. Raises ValueError naming the flags that differ."""
+    if checkpoint["training"] is None:
+        raise ValueError("--resume: that checkpoint was saved without the state of a training run; "
+                         "start a new one from its weights with --init")
     before, now = checkpoint["training"]["args"], run_flags(args)
     differ = [f"--{k.replace('_', '-')} was {before.get(k)}, is {v}"
               for k, v in now.items() if before.get(k) != v]
@@ -372,6 +395,7 @@ class Trainer:
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.run = Run(args, rank)
         self.step, self.words, self.report = 0, set(), SkipReport(args.max_bad)
+        self.total_report = self.report          # over all ranks, as of the last save
         checkpoint = models.read_checkpoint(self.run.checkpoint) if self.run.checkpoint.exists() else None
         if checkpoint is not None:
             check_resume(checkpoint, args)
@@ -400,19 +424,23 @@ class Trainer:
         for name, value in checkpoint["ema"].items():
             self.averages.values[name].copy_(value)
         self.step, self.words = training["step"], set(checkpoint["words"] or ())
-        self.report.load(training["skipped"])
+        if self.rank == 0:       # the others count from 0: theirs is in the sum
+            self.report.load(training["skipped"])
 
     def save(self) -> None:
-        """Write the checkpoint. Every rank calls it: the words each has seen are put together."""
-        seen = [self.words]
+        """Write the checkpoint. Every rank calls it: what each has seen is put together."""
+        seen = [(self.words, self.report)]
         if self.world > 1:
             seen = [None] * self.world
-            dist.all_gather_object(seen, self.words)
-        self.model.known_words = frozenset().union(*seen)
+            dist.all_gather_object(seen, (self.words, self.report))
+        self.model.known_words = frozenset().union(*(words for words, _ in seen))
+        self.total_report = SkipReport(self.args.max_bad)
+        for _, report in seen:
+            self.total_report.add(report.skipped, report.visited)
         if self.rank == 0:
             models.save(self.run.checkpoint, self.model, self.averages.values, {
-                "optimizer": self.optimizer.state_dict(), "step": self.step, "skipped": self.report.to_dict(),
-                "args": run_flags(self.args)})
+                "optimizer": self.optimizer.state_dict(), "step": self.step,
+                "skipped": self.total_report.to_dict(), "args": run_flags(self.args)})
 
     # ------------------------------------------------------------ one step
     def train_step(self, batch) -> dict:
@@ -434,8 +462,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.averages.live.values(), args.grad_clip or math.inf)
+        if not torch.isfinite(norm):
+            raise ValueError(f"step {self.step}: the losses are finite, their gradient is not; {START_OVER}")
         self.optimizer.step()
         with torch.no_grad():
+            # As CLIP. Here and not in the loss, where a clamp would leave no gradient to come back by.
             self.model.logit_scale.clamp_(0, math.log(100))
         self.averages.update(self.step)
         self.step += 1
@@ -457,8 +488,7 @@ class Trainer:
                 rows = bad.nonzero().flatten().tolist()[:5]
                 raise ValueError(
                     f"step {self.step}: the {task} loss is not finite at timesteps "
-                    f"{[int(drawn[t][i]) for i in rows]}, samples {[keys[i] for i in rows]}; "
-                    "the checkpoint before it is intact: lower --lr and --resume")
+                    f"{[int(drawn[t][i]) for i in rows]}, samples {[keys[i] for i in rows]}; {START_OVER}")
 
     # ------------------------------------------------------------ the loop
     def train(self) -> None:
@@ -466,7 +496,7 @@ class Trainer:
         batches = training_batches(self.source, self.model.config.image_size, args.batch_size, args.seed,
                                    self.step, self.rank, self.world, args.workers)
         bar = tqdm(total=args.steps, initial=self.step, unit="step", disable=None if self.rank == 0 else True)
-        clock = time.monotonic()
+        clock, logged = time.monotonic(), self.step
         while self.step < args.steps:
             batch = next(batches)
             self.report.add(batch.skipped, batch.visited)
@@ -476,19 +506,25 @@ class Trainer:
             record = self.train_step(batch)
             bar.update()
             if self.step % args.log_every == 0 or self.step == args.steps:
-                speed = args.batch_size * args.log_every / (time.monotonic() - clock)
-                clock = time.monotonic()
-                self.log({name: float(value) for name, value in record.items()}, speed, bar)
+                record = {name: float(value) for name, value in record.items()}      # waits for the device
+                speed = args.batch_size * (self.step - logged) / (time.monotonic() - clock)
+                clock, logged = time.monotonic(), self.step
+                self.log(record, speed, bar)
+            paused = time.monotonic()
             if self.step % args.save_every == 0 or self.step == args.steps:
                 self.save()
             if self.rank == 0 and (self.step % args.sample_every == 0 or self.step == args.steps):
                 self.draw_samples()
+            clock += time.monotonic() - paused        # saving and drawing are no part of images/s
         bar.close()
 
     def log(self, record: dict, speed: float, bar: tqdm) -> None:
+        skipped = torch.tensor(self.report.skipped.total(), device=self.device)
+        if self.world > 1:
+            dist.all_reduce(skipped)
         if self.rank == 0:
             self.run.write({"step": self.step, **record, "images_per_s": round(speed, 1),
-                            "skipped": sum(self.report.to_dict()["skipped"].values())})
+                            "skipped": int(skipped)})
             bar.set_postfix({name.removeprefix("loss_"): f"{record[name]:.3f}"
                              for name in record if "loss_" in name} | {"images/s": f"{speed:.0f}"})
 
@@ -497,7 +533,7 @@ class Trainer:
         with the averaged weights."""
         if "generation" not in self.args.tasks:
             return
-        prompts = [self.val.captions(i)[0] for i in range(min(count, len(self.val)))]
+        prompts = [captions[0] for captions in self.val.usable_captions(count)]
         self.averages.swap()
         images = draw_images(self.model.eval(), prompts, list(range(len(prompts))), steps=25)
         self.averages.swap()
@@ -512,8 +548,8 @@ class Trainer:
         flags = ["--seed", str(self.args.seed)]
         if "alignment" in self.args.tasks:
             task = "zeroshot" if self.val.classes else "retrieval"
-            evaluate.report(task, model, self.val,
-                            evaluate.parse_args([task, *flags, "--limit", str(self.args.val)]))
+            # Training has judged the share of bad samples; this handful is too few to.
+            evaluate.report(task, model, self.val, evaluate.parse_args([task, *flags, "--max-bad", "1"]))
         if "generation" in self.args.tasks and self.args.data == "shapes":
             evaluate.report("checker", model, None, evaluate.parse_args(["checker", *flags]))
 
@@ -536,7 +572,7 @@ def main(argv: list[str] | None = None) -> None:
                   flush=True)
         trainer.train()
         if rank == 0:
-            print(trainer.report)
+            print(trainer.total_report)
             print(f"trained in {time.monotonic() - started:.0f} s; wrote {trainer.run.checkpoint}")
             trainer.validate()
     except (ValueError, OSError) as error:

@@ -35,7 +35,8 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def build(config: Config | None = None, seed: int = 0) -> DiffDis:
     config = config or tiny_config()
-    tokenizer = Tokenizer.learn(Shapes().vocabulary_captions(200), 560, config.text.context_length)
+    captions = (Shapes().captions(i)[0] for i in range(200))
+    tokenizer = Tokenizer.learn(captions, 560, config.text.context_length)
     config = replace(config, text=replace(config.text, vocab_size=tokenizer.vocab_size))
     return randomise(DiffDis(config, tokenizer), seed).eval()
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffusion import (alignment_loss, ddim, dpm_solver, generator_of, guide, make_alphas_cumprod, make_denoiser,
-                       make_target, q_sample, read_prediction, sampling_timesteps, signal_and_noise)
+from diffusion import (alignment_loss, ddim, dpm_solver, generator_of, guide, make_alphas_cumprod,
+                       make_denoiser, make_target, q_sample, read_prediction, sampling_timesteps,
+                       signal_and_noise)
 
 
 def test_linear_schedule_is_stable_diffusions() -> None:

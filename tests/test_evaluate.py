@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import build
 from PIL import Image
+from torch.nn import functional as F
 
 import evaluate
 import model as models
-from data import Sample, Source
+from data import Sample, Source, evenly_spaced
 from evaluate import chance_of_hit, fill, parse_args, ranks_of_best_match, score, wilson
 from sample import draw_queries
 
@@ -124,6 +125,67 @@ def test_a_constant_model_does_not_look_perfect() -> None:
     same = torch.ones(4, 8)
     assert (ranks_of_best_match(same, same, [[0], [1], [2], [3]]) == 3).all(), \
         "ties must count against the model"
+
+
+def test_numbers_that_are_not_finite_are_no_hits(base) -> None:
+    nothing = torch.full((4, 8), math.nan)
+    assert (ranks_of_best_match(nothing, torch.ones(4, 8), [[0], [1], [2], [3]]) == 3).all()
+    broken = Oracle(base, TEXTS)
+    broken.queries = broken.queries * math.nan
+    for task in (evaluate.retrieval, evaluate.zeroshot):
+        with pytest.raises(ValueError, match="not finite"):
+            run(task, broken, Numbered(20))
+
+
+def test_shuffled_images_show_a_leak(base, monkeypatch) -> None:
+    """A model that is handed the answer by its place scores on whatever image: the control must show that."""
+    monkeypatch.setattr(evaluate, "draw_queries", lambda model, latents, indices, *_: base.encode_text(
+        [f"picture {i}" for i in indices])[1])
+    for control in ("none", "shuffle-images", "no-image"):
+        result = run(evaluate.retrieval, base, Numbered(50), "--control", control)
+        assert result["i2t_r1"] == 1.0, f"{control}: a leak would go unseen"
+
+
+def test_retrieval_takes_any_caption_and_any_image_of_a_caption(base) -> None:
+    class Twins(Numbered):      # pictures 2k and 2k+1 share their first caption
+        def captions(self, index: int) -> list[str]:
+            return [f"picture {index // 2 * 2}", f"image {index}"]
+    oracle = Oracle(base, [f"picture {i // 2 * 2}" for i in range(20)])
+    result = run(evaluate.retrieval, oracle, Twins(20))
+    assert result["n_texts"] == 30 and result["i2t_r1"] == 1.0, "a text of two images is right for both"
+    assert result["t2i_r1_chance"] == pytest.approx((10 * 2 / 20 + 20 * 1 / 20) / 30)
+    hits = run(evaluate.retrieval, Oracle(base, [f"image {i}" for i in range(20)]), Twins(20))
+    assert hits["i2t_r1"] == 1.0, "any of an image's captions counts"
+
+
+def test_class_means_differ_from_the_mean_where_classes_do(base) -> None:
+    class Lopsided(Numbered):          # three in four are of kind 0, which is all the oracle ever says
+        def read(self, index: int) -> Sample:
+            return Sample(super().read(index).image, self.captions(index), str(index), int(index % 4 == 3))
+    oracle = Oracle(base, ["a photo of a kind0"] * 100)
+    result = run(evaluate.zeroshot, oracle, Lopsided(40))
+    assert result["top1"] == 0.75 and result["mean_per_class"] == 0.5
+
+
+def test_a_class_is_the_mean_of_its_templates(base, tmp_path) -> None:
+    (tmp_path / "t.txt").write_text("a photo of a {}\n{} on a beach\n")
+    args = parse_args(["zeroshot", "--templates", str(tmp_path / "t.txt")])
+    args.templates = evaluate.read_templates(args.templates)
+    seen = base.encode_text([t.replace("{}", f"kind{k}") for k in range(5) for t in args.templates])[1]
+    classes = F.normalize(seen.unflatten(0, (5, 2)).mean(dim=1), dim=-1)
+    queries = F.normalize(torch.randn(40, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    oracle = Oracle(base, TEXTS)
+    oracle.queries = queries
+    expected = [(queries[i] @ classes.T).argmax().item() == i % 5 for i in range(40)]
+    assert evaluate.zeroshot(oracle, Numbered(40), args)["top1"] == pytest.approx(sum(expected) / 40)
+
+
+def test_a_limit_takes_samples_from_all_over(base) -> None:
+    class Sorted(Numbered):
+        def read(self, index: int) -> Sample:
+            return Sample(super().read(index).image, self.captions(index), str(index), index // 20)
+    some = evenly_spaced(Sorted(100), 10)
+    assert [some.read(i).label for i in range(10)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_ranks_equal_a_slow_reference() -> None:

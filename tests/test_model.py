@@ -42,7 +42,7 @@ def test_what_is_no_checkpoint_of_ours_is_refused_in_one_line(model, tmp_path) -
             models.load(tmp_path / name)
         assert "\n" not in str(error.value)
     torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="not a DiffDis checkpoint.*state_dict"):
+    with pytest.raises(ValueError, match="not a DiffDis checkpoint.*found x"):
         models.load(tmp_path / "other.pt")
     with pytest.raises(FileNotFoundError, match="train.py"):
         models.load(tmp_path / "none.pt")
@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(model, tmp_path) -> None:
     old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, old_limit[1]))
-        with pytest.raises(OSError, match="previous checkpoint there is intact"):
+        with pytest.raises(OSError, match="disk full.*what was there before is intact"):
             models.save(tmp_path / "c.pt", model)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)

@@ -1,11 +1,13 @@
 """Sampling: an image depends on its prompt and seed alone; mistakes end in one line."""
 import pytest
 import torch
-from conftest import build
+from conftest import build, tiny_config
 from PIL import Image
+from torch.nn import functional as F
 
 import model as models
 import sample
+from diffusion import make_alphas_cumprod
 from sample import best_of, draw_images, draw_queries, make_grid
 
 
@@ -35,6 +37,36 @@ def test_guidance_of_one_needs_no_second_pass(base) -> None:
         plain, draw_images(base, ["a red circle"], [1], steps=3, guidance_scale=500), atol=1e-3)
 
 
+def test_guidance_extrapolates_from_the_negative_to_the_prompt(monkeypatch) -> None:
+    """With a network that says one number per context, what comes out can be written down."""
+    model = build(tiny_config(image_target="data"))
+    monkeypatch.setattr(type(model), "denoise_image", lambda self, z, t, context:
+                        0.1 * context[:, 3].mean(dim=1)[:, None, None, None].expand_as(z))
+    context = model.encode_text(["a blue square", "a red circle"])[0][:, 3].mean(dim=1)
+    expected = 0.1 * (context[0] + 2.5 * (context[1] - context[0])) / model.config.autoencoder.scale
+    image = draw_images(model, ["a red circle"], [1], steps=3, guidance_scale=2.5, negative="a blue square")
+    assert torch.allclose(image, expected.expand_as(image), atol=1e-5) and abs(expected) > 1e-3
+
+
+def test_queries_follow_algorithm_3(base, monkeypatch) -> None:
+    """Guided from the zeroed latent, on the text's schedule, with fresh noise for each draw."""
+    condition, nothing, seen = torch.eye(32)[:1], torch.eye(32)[1:2], []
+
+    def network(self, e_t, t, latents):
+        seen.append((e_t, int(t)))
+        return condition if latents.any() else nothing
+    monkeypatch.setattr(type(base), "denoise_query", network)
+    query = draw_queries(base, torch.ones(1, 192, 4, 4), [0], steps=2, draws=2, guidance_scale=3.0)
+    expected = F.normalize(3 * condition - 2 * nothing, dim=-1)
+    assert torch.allclose(query, expected, atol=1e-5)
+    starts, alphas = [e_t for e_t, t in seen if t == 999], make_alphas_cumprod("cosine", 1000)
+    a, s = alphas[999].sqrt().float(), (1 - alphas[999]).sqrt().float()
+    noise = (starts[0] - a * expected) / s
+    after = alphas[499].sqrt().float() * expected + (1 - alphas[499]).sqrt().float() * noise
+    assert torch.allclose(seen[2][0], after, atol=1e-4), "the step from 999 to 499 is not DDIM's"
+    assert len(starts) == 4 and torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+
+
 def test_queries_depend_on_the_image_index_not_on_the_batch(base) -> None:
     latents = torch.randn(4, 192, 4, 4)
     together = draw_queries(base, latents, [0, 1, 2, 3], steps=2, draws=2)
@@ -43,10 +75,31 @@ def test_queries_depend_on_the_image_index_not_on_the_batch(base) -> None:
     assert torch.allclose(together.norm(dim=1), torch.ones(4), atol=1e-5)
 
 
-def test_best_of_keeps_the_highest_similarity(base) -> None:
-    images = draw_images(base, ["a red circle"] * 4, [0, 1, 2, 3], steps=2)
-    best, similarities = best_of(base, "a red circle", images)
-    assert similarities.shape == (4,) and similarities[best] == similarities.max()
+def test_best_of_keeps_the_highest_similarity(base, monkeypatch) -> None:
+    read = base.encode_text(["a white cross", "a blue square", "a red circle", "a"])[1]
+    monkeypatch.setattr(sample, "draw_queries", lambda *_, **__: read)      # what is read from images 0 to 3
+    best, similarities = best_of(base, "a red circle", torch.zeros(4, 3, 32, 32))
+    assert best == 2 and similarities[2] == pytest.approx(1, abs=1e-5)
+    flags = ["--best-of", "4", "--steps", "2", "--seed", "7"]
+    args = sample.parse_args(["a red circle", "a blue square", *flags])
+    kept, notes = sample.draw_all(base, args)
+    assert [note["seed"] for note in notes] == [9, 8]
+    for image, note in zip(kept, notes, strict=True):
+        again = draw_images(base, [note["prompt"]], [note["seed"]], steps=2)[0]
+        assert torch.allclose(image, again, atol=1e-4), "the picture is not the one its note names"
+
+
+def test_a_full_disk_leaves_the_old_picture(base, tmp_path, monkeypatch) -> None:
+    (tmp_path / "keep.png").write_bytes(b"precious")
+    models.save(tmp_path / "c.pt", base)
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["a red circle", "--ckpt", str(tmp_path / "c.pt"), "--steps", "1", "--device", "cpu",
+                     "--out", str(tmp_path / "keep.png")])
+    assert stop.value.code == 2 and (tmp_path / "keep.png").read_bytes() == b"precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pt", "keep.png"]
 
 
 def test_grid_places_every_picture() -> None:
@@ -77,7 +130,9 @@ def test_command_line(base, tmp_path, monkeypatch, capsys) -> None:
 @pytest.mark.parametrize("flags, message", [
     ([], "train.py"), (["--ckpt", "x.pt"], "no checkpoint"), (["--out", "x.jpg"], ".png"),
     (["--out", "no/where.png"], "existing folder"), (["--size", "33x32"], "multiples of 16"),
-    (["--size", "big"], "WIDTH"), (["--steps", "2000"], "1 to 1000"), (["--device", "cuda"], "CUDA")])
+    (["--size", "big"], "WIDTH"), (["--steps", "2000"], "1 to 1000"), (["--device", "cuda"], "CUDA"),
+    (["--scale", "100000"], "--scale"), (["--size", "1600000x1600000"], "up to"),
+    (["--guidance-scale", "nan"], "finite"), (["--seed", "-1"], "--seed")])
 def test_mistakes_end_in_one_line_and_status_2(base, tmp_path, monkeypatch, capsys, flags, message) -> None:
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")

@@ -67,6 +67,23 @@ def test_checker_refuses_pairs_with_one_change() -> None:
         assert np.mean(results) <= 0.01, f"the checker would count pictures with a wrong {kind} as right"
 
 
+def test_checker_refuses_what_the_caption_does_not_mention() -> None:
+    scene = Scene((Thing("", "red", "circle"), Thing("", "blue", "square")), "above", ((16, 8), (16, 24)))
+    good = render(scene)
+    ground, blue = (good == BACKGROUND).all(-1), (good == COLOURS["blue"]).all(-1)
+    square, lighter, specks, red_specks, cyan = (good.copy() for _ in range(5))
+    square[12:20, :8], lighter[ground], cyan[blue] = 125, 115, (0, 200, 255)
+    for k, colour in enumerate(("green", "yellow", "purple", "white")):
+        specks[8 * k:8 * k + 3, :3] = COLOURS[colour]
+    red_specks[1:4, 1:4] = red_specks[28:31, 1:4] = COLOURS["red"]
+    assert check(good, scene.caption())["all"]
+    for name, image in (("grey square", square), ("light ground", lighter), ("specks", specks),
+                        ("red specks", red_specks), ("cyan for blue", cyan)):
+        assert not check(image, scene.caption())["all"], f"the checker would count a {name} as right"
+    with pytest.raises(ValueError, match="uint8"):
+        check(good.repeat(2, 0).repeat(2, 1), scene.caption())
+
+
 def test_checker_names_what_is_wrong() -> None:
     scene = Scene((Thing("", "red", "circle"), Thing("small", "blue", "square")), "above",
                   ((15, 8), (17, 24)))

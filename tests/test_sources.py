@@ -128,6 +128,35 @@ def test_a_small_hostile_tar(tmp_path) -> None:
     assert sorted(tmp_path.rglob("*")) == before, "reading a tar must write nothing"
 
 
+def test_a_damaged_shard_is_said_and_weighed(tmp_path, capsys) -> None:
+    def shard(name: str, first: int) -> Path:
+        return write_tar(tmp_path / name, [(f"{i:04d}.{kind}", body) for i in range(first, first + 40)
+                                           for kind, body in (("jpg", picture()), ("txt", b"a"))])
+    good, flipped, joined = shard("0.tar", 0), shard("1.tar", 40), shard("2.tar", 80)
+    raw = bytearray(flipped.read_bytes())
+    with tarfile.open(flipped) as tar:
+        raw[tar.getmembers()[40].offset + 150] ^= 1              # the checksum of a header in the middle
+    flipped.write_bytes(raw)
+    joined.write_bytes(joined.read_bytes() + shard("3.tar", 120).read_bytes())
+    (tmp_path / "3.tar").unlink()
+    source = TarSource([good, flipped, joined], "test")
+    assert len(source) == 40 + 20 + 40, "tarfile stops at a bad header without a word"
+    assert source.skipped["damaged shard, or several in one file"] == 2
+    assert 50 <= source.skipped["lost with its shard (estimated)"] <= 70, "20 and 40 samples were lost"
+    assert capsys.readouterr().err.count("damaged shard") == 2
+    with pytest.raises(ValueError, match="unusable"):
+        check_index(source, 0.05)
+
+
+def test_endless_long_names_are_no_crash(tmp_path) -> None:
+    block = tarfile.TarInfo("x")
+    block.type, block.size = tarfile.GNUTYPE_LONGNAME, 4
+    body = block.tobuf(tarfile.GNU_FORMAT) + b"name".ljust(512, b"\0")
+    (tmp_path / "0.tar").write_bytes(3000 * body)
+    source = TarSource([tmp_path / "0.tar"], "test")
+    assert len(source) == 0 and source.skipped
+
+
 def test_absurd_json_costs_no_more_than_its_sample(tmp_path) -> None:
     # A parser that recurses gives up with another error than ValueError.
     deep = b"[" * 100_000
@@ -298,3 +327,38 @@ def test_hold_out_and_evaluation_order(tars) -> None:
     assert [key for batch in batches for key in batch.keys] == [key for key in tars.keys if key != "14"]
     assert sum(batch.visited for batch in batches) == 24
     assert isinstance(hold_out(Shapes(), 10)[0], Shapes)
+
+
+def test_hidden_folders_are_left_out_and_links_followed(tmp_path) -> None:
+    for name in ("real/cat", "data/dog", "data/.ipynb_checkpoints", "data/__MACOSX"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.jpg").write_bytes(picture())
+    (tmp_path / "data/cat").symlink_to(tmp_path / "real/cat")
+    (tmp_path / "data/loop").symlink_to(tmp_path / "data")
+    assert open_source(str(tmp_path / "data")).classes == ["cat", "dog"]
+
+
+def test_class_folders_of_one_name_are_refused(tmp_path) -> None:
+    for name in ("a_b", "a b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").write_bytes(picture())
+    with pytest.raises(ValueError, match="same name"):
+        open_source(str(tmp_path))
+
+
+def test_training_on_the_validation_tars_is_said(tmp_path, capsys) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        write_tar(tmp_path / split / "0.tar", [("a.jpg", picture()), ("a.txt", b"a")])
+    assert len(open_source(str(tmp_path), "train")) == 2, "every tar below the folder"
+    assert "included" in capsys.readouterr().err
+    assert len(open_source(str(tmp_path), "val")) == 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 6, 10, 16, 30])
+def test_a_bad_sample_is_replaced_by_any_other_that_is_good(tmp_path, count: int) -> None:
+    members = [(f"{i}.{kind}", body) for i in range(count) for kind, body in (
+        ("jpg", picture() if i == count - 1 else b"bad"), ("txt", b"a"))]
+    source = TarSource([write_tar(tmp_path / "0.tar", members)], "test")
+    batch = next(training_batches(source, 32, 2, 0))
+    assert batch.keys == [str(count - 1)] * 2

@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, build, tiny_config
+from PIL import Image
+from torch.nn import functional as F
 
 import model as models
 import train
-from data import Shapes
+from data import Shapes, to_square, to_tensor
+from diffusion import make_alphas_cumprod
 
 SMALL = ["--batch-size", "8", "--val", "8", "--log-every", "1", "--device", "cpu", "--sample-every", "1000"]
 
@@ -149,6 +152,78 @@ def test_every_ablation_reaches_the_network_and_trains_all_of_it(small, flags: s
         assert not frozen, "joint training from scratch trains everything"
 
 
+def slow_losses(model, args, images, tokens, drawn) -> tuple[list, list]:
+    """Algorithm 1 pair by pair, as the paper writes it, for noise and data as targets."""
+    config, generation, queries = model.config, [], []
+    null, texts = model.text_encoder(model.tokenizer([""]))[0], model.text_encoder(tokens)[1]
+    for i in range(len(images)):
+        z, c = model.encode_image(images[i:i + 1]), model.text_encoder(tokens[i:i + 1])[0]
+        t = drawn["t_image"][i:i + 1]
+        alpha_bar = make_alphas_cumprod(config.image_schedule, 1000)[t].float()
+        z_t = alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * drawn["noise"][i]
+        c = null if drawn["u"][i, 0] < args.p_uncond else c
+        generation.append(((model.denoise_image(z_t, t, c) - drawn["noise"][i]) ** 2).mean())
+        t = drawn["t_text"][i:i + 1]
+        alpha_bar = make_alphas_cumprod(config.text_schedule, 1000)[t].float()
+        e_t = (config.gamma * alpha_bar.sqrt() * texts[i].detach()
+               + (1 - alpha_bar).sqrt() * drawn["query_noise"][i])
+        z = torch.zeros_like(z) if drawn["u"][i, 1] < args.p_drop_image else z
+        queries.append(F.normalize(model.denoise_query(e_t, t, z), dim=-1)[0])
+    similarity = model.logit_scale.exp() * torch.stack(queries) @ texts.T
+    alignment = [(similarity[i].logsumexp(0) + similarity[:, i].logsumexp(0)) / 2 - similarity[i, i]
+                 for i in range(len(images))]
+    return generation, alignment
+
+
+def test_the_loss_and_its_gradient_are_algorithm_1(small) -> None:
+    model = build(tiny_config(gamma=0.5, image_target="noise", image_schedule="linear",
+                              text_schedule="cosine")).requires_grad_(True)
+    args = small("--p-uncond", "0.3", "--p-drop-image", "0.3")
+    args.compile = False
+    pairs = [Shapes().read(i) for i in range(4)]
+    images = to_tensor([to_square(pair.image, 32) for pair in pairs])
+    tokens = model.tokenizer([pair.captions[0] for pair in pairs])
+    drawn = train.draw(model.config, model.latent_shape(32, 32), 0, 0, range(4))
+    drawn["u"] = torch.tensor([[0.1, 0.9], [0.9, 0.1], [0.9, 0.9], [0.9, 0.9]])     # one of each dropped
+    fast = train.JointLoss(model, args)(images, tokens, drawn)
+    slow = dict(zip(train.TASKS, map(torch.stack, slow_losses(model, args, images, tokens, drawn))))
+    gradients = []
+    for losses in (fast, slow):
+        model.zero_grad()
+        (losses["generation"].mean() + 0.7 * losses["alignment"].mean()).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for task in train.TASKS:
+        assert torch.allclose(fast[task], slow[task], atol=1e-4), f"{task} is not the paper's loss"
+    total = torch.stack([gradient.norm() for gradient in gradients[1].values()]).norm()
+    for name, expected in gradients[1].items():
+        error = (gradients[0][name] - expected).norm() / expected.norm().clamp(min=0.01 * total)
+        assert error < 1e-3, f"the gradient of {name} is not that of the paper's loss: off by {error}"
+
+
+def test_a_step_weighs_the_tasks_follows_the_rate_and_averages_the_weights(small) -> None:
+    args = small("--align-weight", "0.7", "--warmup", "4", "--lr", "1e-3", "--ema", "0.6", "--steps", "20")
+    args.compile, args.precision, args.workers = False, "fp32", 0
+    trainer = train.Trainer(args, 0, 1, torch.device("cpu"))
+    name, parameter = next(iter(trainer.averages.live.items()))
+    average, batches = parameter.detach().clone(), train.training_batches(trainer.source, 32, 8, 0)
+    for step in range(3):
+        record = trainer.train_step(next(batches))
+        expected = record["loss_generation"] + 0.7 * record["loss_alignment"]
+        assert abs(record["loss"] - expected) < 1e-5
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (step + 1) / 4)
+        decay = min(0.6, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * parameter.detach()
+    assert torch.allclose(trainer.averages.values[name], average, atol=1e-6)
+    assert not torch.equal(average, parameter), "what is averaged must lag behind"
+    live = parameter.detach().clone()
+    trainer.averages.swap()
+    assert torch.allclose(parameter, average, atol=1e-6), "pictures are drawn with the averages"
+    trainer.averages.swap()
+    assert torch.equal(parameter, live)
+    rates = [train.learning_rate_factor(step, args) for step in (0, 3, 4, 12, 20)]
+    assert rates == pytest.approx([0.25, 1, 1, 0.5, 0]), "warm-up, then half a cosine to nothing"
+
+
 def test_generation_leaves_the_query_stream_alone_and_alignment_the_decoder(small) -> None:
     model = build()
     for task, untouched in (("generation", models.is_new),
@@ -197,7 +272,9 @@ def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(small, tmp_pa
 @pytest.mark.parametrize("flags, message", [
     ("--data nowhere", "no data at nowhere"), ("--data empty", "empty"), ("--steps 0", "--steps"),
     ("--lr nan", "--lr"), ("--tasks drawing", "generation, alignment"), ("--batch-size 1", "pairs"),
-    ("--gamma 2", "gamma"), ("--p-uncond 1.5", "--p-uncond"), ("--align-blocks -1", "align_blocks"),
+    ("--gamma 2", "gamma"), ("--p-uncond 1.5", "--p-uncond"), ("--align-blocks -1", "--align-blocks"),
+    ("--no-fusion --no-own-ffn", "without fusion"), ("--align-weight inf", "finite"), ("--seed -3", "--seed"),
+    ("--init start.pt --tokenizer start.pt", "--tokenizer"), ("--image-size 1600000", "up to"),
     ("--init nowhere.pt", "nowhere.pt"), ("--image-size 33", "multiple"),
     ("--condition-timestep 5000", "condition_timestep"), ("--preset huge", "--preset"),
     ("--tokenizer nowhere", "no vocabulary"), ("--resume", "--steps was 2, is 3"), ("", "--resume"),
@@ -229,10 +306,30 @@ def test_runs_do_not_overwrite_each_other(small, tmp_path) -> None:
     args = small("--data", "shapes")
     args.out = None
     first = train.Run(args, 0)
+    assert train.Run(args, 0).folder == Path("runs/shapes-tiny-2"), "a folder is taken from its start"
     models.save(first.checkpoint, build())
-    assert train.Run(args, 0).folder == Path("runs/shapes-tiny-2")
     args.resume = True
     assert train.Run(args, 0).folder == first.folder, "to resume is to go on with the newest run"
+
+
+def test_a_held_out_sample_without_a_caption_is_no_end_of_training(small, tmp_path) -> None:
+    for i in range(60):
+        Image.new("RGB", (40, 40), (4 * i, 90, 90)).save(tmp_path / f"{i:02d}.jpg")
+        (tmp_path / f"{i:02d}.txt").write_text("" if i == 0 else f"picture {i}")
+    train.main([*SMALL, "--data", str(tmp_path), "--workers", "1", "--steps", "2", "--out", "run"])
+    assert (tmp_path / "run/samples/step_000002.png").exists()
+
+
+def test_nothing_usable_is_said_in_one_line_even_from_a_worker(small, tmp_path, capsys) -> None:
+    (tmp_path / "data").mkdir()
+    for i in range(60):
+        (tmp_path / f"data/{i:02d}.jpg").write_bytes(b"no picture")
+        (tmp_path / f"data/{i:02d}.txt").write_text(f"picture {i}")
+    flags = ["--data", "data", "--workers", "1", "--steps", "2", "--out", "run", "--max-bad", "1"]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SMALL, *flags])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "100 unusable samples in a row" in error and "Traceback" not in error
 
 
 def test_draws_depend_on_seed_step_and_row_alone() -> None:
@@ -242,4 +339,8 @@ def test_draws_depend_on_seed_step_and_row_alone() -> None:
     for name in whole:
         assert torch.equal(whole[name][1::2], odd[name]), name
         assert not torch.equal(whole[name], train.draw(config, (4, 2, 2), 1, 8, range(6))[name])
-    assert len(Shapes()) > 10 ** 6
+
+
+def test_each_seed_sees_its_own_shapes() -> None:
+    first = [next(train.training_batches(Shapes(), 32, 8, seed)).captions for seed in (0, 1, 2)]
+    assert first[0] != first[1] != first[2] != first[0]

@@ -1,0 +1,329 @@
+"""Stable Diffusion's files in and out: every layout gives the same networks as diffusers and transformers
+have, nothing in a file is run, and what is exported is what those libraries and we read back."""
+import json
+import re
+import shutil
+import sys
+import types
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import build, randomise
+
+import model as models
+from data import Shapes, Tokenizer
+from diffusion import generator_of
+from fusion import FusionConfig
+from model import AutoencoderConfig, Config, TextConfig, UNetConfig
+from sample import draw_images
+
+diffusers = pytest.importorskip(
+    "diffusers", reason="diffusers is the oracle: pip install -r tests/requirements.txt")
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+
+@pytest.fixture()
+def whole(monkeypatch, tmp_path):
+    """A small Stable Diffusion with random weights; `sd-v1` means its configuration here."""
+    tokenizer = Tokenizer.learn((Shapes().captions(i)[0] for i in range(200)), 560, 77)
+    config = Config(FusionConfig(64, align_blocks=1, head_width=32),
+                    UNetConfig((32, 64, 64), (True, True, False), 2, 8),
+                    TextConfig(tokenizer.vocab_size, 77, 64, 2, 4),
+                    AutoencoderConfig(channels=(32, 32, 64, 64)), image_size=64)
+    monkeypatch.setitem(models.PRESETS, "sd-v1", config)
+    model = randomise(models.DiffDis(config, tokenizer)).eval().requires_grad_(False)
+    models.export(model, tmp_path / "folder")          # whose tokenizer lies beside the files of the tests
+    (tmp_path / "folder/tokenizer").rename(tmp_path / "tokenizer")
+    return model
+
+
+def original_names(model) -> dict[str, torch.Tensor]:
+    """The state dict as CompVis's program writes it, by diffusers' own table where it has one."""
+    names = models.to_compvis([n for n in model.state_dict() if not models.is_new(n)], model.config)
+    tensors = {theirs: model.state_dict()[ours] for ours, theirs in names.items()}
+    for name in [name for name in tensors if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name)]:
+        tensors[name] = tensors[name][:, :, None, None]          # 1×1 convolutions there
+    return tensors
+
+
+def same(model, other, only_theirs: bool = True) -> bool:
+    return all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items()
+               if not (only_theirs and models.is_new(name)))
+
+
+def test_names_are_those_that_diffusers_reads(whole, tmp_path) -> None:
+    """diffusers' own converters turn our CompVis spelling back into its names: an outside table, not ours."""
+    from diffusers.loaders.single_file_utils import (convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint)
+    models.export(whole, tmp_path / "export.safetensors")
+    raw = safetensors.load_file(tmp_path / "export.safetensors")
+    configs = models.folder_configs(whole)
+    unet = convert_ldm_unet_checkpoint(dict(raw), configs["unet/config.json"])
+    vae = convert_ldm_vae_checkpoint(dict(raw), configs["vae/config.json"])
+    for part, found in (("unet", unet), ("autoencoder", vae)):
+        expected = {name.removeprefix(part + "."): value for name, value in whole.state_dict().items()
+                    if name.startswith(part + ".") and not models.is_new(name)}
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name].reshape(value.shape), value), f"{part} {name} landed elsewhere"
+
+
+REAL_NAMES = """
+    model.diffusion_model.time_embed.2.bias
+    model.diffusion_model.input_blocks.0.0.weight
+    model.diffusion_model.input_blocks.3.0.op.weight
+    model.diffusion_model.input_blocks.4.0.skip_connection.bias
+    model.diffusion_model.input_blocks.8.1.transformer_blocks.0.attn2.to_k.weight
+    model.diffusion_model.input_blocks.11.0.out_layers.3.weight
+    model.diffusion_model.middle_block.1.proj_in.weight
+    model.diffusion_model.middle_block.2.emb_layers.1.bias
+    model.diffusion_model.output_blocks.2.1.conv.weight
+    model.diffusion_model.output_blocks.5.2.conv.weight
+    model.diffusion_model.output_blocks.8.2.conv.bias
+    model.diffusion_model.output_blocks.11.1.transformer_blocks.0.ff.net.0.proj.weight
+    model.diffusion_model.out.0.weight
+    model.diffusion_model.out.2.bias
+    first_stage_model.encoder.down.0.downsample.conv.weight
+    first_stage_model.encoder.mid.attn_1.q.weight
+    first_stage_model.encoder.down.2.block.0.nin_shortcut.weight
+    first_stage_model.encoder.norm_out.weight
+    first_stage_model.decoder.up.3.upsample.conv.bias
+    first_stage_model.decoder.up.0.block.2.conv1.weight
+    first_stage_model.decoder.mid.attn_1.proj_out.bias
+    first_stage_model.quant_conv.weight
+    cond_stage_model.transformer.text_model.encoder.layers.11.mlp.fc2.weight
+    cond_stage_model.transformer.text_model.final_layer_norm.bias
+"""
+
+
+def test_real_names_of_stable_diffusion_v1() -> None:
+    """Names of the published file, one of every kind."""
+    with torch.device("meta"):
+        config = models.PRESETS["sd-v1"]
+        ours = [f"unet.{name}" for name in models.UNet(config).state_dict()]
+        ours += [f"autoencoder.{name}" for name in models.KLAutoencoder(config.autoencoder).state_dict()]
+        ours += [f"text_encoder.{name}" for name in models.TextEncoder(config.text).state_dict()]
+    found = set(models.to_compvis([name for name in ours if not models.is_new(name)], config).values())
+    for name in REAL_NAMES.split():
+        assert name in found, name
+    assert len(found) == len([name for name in ours if not models.is_new(name)])
+
+
+@pytest.mark.parametrize("layout", ["flat.ckpt", "nested.ckpt", "no_text_model.ckpt", "plain.safetensors"])
+def test_original_layouts(whole, tmp_path, capsys, layout: str) -> None:
+    tensors = original_names(whole)
+    tensors |= {"betas": torch.ones(3), "sqrt_one_minus_alphas_cumprod": torch.ones(3),
+                "logvar": torch.ones(1),
+                "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    if layout == "no_text_model.ckpt":
+        tensors = {name.replace(".text_model.", "."): value for name, value in tensors.items()}
+    if layout.endswith(".safetensors"):
+        safetensors.save_file({n: value.contiguous() for n, value in tensors.items()}, tmp_path / layout)
+    else:
+        nested = {"state_dict": tensors, "global_step": 7}
+        torch.save(tensors if layout == "flat.ckpt" else nested, tmp_path / layout)
+    loaded = models.load(tmp_path / layout)
+    assert same(whole, loaded) and not loaded.training
+    said = capsys.readouterr().out
+    fresh = [name for name in whole.state_dict() if models.is_new(name)]
+    assert f"new, from random weights: {len(fresh)} tensors" in said and "query_time_embedding" in said
+    assert "ignored: 4" in said
+    assert all(torch.isfinite(value).all() for value in loaded.state_dict().values())
+
+
+def test_averages_of_an_original_file(whole, tmp_path) -> None:
+    tensors = original_names(whole)
+    averaged = {"model_ema." + name.removeprefix("model.").replace(".", ""): value + 1
+                for name, value in tensors.items() if name.startswith("model.")}
+    averaged["model_ema.decay"] = torch.tensor(0.9)
+    torch.save({"state_dict": tensors | averaged}, tmp_path / "full.ckpt")
+    raw, ema = (models.load(tmp_path / "full.ckpt", weights=weights) for weights in ("raw", "ema"))
+    assert same(whole, raw)
+    for name, value in whole.state_dict().items():
+        if not models.is_new(name):
+            assert torch.equal(ema.state_dict()[name], value + 1 if name.startswith("unet.") else value), name
+
+
+@pytest.mark.parametrize("style", ["new", "fp16", "bin", "old attention"])
+def test_diffusers_folders(whole, tmp_path, style: str) -> None:
+    folder = tmp_path / "folder"
+    for part, directory, stem in (("unet", "unet", "diffusion_pytorch_model"),
+                                  ("autoencoder", "vae", "diffusion_pytorch_model"),
+                                  ("text_encoder", "text_encoder", "model")):
+        file = folder / directory / f"{stem}.safetensors"
+        tensors = safetensors.load_file(file)
+        file.unlink()
+        if style == "fp16":
+            safetensors.save_file({name: value.half() for name, value in tensors.items()},
+                                  file.with_name(f"{stem}.fp16.safetensors"))
+        elif style == "bin":
+            old = "pytorch_model" if stem == "model" else stem
+            torch.save(tensors, file.with_name(f"{old}.bin"))
+        else:
+            if style == "old attention" and part == "autoencoder":
+                for new, spelling in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"),
+                                      ("to_out.0", "proj_attn")):
+                    tensors = {name.replace(f"attentions.0.{new}.", f"attentions.0.{spelling}."): value
+                               for name, value in tensors.items()}
+            safetensors.save_file(tensors, file)
+    shutil.rmtree(folder / "diffdis")            # what Stable Diffusion's folders do not have
+    loaded = models.load(folder)
+    expected = whole.half().float() if style == "fp16" else whole
+    assert same(expected, loaded)
+
+
+def test_files_written_by_the_libraries_themselves(whole, tmp_path) -> None:
+    """Not our export but what diffusers and transformers save."""
+    configs = models.folder_configs(whole)
+    folder = tmp_path / "theirs"
+    state = lambda part: {n.removeprefix(part + "."): v for n, v in whole.state_dict().items()
+                          if n.startswith(part + ".") and not models.is_new(n)}
+    for part, name, cls in (("unet", "unet", diffusers.UNet2DConditionModel),
+                            ("autoencoder", "vae", diffusers.AutoencoderKL)):
+        del configs[f"{name}/config.json"]["_class_name"]
+        network = cls.from_config(configs[f"{name}/config.json"])
+        network.load_state_dict(state(part))
+        network.save_pretrained(folder / name)
+    options = configs["text_encoder/config.json"]
+    del options["architectures"], options["model_type"]
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**options))
+    prefix = "text_model." if any(name.startswith("text_model.") for name in text.state_dict()) else ""
+    text.load_state_dict({prefix + name: value for name, value in state("text_encoder").items()}, strict=True)
+    text.save_pretrained(folder / "text_encoder")
+    assert same(whole, models.load(folder))
+
+
+# ---------------------------------------------------------------- export
+@pytest.mark.parametrize("name", ["export.safetensors", "export"])
+def test_export_and_load_is_bit_exact(whole, tmp_path, name: str) -> None:
+    whole.known_words = frozenset({"beach"})
+    models.export(whole, tmp_path / name)
+    again = models.load(tmp_path / name)
+    assert same(whole, again, only_theirs=False)
+    assert again.config == whole.config and again.tokenizer.merges == whole.tokenizer.merges
+    assert again.known_words == {"beach"}
+
+
+@torch.no_grad()
+def test_exports_draw_the_same_picture_in_diffusers(whole, tmp_path) -> None:
+    prompt, seed = "a red circle above a blue square", 3
+    ours = draw_images(whole, [prompt], [seed], steps=5, guidance_scale=3.0)
+    noise = torch.randn(whole.latent_shape(64, 64), generator=generator_of(seed))[None]
+    models.export(whole, tmp_path / "export")
+    models.export(whole, tmp_path / "export.safetensors")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "export", safety_checker=None)
+    single = {"unet": diffusers.UNet2DConditionModel.from_single_file(
+                  tmp_path / "export.safetensors", config=str(tmp_path / "export"), subfolder="unet"),
+              "vae": diffusers.AutoencoderKL.from_single_file(
+                  tmp_path / "export.safetensors", config=str(tmp_path / "export"), subfolder="vae")}
+    for parts in ({}, single):
+        for name, part in parts.items():
+            setattr(pipe, name, part.eval())
+        pipe.set_progress_bar_config(disable=True)
+        theirs = pipe(prompt, latents=noise.clone(), num_inference_steps=5, guidance_scale=3.0,
+                      output_type="pt").images * 2 - 1
+        assert (ours - theirs).abs().max() < 1e-3, "the picture is not the one diffusers draws"
+
+
+def test_the_vocabulary_of_an_export_is_transformers_own(whole, tmp_path) -> None:
+    models.export(whole, tmp_path / "export")
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / "export/tokenizer")
+    for text in ("a red circle above a small blue square", "", "Crosses & squares!"):
+        ids = theirs(text, padding="max_length", max_length=77, truncation=True).input_ids
+        assert whole.tokenizer([text])[0].tolist() == ids
+
+
+def test_small_models_of_our_own_make_are_no_stable_diffusion(tmp_path) -> None:
+    with pytest.raises(ValueError, match="patch"):
+        models.export(build(), tmp_path / "x.safetensors")
+
+
+# ---------------------------------------------------------------- safety
+class Exploit:
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_file_cannot_run_code(whole, tmp_path) -> None:
+    evil = {"state_dict": original_names(whole), "evil": Exploit(tmp_path / "ran")}
+    torch.save(evil, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match=r"open"):
+        models.load(tmp_path / "evil.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_objects_of_training_programs_become_inert(whole, tmp_path, monkeypatch) -> None:
+    """As in the published .ckpt: a dict keyed by a class of a package that is not installed."""
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    Callback = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks"})
+    sys.modules["pytorch_lightning.callbacks"].ModelCheckpoint = Callback
+    torch.save({"state_dict": original_names(whole), "callbacks": {Callback: {"best": Callback()}},
+                "loss": np.float64(0.5)}, tmp_path / "sd.ckpt")
+    monkeypatch.undo()
+    monkeypatch.setitem(models.PRESETS, "sd-v1", whole.config)
+    assert same(whole, models.load(tmp_path / "sd.ckpt"))
+
+
+def broken_headers(good: bytes) -> dict[str, bytes]:
+    length = int.from_bytes(good[:8], "little")
+    header, body = json.loads(good[8:8 + length]), good[8 + length:]
+
+    def changed(**entry) -> bytes:
+        other = json.loads(json.dumps(header))
+        other[sorted(k for k in other if k != "__metadata__")[0]] |= entry
+        text = json.dumps(other).encode()
+        return len(text).to_bytes(8, "little") + text + body
+    return {"cut short": good[:-10], "header cut short": good[:40], "too long": good + b"more",
+            "beyond the end": changed(data_offsets=[0, 10 ** 12]), "overlap": changed(data_offsets=[8, 16]),
+            "negative": changed(data_offsets=[-8, 0]), "other shape": changed(shape=[3, 3]),
+            "other type": changed(dtype="F99"), "no JSON": (9).to_bytes(8, "little") + b"{not json",
+            "huge header": (2 ** 60).to_bytes(8, "little") + b"{}"}
+
+
+def test_damaged_safetensors_are_refused_by_name(tmp_path) -> None:
+    tensors = {"a": torch.randn(2, 3), "b": torch.arange(4), "c": torch.randn(3).bfloat16(),
+               "d": torch.zeros(0, 2)}
+    safetensors.save_file(tensors, tmp_path / "good.safetensors", {"made": "here"})
+    found, metadata = models.read_safetensors(tmp_path / "good.safetensors")
+    assert metadata == {"made": "here"} and found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    for name, body in broken_headers((tmp_path / "good.safetensors").read_bytes()).items():
+        (tmp_path / "bad.safetensors").write_bytes(body)
+        with pytest.raises(ValueError, match="bad.safetensors"):
+            models.read_safetensors(tmp_path / "bad.safetensors")
+            pytest.fail(f"{name}: accepted")
+    models.write_safetensors(tmp_path / "ours.safetensors", tensors, {"made": "here"})
+    again = safetensors.load_file(tmp_path / "ours.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in tensors.items())
+
+
+def test_what_does_not_fit_is_named(whole, tmp_path) -> None:
+    tensors = original_names(whole)
+    del tensors["model.diffusion_model.out.2.bias"]
+    tensors["model.diffusion_model.strange"] = torch.zeros(1)
+    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(32, 9, 3, 3)      # inpainting
+    torch.save(tensors, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"lacks unet.conv_out.bias.*strange.*\(32, 9, 3, 3\)"):
+        models.load(tmp_path / "other.ckpt")
+
+
+def test_half_precision_spares_the_autoencoder(whole, tmp_path) -> None:
+    models.export(whole, tmp_path / "export.safetensors")
+    half = models.load(tmp_path / "export.safetensors", dtype=torch.float16)
+    assert half.unet.conv_in.weight.dtype == torch.float16
+    assert half.autoencoder.decoder.conv_in.weight.dtype == torch.float32
+    image = half.decode_image(torch.randn(1, 4, 8, 8).half())
+    assert image.dtype == torch.float32 and torch.isfinite(image).all()
+
+
+def test_adapting_the_query_stream_of_foreign_weights(whole, tmp_path) -> None:
+    torch.save(original_names(whole), tmp_path / "sd.ckpt")
+    adapt = lambda config: replace(config, fusion=replace(config.fusion, align_blocks=3, own_ffn=False))
+    loaded = models.load(tmp_path / "sd.ckpt", adapt=adapt)
+    assert len(loaded.unet.query_head.blocks) == 3 and same(whole, loaded)
