@@ -1,13 +1,21 @@
 """The tokenizer against transformers' CLIPTokenizer and a textbook BPE."""
 import gzip
+import importlib.util
 import json
+import os
+import random
+import unicodedata
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
-from data import Tokenizer, clean, words
+from data import Tokenizer, clean, open_source, words
+
+FLICKR = Path(os.environ.get("DIFFDIS_DATA", ROOT.parent / "shared" / "data")) / "flickr8k/train"
 
 CAPTIONS = ["a photo of a dog on a beach", "two dogs run on the beach", "the dog's ball isn't on the photo",
             "a beach, a ball & a dog!", "running dogs photographed running"] * 3
@@ -143,3 +151,69 @@ def test_helpful_errors(tokenizer: Tokenizer, tmp_path) -> None:
 
 def test_words() -> None:
     assert words("A Dog&#39;s café, 2 x") == ["a", "dog", "s", "café", "2", "x"]
+
+
+# ---------------------------------------------------------------- the published vocabulary
+def published() -> Path:
+    """CLIP's own vocabulary and tokenizer, as the wheel of open_clip carries them."""
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None:
+        pytest.skip("no published vocabulary here: pip install --no-deps open_clip_torch")
+    return Path(spec.submodule_search_locations[0])
+
+
+def many_strings(count: int = 20_000) -> list[str]:
+    """Captions of Flickr8k where they are at hand, and strings of every kind that captions of the web have."""
+    strings = []
+    if FLICKR.is_dir():
+        source = open_source(str(FLICKR))
+        strings = [caption for i in range(len(source)) for caption in source.captions(i)]
+    rng = random.Random(0)
+    planes = [c for c in map(chr, range(0x20, 0x1FAFF)) if unicodedata.category(c) not in ("Cs", "Cn", "Co")]
+    odd = ["&amp;amp; &lt;b&gt;", "\t\r\n \u00a0\u3000", "\x00\x07\x1b[0m", "👩‍👩‍👧‍👦🏳️‍🌈", "x" * 2000, "ï¬\x81x â€œquotedâ€\x9d",
+           "i̇İIı ẞß ΣςΣ", "don't WE'LL they've I'D it's 'em", "١٢٣ ½ ² Ⅷ", "<|startoftext|> a <|endoftext|>", "",
+           "a\u0301 \u202eright to left\u202c", "https://x.y/z?q=1&r=2#f", "$1,234.50 (100%) @home #tag", "漢字かな한글"]
+    words_ = "a the dog Beach running 3 12:30 o'clock naïve café état".split()
+    while len(strings) < count:
+        strings.append(rng.choice((" ", "  ", "")).join(
+            rng.choice((rng.choice(odd), rng.choice(words_), "".join(rng.choices(planes, k=rng.randint(1, 8)))))
+            for _ in range(rng.randint(1, 6))))
+    return strings
+
+
+def original():
+    """CLIP's own tokenizer: the file alone, without the package around it."""
+    spec = importlib.util.spec_from_file_location("clip_tokenizer", published() / "tokenizer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer()
+
+
+def test_the_published_vocabulary_gives_the_published_ids() -> None:
+    ours, theirs = Tokenizer.from_file(published() / "bpe_simple_vocab_16e6.txt.gz"), original()
+    assert ours.vocab_size == 49408 and (ours.start, ours.end) == (49406, 49407)
+    strings = many_strings()
+    assert len(strings) >= 20_000
+    for text in strings:
+        if "<|" not in text:                     # control tokens, which ours does not let a caption say
+            assert ours.encode(text) == theirs.encode(text), repr(text)
+        spelt = ours.decode(ours.encode(text))
+        assert ours.decode(ours.encode(spelt)) == spelt, f"{text!r}: decoding must be stable"
+
+
+def test_transformers_agrees_on_the_published_vocabulary(tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = Tokenizer.from_file(published() / "bpe_simple_vocab_16e6.txt.gz")
+    save_folder(ours, tmp_path)
+    theirs = transformers.CLIPTokenizer.from_pretrained(str(tmp_path))
+    assert Tokenizer.from_file(tmp_path).merges == ours.merges
+    strings = [clean(text) for text in many_strings() if "<|" not in text]      # theirs has no ftfy
+    differ = [(text, ids[1:-1]) for text, ids in zip(strings, theirs(strings)["input_ids"])
+              if ours.encode(text) != ids[1:-1]]
+    # Where Rust's idea of lower case is not Python's, which is the original's.
+    assert len(differ) < len(strings) / 500, differ[:5]
+    assert all(original().encode(text) == ours.encode(text) for text, _ in differ)
+    padded = theirs(strings[:500], padding="max_length", max_length=77, truncation=True)["input_ids"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert ours(strings[:500]).tolist() == padded, "Stable Diffusion pads with the end token"

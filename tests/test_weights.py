@@ -1,9 +1,13 @@
 """Stable Diffusion's files in and out: every layout gives the same networks as diffusers and transformers
 have, nothing in a file is run, and what is exported is what those libraries and we read back."""
+import gzip
+import hashlib
+import http.server
 import json
 import re
 import shutil
 import sys
+import threading
 import types
 from dataclasses import replace
 
@@ -13,6 +17,7 @@ import torch
 from conftest import build, randomise
 
 import model as models
+import sample
 from data import Shapes, Tokenizer
 from diffusion import generator_of
 from fusion import FusionConfig
@@ -327,3 +332,63 @@ def test_adapting_the_query_stream_of_foreign_weights(whole, tmp_path) -> None:
     adapt = lambda config: replace(config, fusion=replace(config.fusion, align_blocks=3, own_ffn=False))
     loaded = models.load(tmp_path / "sd.ckpt", adapt=adapt)
     assert len(loaded.unet.query_head.blocks) == 3 and same(whole, loaded)
+
+
+# ---------------------------------------------------------------- downloads
+@pytest.fixture()
+def server(tmp_path, monkeypatch):
+    """A local web server; `server.files` maps paths to bodies, `server.asked` lists what was asked for."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            served.asked.append(self.path)
+            body, cut = served.files[self.path], self.path.startswith("/cut/")
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:len(body) // 2] if cut else body)
+
+        def log_message(self, *args) -> None:
+            pass
+    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served.files, served.asked = {}, []
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    yield served
+    served.shutdown()
+
+
+def offer(server, monkeypatch, name: str, path: str, body: bytes, sha256: str | None = None) -> None:
+    server.files[path] = body
+    url = f"http://127.0.0.1:{server.server_port}{path}"
+    monkeypatch.setitem(models.DOWNLOADS, name, (url, sha256 or hashlib.sha256(body).hexdigest()))
+
+
+def test_named_weights_are_downloaded_once(whole, tmp_path, server, monkeypatch) -> None:
+    tensors = {name: value.contiguous() for name, value in original_names(whole).items()}
+    safetensors.save_file(tensors, tmp_path / "sd.bin")
+    vocabulary = "\n".join(["a header", *whole.tokenizer.merges]).encode()
+    offer(server, monkeypatch, "sd-v1-5", "/v1-5.safetensors", (tmp_path / "sd.bin").read_bytes())
+    offer(server, monkeypatch, "vocabulary", "/vocabulary.txt.gz", gzip.compress(vocabulary))
+    for _ in range(2):
+        assert same(whole, models.load("sd-v1-5"))
+    assert sorted(server.asked) == ["/v1-5.safetensors", "/vocabulary.txt.gz"]
+
+
+@pytest.mark.parametrize("path, sha256", [("/cut/v1-5.safetensors", None), ("/v1-5.safetensors", 64 * "0")])
+def test_a_broken_download_leaves_nothing(tmp_path, server, monkeypatch, path: str, sha256) -> None:
+    offer(server, monkeypatch, "sd-v1-5", path, bytes(100_000), sha256)
+    with pytest.raises(OSError, match="could not download.*put the file at"):
+        models.load("sd-v1-5")
+    assert not [file for file in (tmp_path / "hub").rglob("*") if file.is_file()]
+
+
+def test_no_network_is_one_line(tmp_path, server, monkeypatch, capsys) -> None:
+    offer(server, monkeypatch, "sd-v1-5", "/v1-5.safetensors", b"")
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["a dog", "--ckpt", "sd-v1-5", "--device", "cpu", "--out", str(tmp_path / "x.png")])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "could not download" in error and "\n" not in error
