@@ -1,0 +1,141 @@
+"""Stable Diffusion v1 at full size, with random weights, against diffusers and transformers: prints a table.
+
+    python tests/check_sd_v1.py --folder /tmp/sd --json .readme/results/sd_v1.json
+
+Too large for the test suite (about 12 GB of memory, 15 GB of disk, a quarter of an hour on 2 cores); the same
+comparisons run at small size in tests/test_weights.py. Writes the three layouts into --folder, loads each, and
+compares every part and a guided trajectory; each load runs in a process of its own for its time and memory.
+"""
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+from conftest import randomise
+from transformers import CLIPTextModel
+
+import model as models
+from data import Tokenizer
+from sample import draw_images
+
+PROMPT = "a dog on a beach"
+
+
+def write_layouts(folder: Path, vocabulary: str) -> None:
+    """Random weights as a CompVis .ckpt and .safetensors and as a diffusers folder."""
+    torch.manual_seed(0)
+    model = models.DiffDis(models.PRESETS["sd-v1"], Tokenizer.from_file(vocabulary)).requires_grad_(False)
+    randomise(model.unet)       # its own start puts out zeros
+    models.export(model, folder / "diffusers")
+    models.export(model, folder / "sd.safetensors")
+    tensors = models.read_safetensors(folder / "sd.safetensors")[0]
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(models.QUERY_PREFIX)}
+    torch.save({"state_dict": tensors}, folder / "sd.ckpt")
+    # As Stable Diffusion's files are: nothing of ours in them.
+    models.write_safetensors(folder / "sd.safetensors", tensors, {})
+    for file in (folder / "diffdis").glob("*") if (folder / "diffdis").exists() else ():
+        file.unlink()
+    for file in (folder / "diffusers/diffdis").glob("*"):
+        file.unlink()
+    (folder / "tokenizer").exists() or (folder / "tokenizer").symlink_to(folder / "diffusers/tokenizer")
+
+
+@torch.no_grad()
+def compare(folder: Path, layout: str, steps: int) -> dict[str, float]:
+    """The largest difference from the libraries for each part, and over a guided trajectory."""
+    ours, generator = models.load(folder / layout), torch.Generator().manual_seed(1)
+    found = {}
+
+    def differ(name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        found[name] = (a - b).abs().max().item()
+        print(f"{layout:16}{name:16}{found[name]:.1e}   (values up to {b.abs().max():.1f})", flush=True)
+    text = CLIPTextModel.from_pretrained(folder / "diffusers/text_encoder").eval()
+    tokens = ours.tokenizer([PROMPT, ""])
+    context = text(tokens).last_hidden_state
+    differ("text encoder", ours.text_encoder(tokens)[0], context)
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "diffusers/vae").eval()
+    images = torch.rand(1, 3, 256, 256, generator=generator) * 2 - 1
+    mean = vae.encode(images).latent_dist.mean
+    differ("VAE encode", ours.encode_image(images) / 0.18215, mean)
+    differ("VAE decode", ours.decode_image(mean * 0.18215), vae.decode(mean).sample)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "diffusers/unet").eval()
+    latents = torch.randn(2, 4, 32, 32, generator=generator)
+    t = torch.tensor([981, 1])
+    differ("UNet", ours.denoise_image(latents, t, context), unet(latents, t, context).sample)
+    if steps:
+        scheduler = diffusers.DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            set_alpha_to_one=False, steps_offset=1)
+        scheduler.set_timesteps(steps)
+        from diffusion import generator_of
+        z = torch.randn(4, 32, 32, generator=generator_of(0))[None]
+        for t in scheduler.timesteps:
+            conditional, unconditional = unet(z.repeat(2, 1, 1, 1), t, context).sample.chunk(2)
+            guided = unconditional + 7.5 * (conditional - unconditional)
+            z = scheduler.step(guided, t, z).prev_sample
+        theirs = vae.decode(z / 0.18215).sample.clamp(-1, 1)
+        differ(f"{steps} steps", draw_images(ours, [PROMPT], [0], steps, 7.5, (256, 256)), theirs)
+    return found
+
+
+def peak(code: str) -> dict[str, float]:
+    """Seconds and peak memory (GiB) of a piece of Python that loads something, in a process of its own."""
+    wrapped = (f"import sys, time, resource; sys.path[:0] = {sys.path[:3]!r}\n"
+               "import torch, diffusers, transformers, model as models\n"
+               "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; start = time.perf_counter()\n"
+               f"{code}\n"
+               "total = sum(float(p.float().sum()) for m in parts for p in m.parameters())\n"     # all is read
+               "print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)"
+               " / 2 ** 20)")
+    said = subprocess.run([sys.executable, "-c", wrapped], capture_output=True, text=True, check=True).stdout
+    seconds, memory = map(float, said.split()[-2:])
+    return {"seconds": round(seconds, 2), "peak_gib": round(memory, 3)}
+
+
+def loading(folder: Path) -> dict[str, dict[str, float]]:
+    config = str(folder / "diffusers")
+    theirs = (f"f, c = {str(folder / 'sd.safetensors')!r}, {config!r}\n"
+              "unet = diffusers.UNet2DConditionModel.from_single_file(f, config=c, subfolder='unet')\n"
+              "vae = diffusers.AutoencoderKL.from_single_file(f, config=c, subfolder='vae')\n"
+              "parts = [unet, vae]")
+    ours = f"parts = [models.load({str(folder / 'sd.safetensors')!r})]"
+    rows = {}
+    for turn in range(2):            # the second turn counts: both with a warm page cache
+        rows = {"ours, all parts": peak(ours), "diffusers, UNet and VAE": peak(theirs)}
+    for name, row in rows.items():
+        print(f"{name:28}{row['seconds']:7.2f} s   peak {row['peak_gib']:.2f} GiB", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="where to write 13 GB of files")
+    parser.add_argument("--vocabulary", required=True, help="CLIP's bpe_simple_vocab_16e6.txt.gz")
+    parser.add_argument("--steps", type=int, default=20, help="of the trajectory")
+    parser.add_argument("--json", help="also write the figures here")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    if not (args.folder / "sd.ckpt").exists():
+        write_layouts(args.folder, args.vocabulary)
+    result = {"command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"),
+              "torch": torch.__version__, "machine": platform.machine(), "loading": loading(args.folder)}
+    for layout in ("sd.safetensors", "sd.ckpt", "diffusers"):
+        result[layout] = compare(args.folder, layout, args.steps if layout == "sd.safetensors" else 0)
+    result["model_gib"] = sum((args.folder / "diffusers" / f).stat().st_size for f in (
+        "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors")) / 2 ** 30
+    print(f"{time.time() - start:.0f} s; peak of this process "
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
