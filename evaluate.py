@@ -308,7 +308,8 @@ def main(argv: list[str] | None = None) -> None:
             source = evenly_spaced(source, args.limit)
         result = report(args.task, model, source, args)
         if args.json:
-            settings = {"command": " ".join(["python evaluate.py", *(sys.argv[1:] if argv is None else argv)]),
+            given = sys.argv[1:] if argv is None else argv
+            settings = {"command": " ".join(["python evaluate.py", *given]),
                         "date": date.today().isoformat(), "checkpoint": str(path),
                         "torch": torch.__version__, "device": str(model.device)}
             Path(args.json).write_text(json.dumps({**result, **settings}, indent=1) + "\n")
