@@ -11,7 +11,9 @@ Every task has controls (`--control`) in which a sound evaluation must fall to c
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -306,7 +308,10 @@ def main(argv: list[str] | None = None) -> None:
             source = evenly_spaced(source, args.limit)
         result = report(args.task, model, source, args)
         if args.json:
-            settings = {"checkpoint": str(path), "torch": torch.__version__, "device": str(model.device)}
+            given = sys.argv[1:] if argv is None else argv
+            settings = {"command": " ".join(["python evaluate.py", *given]),
+                        "date": date.today().isoformat(), "checkpoint": str(path),
+                        "torch": torch.__version__, "device": str(model.device)}
             Path(args.json).write_text(json.dumps({**result, **settings}, indent=1) + "\n")
             print(f"wrote {args.json}")
     except (ValueError, OSError) as error:
