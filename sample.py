@@ -283,8 +283,11 @@ def fingerprint(path: Path) -> str:
     """The first 10 digits of a checkpoint's SHA-256 (of a folder: its UNet's), as other programs show it."""
     if path.is_dir():
         path = next(file for file in sorted(path.glob("unet/*")) if file.suffix in (".safetensors", ".bin"))
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+        while block := file.read(2 ** 24):
+            digest.update(block)
+    return digest.hexdigest()[:10]
 
 
 def save_png(images: Tensor, notes: list[dict], args: argparse.Namespace, checkpoint: str) -> None:

@@ -1,10 +1,10 @@
 """Stable Diffusion v1 at full size, with random weights, against diffusers and transformers: prints a table.
 
-    python tests/check_sd_v1.py --folder /tmp/sd --json .readme/results/sd_v1.json
+    python tests/check_sd_v1.py --folder sd --vocabulary VOCABULARY.txt.gz --json .readme/results/sd_v1.json
 
-Too large for the test suite (about 12 GB of memory, 15 GB of disk, a quarter of an hour on 2 cores); the same
-comparisons run at small size in tests/test_weights.py. Writes the three layouts into --folder, loads each, and
-compares every part and a guided trajectory; each load runs in a process of its own for its time and memory.
+Too large for the test suite (12 GB of memory, 13 GB of disk, minutes on 2 cores); the same comparisons run at
+small size in tests/test_weights.py. Writes the three layouts into --folder, loads each, and compares every part
+and a guided trajectory; loading is measured in processes of their own.
 """
 import argparse
 import json
@@ -22,6 +22,7 @@ from transformers import CLIPTextModel
 
 import model as models
 from data import Tokenizer
+from diffusion import generator_of
 from sample import draw_images
 
 PROMPT = "a dog on a beach"
@@ -39,8 +40,6 @@ def write_layouts(folder: Path, vocabulary: str) -> None:
     torch.save({"state_dict": tensors}, folder / "sd.ckpt")
     # As Stable Diffusion's files are: nothing of ours in them.
     models.write_safetensors(folder / "sd.safetensors", tensors, {})
-    for file in (folder / "diffdis").glob("*") if (folder / "diffdis").exists() else ():
-        file.unlink()
     for file in (folder / "diffusers/diffdis").glob("*"):
         file.unlink()
     (folder / "tokenizer").exists() or (folder / "tokenizer").symlink_to(folder / "diffusers/tokenizer")
@@ -73,7 +72,6 @@ def compare(folder: Path, layout: str, steps: int) -> dict[str, float]:
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
             set_alpha_to_one=False, steps_offset=1)
         scheduler.set_timesteps(steps)
-        from diffusion import generator_of
         z = torch.randn(4, 32, 32, generator=generator_of(0))[None]
         for t in scheduler.timesteps:
             conditional, unconditional = unet(z.repeat(2, 1, 1, 1), t, context).sample.chunk(2)
@@ -86,13 +84,15 @@ def compare(folder: Path, layout: str, steps: int) -> dict[str, float]:
 
 def peak(code: str) -> dict[str, float]:
     """Seconds and peak memory (GiB) of a piece of Python that loads something, in a process of its own."""
-    wrapped = (f"import sys, time, resource; sys.path[:0] = {sys.path[:3]!r}\n"
-               "import torch, diffusers, transformers, model as models\n"
-               "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; start = time.perf_counter()\n"
-               f"{code}\n"
-               "total = sum(float(p.float().sum()) for m in parts for p in m.parameters())\n"     # all is read
-               "print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)"
-               " / 2 ** 20)")
+    wrapped = f"""
+import resource, sys, time
+sys.path[:0] = {sys.path[:3]!r}
+import torch, diffusers, transformers, model as models
+memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+base, start = memory(), time.perf_counter()
+{code}
+total = sum(float(p.sum()) for part in parts for p in part.parameters())      # so that all of it is read
+print(time.perf_counter() - start, memory() - base)"""
     said = subprocess.run([sys.executable, "-c", wrapped], capture_output=True, text=True, check=True).stdout
     seconds, memory = map(float, said.split()[-2:])
     return {"seconds": round(seconds, 2), "peak_gib": round(memory, 3)}
