@@ -3,7 +3,7 @@
     python tests/check_sd_v1.py --folder sd --vocabulary VOCABULARY.txt.gz --json .readme/results/sd_v1.json
 
 Too large for the test suite (12 GB of memory, 13 GB of disk, minutes on 2 cores); the same comparisons run at
-small size in tests/test_weights.py. Writes the three layouts into --folder, loads each, and compares every part
+small size in tests/test_weights.py. Writes three layouts into --folder, loads each, and compares every part
 and a guided trajectory; loading is measured in processes of their own.
 """
 import argparse

@@ -163,13 +163,14 @@ def published() -> Path:
 
 
 def many_strings(count: int = 20_000) -> list[str]:
-    """Captions of Flickr8k where they are at hand, and strings of every kind that captions of the web have."""
+    """Captions of Flickr8k where they are at hand, and strings of every kind that the web has."""
     strings = []
     if FLICKR.is_dir():
         source = open_source(str(FLICKR))
         strings = [caption for i in range(len(source)) for caption in source.captions(i)]
     rng = random.Random(0)
-    assigned = [c for c in map(chr, range(0x20, 0x1FAFF)) if unicodedata.category(c) not in ("Cs", "Cn", "Co")]
+    characters = map(chr, range(0x20, 0x1FAFF))
+    assigned = [c for c in characters if unicodedata.category(c) not in ("Cs", "Cn", "Co")]
     odd = ["&amp;amp; &lt;b&gt;", "\t\r\n \u00a0\u3000", "\x00\x07\x1b[0m", "👩‍👩‍👧‍👦🏳️‍🌈", "x" * 2000,
            "ï¬\x81x â€œquotedâ€\x9d", "i̇İIı ẞß ΣςΣ", "don't WE'LL they've I'D it's 'em", "١٢٣ ½ ² Ⅷ",
            "<|startoftext|> a <|endoftext|>", "", "a\u0301 \u202eright to left\u202c", "漢字かな한글",
@@ -177,7 +178,8 @@ def many_strings(count: int = 20_000) -> list[str]:
     plain = "a the dog Beach running 3 12:30 o'clock naïve café état".split()
     while len(strings) < count:
         strings.append(rng.choice((" ", "  ", "")).join(
-            rng.choice((rng.choice(odd), rng.choice(plain), "".join(rng.choices(assigned, k=rng.randint(1, 8)))))
+            rng.choice((rng.choice(odd), rng.choice(plain),
+                        "".join(rng.choices(assigned, k=rng.randint(1, 8)))))
             for _ in range(rng.randint(1, 6))))
     return strings
 
