@@ -1004,7 +1004,7 @@ def put_tensors(model: DiffDis, tensors: dict[str, Tensor], path: str | Path, fo
     model.null_tokens = model.tokenizer([""])
     if foreign:
         numbers = sum(value.numel() for value in started.values())
-        kinds = sorted({re.sub(r"\.\d+\b", ".*", name.rsplit(".", 1)[0]) for name in fresh})
+        kinds = sorted({re.search(r"query_\w+|logit_scale", name)[0] for name in fresh})
         print(f"{path}: loaded {len(tensors)} tensors; new, from random weights: {len(fresh)} tensors, "
               f"{numbers:,} numbers ({', '.join(kinds) or 'none'}); "
               f"ignored: {len(ignored)} ({', '.join(ignored[:3] + ['...'] * (len(ignored) > 3)) or 'none'})")

@@ -2,6 +2,7 @@
 
     python tests/bench_unet.py                       the `tiny` preset at its batch of 32
     python tests/bench_unet.py --preset sd-v1 --batch 1 --device cuda
+    python tests/bench_unet.py --preset sd-v1 --sampling --size 512 --batch 1 --rounds 2     a guided sampler step
 
 Both networks hold the same weights and get the same tensors; the two take turns within one process,
 each measured in both memory formats, and the better median of each counts.
@@ -40,16 +41,25 @@ def main() -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="tiny")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=30, help="measured steps of each network")
+    parser.add_argument("--warm-up", type=int, default=3, help="rounds before them")
+    parser.add_argument("--size", type=int, help="px; without it the preset's")
+    parser.add_argument("--sampling", action="store_true",
+                        help="no backward; each image twice, as guidance needs it")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="also write the figures here")
     args = parser.parse_args()
     torch.manual_seed(0)
     config, ours, theirs = pair(args.preset)
-    channels = config.autoencoder.latent_channels
-    side = config.image_size // config.autoencoder.factor
-    latents = torch.randn(args.batch, channels, side, side, device=args.device)
-    t = torch.randint(config.timesteps, (args.batch,), device=args.device)
-    context = torch.randn(args.batch, config.text.context_length, config.text.width, device=args.device)
+    dtype = getattr(torch, args.dtype)
+    ours, theirs = ours.to(args.device, dtype), theirs.to(args.device, dtype)
+    if args.sampling:
+        ours, theirs = ours.eval().requires_grad_(False), theirs.eval().requires_grad_(False)
+    batch, make = args.batch * (2 if args.sampling else 1), dict(device=args.device, dtype=dtype)
+    side = (args.size or config.image_size) // config.autoencoder.factor
+    latents = torch.randn(batch, config.autoencoder.latent_channels, side, side, **make)
+    t = torch.randint(config.timesteps, (batch,), device=args.device)
+    context = torch.randn(batch, config.text.context_length, config.text.width, **make)
     runs = {}
     for layout in (torch.contiguous_format, torch.channels_last):
         for name, network in (("ours", ours), ("diffusers", theirs)):
@@ -57,13 +67,14 @@ def main() -> None:
                 network.to(args.device, memory_format=layout)
                 x = latents.contiguous(memory_format=layout)
                 pred = network.denoise_image(x, t, context) if ours else network(x, t, context).sample
-                pred.square().mean().backward()
-                network.zero_grad(set_to_none=True)
+                if not args.sampling:
+                    pred.square().mean().backward()
+                    network.zero_grad(set_to_none=True)
             runs[f"{name}, {'channels last' if layout is torch.channels_last else 'contiguous'}"] = (step, [])
     with torch.no_grad():
-        difference = (ours.to(args.device).denoise_image(latents, t, context)
-                      - theirs.to(args.device)(latents, t, context).sample).abs().max().item()
-    for round_ in range(args.rounds + 3):
+        difference = (ours.denoise_image(latents, t, context)
+                      - theirs(latents, t, context).sample).abs().max().item()
+    for round_ in range(args.rounds + args.warm_up):
         for step, times in runs.values():
             step()                                     # changes the layout and warms the caches, untimed
             if args.device == "cuda":
@@ -72,7 +83,7 @@ def main() -> None:
             step()
             if args.device == "cuda":
                 torch.cuda.synchronize()
-            if round_ >= 3:
+            if round_ >= args.warm_up:
                 times.append(time.perf_counter() - start)
     result = {name: statistics.median(times) for name, (_, times) in runs.items()}
     best = {who: min(s for name, s in result.items() if name.startswith(who))

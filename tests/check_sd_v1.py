@@ -85,10 +85,11 @@ def compare(folder: Path, layout: str, steps: int) -> dict[str, float]:
 def peak(code: str) -> dict[str, float]:
     """Seconds and peak memory (GiB) of a piece of Python that loads something, in a process of its own."""
     wrapped = f"""
-import resource, sys, time
+import re, sys, time
+from pathlib import Path
 sys.path[:0] = {sys.path[:3]!r}
 import torch, diffusers, transformers, model as models
-memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+memory = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 20
 base, start = memory(), time.perf_counter()
 {code}
 total = sum(float(p.sum()) for part in parts for p in part.parameters())      # so that all of it is read

@@ -392,3 +392,27 @@ def test_no_network_is_one_line(tmp_path, server, monkeypatch, capsys) -> None:
         sample.main(["a dog", "--ckpt", "sd-v1-5", "--device", "cpu", "--out", str(tmp_path / "x.png")])
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and "could not download" in error and "\n" not in error
+
+
+@torch.no_grad()
+def test_the_query_stream_leaves_generation_bit_equal(whole, tmp_path) -> None:
+    """Stable Diffusion's weights in a network without the stream, and in one with it."""
+    torch.save(original_names(whole), tmp_path / "sd.ckpt")
+    without = models.load(tmp_path / "sd.ckpt", adapt=lambda config: replace(
+        config, fusion=replace(config.fusion, fusion=False)))
+    latents, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 981])
+    context = whole.encode_text(["a red circle", "a blue square"])[0]
+    before = without.denoise_image(latents, t, context)
+    after = models.load(tmp_path / "sd.ckpt").denoise_image(latents, t, context)
+    assert torch.equal(before, after) and before.abs().mean() > 1e-3
+
+
+def test_export_on_the_command_line(whole, tmp_path, capsys) -> None:
+    models.save(tmp_path / "c.pt", whole)
+    models.main(["export", str(tmp_path / "c.pt"), str(tmp_path / "out.safetensors")])
+    assert same(whole, models.load(tmp_path / "out.safetensors"), only_theirs=False)
+    models.save(tmp_path / "ours.pt", build())
+    with pytest.raises(SystemExit) as stop:
+        models.main(["export", str(tmp_path / "ours.pt"), str(tmp_path / "no.safetensors")])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "autoencoder" in error and "\n" not in error
