@@ -2,7 +2,7 @@
 
     python tests/bench_unet.py                       the `tiny` preset at its batch of 32
     python tests/bench_unet.py --preset sd-v1 --batch 1 --device cuda
-    python tests/bench_unet.py --preset sd-v1 --sampling --size 512 --batch 1 --rounds 2    guided sampler step
+    python tests/bench_unet.py --preset sd-v1 --sampling --size 512 --batch 1 --rounds 2   guided sampler step
 
 Both networks hold the same weights and get the same tensors; the two take turns within one process,
 each measured in both memory formats, and the better median of each counts.
