@@ -102,7 +102,7 @@ class Tokenizer:
                             context_length)
             try:
                 table = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path / 'vocab.json'} is not JSON ({error}): fetch it again") from None
             if tokenizer.id != table:
                 raise ValueError(f"{path}: vocab.json is not the table that merges.txt gives by CLIP's rule")

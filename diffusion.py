@@ -137,8 +137,9 @@ def sampling_timesteps(steps: int, total: int, spacing: str) -> list[int]:
     "trailing" starts at T-1, where what a sampler starts from, pure noise, is what training showed;
     "linspace" cuts T-1 … 0 into equal parts and leaves 0 out.
     """
-    if not 1 <= steps <= total:
-        raise ValueError(f"sampling steps is {steps}, expected 1 to {total}")
+    most = total - 1 if spacing == "linspace" else total
+    if not 1 <= steps <= most:
+        raise ValueError(f"sampling steps is {steps}, expected 1 to {most}")
     if spacing == "leading":
         return [min(i * (total // steps) + 1, total - 1) for i in reversed(range(steps))]
     if spacing == "trailing":

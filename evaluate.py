@@ -285,6 +285,9 @@ def read_templates(path: str | None) -> list[str] | None:
 def report(task: str, model: DiffDis, source: Source | None, args: argparse.Namespace) -> dict:
     """Run a task, print its table -> the numbers. source: where the pairs come from (not for `checker`)."""
     function, metrics = TASKS[task]
+    if source is not None and not model.can_read:
+        raise ValueError("these weights only draw images, they do not read them: "
+                         "train their query stream with train.py --init first")
     result = function(model, args) if source is None else function(model, source, args)
     name = "shapes" if source is None else source.name
     control = getattr(args, "control", "none")

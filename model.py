@@ -13,6 +13,7 @@ Parameter names are those of the diffusers / transformers folders of Stable Diff
 named `query_...`. Read next: diffusion.py.
 """
 import argparse
+import http.client
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import pickle
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -545,6 +546,7 @@ class DiffDis(nn.Module):
                              f"{config.text.vocab_size}")
         self.config, self.tokenizer = config, tokenizer
         self.known_words: frozenset[str] | None = None    # words of the training captions; None: not recorded
+        self.can_read = True      # False while the query stream is random beside pretrained weights
         self.autoencoder = (KLAutoencoder if config.autoencoder.kind == "kl" else PatchAutoencoder)(
             config.autoencoder)
         self.text_encoder = TextEncoder(config.text)
@@ -627,7 +629,8 @@ FOLDERS = {"unet": ("unet", "diffusion_pytorch_model", ""),
 QUERY_PREFIX = "diffdis."         # what Stable Diffusion does not have, in files we write under its names
 # What such files hold beside the networks.
 IGNORED = re.compile(r".*position_ids$|model_ema\.|first_stage_model\.loss\.|"
-                     r"cond_stage_model\.(logit_scale|transformer\.(logit_scale|text_projection))|"
+                     r"(cond_stage_model|text_encoder)\.((transformer\.)?(text_model\.)?"
+                     r"(logit_scale|text_projection))|"
                      r"((log_|sqrt_)?(one_minus_|recip(m1)?_)?alphas|betas|posterior_|lvlb_|logvar)[^.]*$")
 RES_BLOCK = r"(put_blocks\.\d+\.0|middle_block\.\d)\."
 # Spellings that older files have for what is now called otherwise.
@@ -703,7 +706,7 @@ def from_compvis(raw: dict[str, Tensor], names: list[str], config: Config, weigh
             found[name] = raw.pop(theirs)
     for name in [name for name in raw if name.startswith(QUERY_PREFIX)]:
         found[name.removeprefix(QUERY_PREFIX)] = raw.pop(name)
-    return found | raw
+    return raw | found
 
 
 # ---------------------------------------------------------------- files; nothing in them is ever run
@@ -727,13 +730,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         header_bytes = file.read(length)
     try:
         header = json.loads(header_bytes)
-        metadata = header.pop("__metadata__", {})
+        metadata = dict(header.pop("__metadata__", {}))
         rows = sorted((*entry["data_offsets"], entry["dtype"], tuple(entry["shape"]), name)
                       for name, entry in header.items())
         tensors, at, start = {}, 0, 8 + length
         for begin, end, kind, shape, name in rows:
+            if kind not in DTYPES:
+                raise ValueError(f"{name} is of type {kind}, known are {', '.join(DTYPES)}")
             dtype = DTYPES[kind]
-            if begin != at or end - begin != math.prod(shape) * dtype.itemsize or start + end > size:
+            fits = min(shape, default=0) >= 0 and end - begin == math.prod(shape) * dtype.itemsize
+            if not fits or begin != at or start + end > size:
                 raise ValueError(f"{name}: bytes {begin} to {end} of a file of {size} for {kind} {shape}")
             # One map per tensor: as views of one map, saving a single tensor would write out the whole file.
             flat = torch.empty(0, dtype=torch.uint8) if begin == end else torch.from_numpy(
@@ -743,12 +749,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors[name], at = flat.view(dtype).view(shape), end
         if start + at != size:
             raise ValueError(f"{size - start - at} bytes belong to no tensor")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: its header does not describe the file ({error}): fetch it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+        raise ValueError(f"{path}: its header is not usable ({error}): fetch it again") from None
     return tensors, metadata
 
 
-class Inert:
+class Inert(dict):
     """What stands in for an object of another program's class in a checkpoint: it holds nothing."""
 
     def __init__(self, *args, **kwargs) -> None:
@@ -767,6 +773,8 @@ def read_torch(path: Path) -> object:
     Objects of HARMLESS packages become `Inert`; anything else but tensors and plain values is refused.
     Raises ValueError.
     """
+    if path.suffix == ".safetensors":      # torch.load would hand such a name to another library
+        raise ValueError(f"{path} is no .safetensors file; if torch.save wrote it, name it .ckpt")
     try:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         refused = [name for name in wanted if not name.startswith(HARMLESS)]
@@ -776,22 +784,36 @@ def read_torch(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError,
             pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        # Of torch's own words, only the first sentence: it goes on to advise switching safety off.
+        reason = str(error).splitlines()[0].split(". ")[0][:200] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no readable checkpoint (truncated, not written by torch.save, or by one "
                          f"before 1.6): {reason}") from None
+
+
+def part_file(folder: Path, stem: str) -> Path:
+    """The file of one part of a diffusers folder: full precision and .safetensors first."""
+    old = "pytorch_model" if stem == "model" else stem
+    names = [f"{stem}.safetensors", f"{old}.bin", f"{stem}.fp16.safetensors", f"{old}.fp16.bin"]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder} has none of {', '.join(names)}: expected a Stable Diffusion folder")
+
+
+def tensors_of(raw: object, path: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict, whatever else is in it. Raises ValueError if it is none."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}, expected a dict of tensors")
+    return {name: value for name, value in raw.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A diffusers folder's tensors under our names -> tensors, metadata (of our own part, if it has one)."""
     tensors, metadata = {}, {}
     for part, (folder, stem, _) in FOLDERS.items():
-        old = "pytorch_model" if stem == "model" else stem
-        names = [f"{stem}.safetensors", f"{old}.bin", f"{stem}.fp16.safetensors", f"{old}.fp16.bin"]
-        file = next((path / folder / name for name in names if (path / folder / name).is_file()), None)
-        if file is None:
-            raise FileNotFoundError(f"{path / folder} has none of {', '.join(names)}: "
-                                    "expected a Stable Diffusion folder")
-        raw = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_torch(file)
+        file = part_file(path / folder, stem)
+        raw = (read_safetensors(file)[0] if file.suffix == ".safetensors" else
+               tensors_of(read_torch(file), file))
         for name, value in raw.items():
             for old, new in OLD_SPELLINGS:
                 name = re.sub(old, new, name)
@@ -824,7 +846,7 @@ def download(name: str) -> Path:
         print(f"downloading {url} to {path}")
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-        except (OSError, RuntimeError) as error:      # URLError is an OSError; a wrong hash a RuntimeError
+        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
             raise OSError(f"could not download {url} ({error}): try again, "
                           f"or put the file at {path} yourself") from None
     return path
@@ -922,16 +944,15 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor], boo
         if is_ours(raw):
             checkpoint = read_checkpoint(path)
             averages = checkpoint["ema"] if weights == "ema" and checkpoint["ema"] is not None else {}
-            return checkpoint, checkpoint["model"] | averages, True
-        raw = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
-        tensors = {name: value for name, value in raw.items() if isinstance(value, Tensor)}
-        if not any(name.startswith(PREFIXES["unet"]) for name in tensors):
-            found = ", ".join(map(str, list(raw)[:4])) or "nothing"
-            raise ValueError(f"{path} is not a DiffDis checkpoint (format {FORMAT!r}), nor one of "
-                             f"Stable Diffusion ({PREFIXES['unet']}...): found {found}")
+            return checkpoint, tensors_of(checkpoint["model"], path) | tensors_of(averages, path), True
+        tensors = tensors_of(raw.get("state_dict", raw) if isinstance(raw, dict) else raw, path)
+    if not path.is_dir() and not any(name.startswith(PREFIXES["unet"]) for name in tensors):
+        found = ", ".join(list(tensors)[:4]) or "no tensor"
+        raise ValueError(f"{path} is not a DiffDis checkpoint (format {FORMAT!r}), nor one of Stable "
+                         f"Diffusion ({PREFIXES['unet']}...): found {found}")
     try:
-        description = json.loads(metadata.get("diffdis", "{}"))
-    except ValueError as error:
+        description = dict(json.loads(metadata.get("diffdis", "{}")))
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its description is no JSON ({error})") from None
     return description, tensors, path.is_dir()
 
@@ -941,7 +962,7 @@ def build(description: dict, path: str | Path, adapt: Callable = lambda config: 
     try:
         return DiffDis(adapt(Config.from_dict(description["config"])),
                        Tokenizer.from_dict(description["tokenizer"]))
-    except (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: no networks can be built from it "
                          f"({type(error).__name__}: {error})") from None
 
@@ -963,7 +984,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     description, tensors, ours = read_weights(path, weights)
     foreign = not description
     if foreign:
-        config = PRESETS["sd-v1"]
+        config = replace(PRESETS["sd-v1"], image_size=512)       # what Stable Diffusion v1 was trained at
         tokenizer = find_tokenizer(path, config.text.context_length)
         description = {"config": config.to_dict(), "tokenizer": tokenizer.to_dict()}
     with torch.device("meta"):       # no storage: nothing is initialised only to be overwritten
@@ -971,11 +992,12 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     if not ours:
         tensors = from_compvis(tensors, list(model.state_dict()), model.config, weights)
     put_tensors(model, tensors, path, foreign)
-    if description.get("words") is not None:
-        model.known_words = frozenset(description["words"])
-    model.to(device, dtype)
-    if dtype == torch.float16:
-        model.autoencoder.float()    # its activations overflow float16: black pictures
+    if isinstance(description.get("words"), list):
+        model.known_words = frozenset(map(str, description["words"]))
+    model.to(device)
+    for part in (model.unet, model.text_encoder, model.autoencoder):
+        if part is not model.autoencoder or dtype != torch.float16:     # there it overflows: black pictures
+            part.to(dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -994,14 +1016,19 @@ def put_tensors(model: DiffDis, tensors: dict[str, Tensor], path: str | Path, fo
     fresh = [name for name in shapes if foreign and name not in tensors and is_new(name)]
     wrong = ([f"lacks {name}" for name in shapes if name not in tensors and name not in fresh]
              + [f"has an unknown {name}" for name in tensors if name not in shapes]
+             + [f"has {name} as {value.dtype}, {value.layout}" for name, value in tensors.items()
+                if name in shapes and not (value.is_floating_point() and value.layout == torch.strided
+                                           and value.device.type == "cpu")]
              + [f"has {name} of shape {tuple(value.shape)} instead of {tuple(shapes[name])}"
                 for name, value in tensors.items() if name in shapes and value.shape != shapes[name]])
     if wrong:
-        raise ValueError(f"{path}: its tensors do not fit the configuration: it {'; '.join(wrong[:4])}"
+        raise ValueError(f"{path}: its tensors do not fit the configuration and flags: "
+                         f"it {'; '.join(wrong[:4])}"
                          + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
     started = start_query_stream(model, set(fresh))
     model.load_state_dict(tensors | started, assign=True)
     model.null_tokens = model.tokenizer([""])
+    model.can_read = not fresh
     if foreign:
         numbers = sum(value.numel() for value in started.values())
         kinds = sorted({re.search(r"query_\w+|logit_scale", name)[0] for name in fresh})
@@ -1050,9 +1077,12 @@ def export(model: DiffDis, out: str | Path) -> None:
     Raises ValueError for a model that is not of Stable Diffusion v1's make.
     """
     config, out = model.config, Path(out)
-    if config.autoencoder.kind != "kl" or config.image_target != "noise":
-        raise ValueError("only a model with Stable Diffusion's autoencoder that predicts noise is exported: "
-                         f"this one has {config.autoencoder.kind!r} and predicts {config.image_target!r}")
+    made = (config.autoencoder.kind, config.image_target, config.image_schedule)
+    if made != ("kl", "noise", "linear"):
+        raise ValueError("only a model with Stable Diffusion's autoencoder, target and schedule is exported "
+                         f"('kl', 'noise', 'linear'): this one has {made}")
+    if out.suffix not in (".safetensors", "") or out.name == "":
+        raise ValueError(f"export to {str(out)!r}: expected OUT.safetensors, or a folder without a suffix")
     tensors, metadata = model.state_dict(), {"diffdis": json.dumps(describe(model))}
     query = {QUERY_PREFIX + name: value for name, value in tensors.items() if is_new(name)}
     theirs = {name: value for name, value in tensors.items() if not is_new(name)}
@@ -1119,7 +1149,12 @@ def folder_configs(model: DiffDis) -> dict[str, dict | str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Export a checkpoint for other programs.")
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> None:
+            print(f"error: {message}; --help explains every flag", file=sys.stderr)
+            sys.exit(2)
+    parser = Parser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    description="Export a checkpoint for other programs.")
     parser.add_argument("command", choices=("export",), help="what to do")
     parser.add_argument("ckpt", help="a checkpoint that sample.py takes")
     parser.add_argument("out", help="OUT.safetensors (CompVis's names), or a folder in diffusers's layout")

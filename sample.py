@@ -282,7 +282,7 @@ def draw_all(model: DiffDis, args: argparse.Namespace) -> tuple[Tensor, list[dic
 def fingerprint(path: Path) -> str:
     """The first 10 digits of a checkpoint's SHA-256 (of a folder: its UNet's), as other programs show it."""
     if path.is_dir():
-        path = next(file for file in sorted(path.glob("unet/*")) if file.suffix in (".safetensors", ".bin"))
+        path = models.part_file(path / "unet", "diffusion_pytorch_model")
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2 ** 24):
@@ -293,8 +293,6 @@ def fingerprint(path: Path) -> str:
 def save_png(images: Tensor, notes: list[dict], args: argparse.Namespace, checkpoint: str) -> None:
     """One picture, or a grid with a row per prompt; what made it stands in the PNG's text chunks."""
     scale = args.scale or max(1, 256 // images.shape[3])
-    if len(images) * images[0].numel() * scale ** 2 > 3 * MAX_PIXELS:
-        raise ValueError(f"the picture would have over {MAX_PIXELS:,} pixels: lower --scale, -n or --size")
     picture = make_grid(images, args.n, scale, gap=2 if len(images) > 1 else 0)
     text = PngImagePlugin.PngInfo()
     for key, value in (("prompt", " | ".join(args.prompts)),
@@ -319,6 +317,16 @@ def main(argv: list[str] | None = None) -> None:
             args.guidance_scale = model.config.guidance_scale
         model.latent_shape(*(parse_size(args.size) or (model.config.image_size,) * 2))
         image_timesteps(model, args.sampler, args.steps)
+        if args.best_of > 1 and not model.can_read:
+            raise ValueError("--best-of needs a model that reads images, and these weights only draw them: "
+                             "train their query stream with train.py --init first")
+        if args.eta and args.sampler != "ddim":
+            raise ValueError("--eta is DDIM's: leave it out, or take --sampler ddim")
+        height, width = parse_size(args.size) or (model.config.image_size,) * 2
+        pixels = len(args.prompts) * args.n * height * width * (args.scale or max(1, 256 // width)) ** 2
+        if pixels > MAX_PIXELS:
+            raise ValueError(f"the picture would have {pixels:,} pixels, {MAX_PIXELS:,} are the most: "
+                             "lower --scale, -n or --size")
         if not 0 <= args.eta <= 1:
             raise ValueError(f"--eta is {args.eta}, expected 0 to 1")
         warn_unknown_words(model, args.prompts)

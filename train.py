@@ -143,6 +143,8 @@ def check_args(args: argparse.Namespace) -> None:
         if not low <= getattr(args, field) <= high:
             raise ValueError(f"--{field.replace('_', '-')} is {getattr(args, field)}, "
                              f"expected {low} to {high}")
+    if args.init is not None and args.preset == "sd-v1" and args.image_size is None:
+        args.image_size = PRESETS["sd-v1"].image_size       # the paper's, not the 512 px of the weights
     if args.init is not None and args.tokenizer is not None:
         raise ValueError("--tokenizer with --init: a checkpoint brings its own, leave one of the two out")
     if "alignment" in args.tasks and args.batch_size < 2:
@@ -410,6 +412,8 @@ class Trainer:
         self.averages = Averages(self.model, args.ema)
         if checkpoint is not None:
             self.restore(checkpoint)
+        # None: the weights knew more words than this training will see, and nobody has listed them.
+        self.lists_words = self.model.known_words is not None
         self.words |= self.model.known_words or set()
         self.loss = JointLoss(self.model, args).to(device)
         if world > 1:
@@ -423,7 +427,8 @@ class Trainer:
         self.optimizer.load_state_dict(training["optimizer"])
         for name, value in checkpoint["ema"].items():
             self.averages.values[name].copy_(value)
-        self.step, self.words = training["step"], set(checkpoint["words"] or ())
+        self.step = training["step"]
+        self.model.known_words = None if checkpoint["words"] is None else frozenset(checkpoint["words"])
         if self.rank == 0:       # the others count from 0: theirs is in the sum
             self.report.load(training["skipped"])
 
@@ -433,7 +438,8 @@ class Trainer:
         if self.world > 1:
             seen = [None] * self.world
             dist.all_gather_object(seen, (self.words, self.report))
-        self.model.known_words = frozenset().union(*(words for words, _ in seen))
+        if self.lists_words:
+            self.model.known_words = frozenset().union(*(words for words, _ in seen))
         self.total_report = SkipReport(self.args.max_bad)
         for _, report in seen:
             self.total_report.add(report.skipped, report.visited)

@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import build, randomise
+from PIL import Image
 
+import evaluate
 import model as models
 import sample
+import train
 from data import Shapes, Tokenizer
 from diffusion import generator_of
 from fusion import FusionConfig
@@ -279,14 +282,18 @@ def broken_headers(good: bytes) -> dict[str, bytes]:
     length = int.from_bytes(good[:8], "little")
     header, body = json.loads(good[8:8 + length]), good[8 + length:]
 
-    def changed(**entry) -> bytes:
+    def changed(name: str = "a", **entry) -> bytes:
         other = json.loads(json.dumps(header))
-        other[sorted(k for k in other if k != "__metadata__")[0]] |= entry
+        other[name] |= entry
         text = json.dumps(other).encode()
         return len(text).to_bytes(8, "little") + text + body
+    first, size = header["a"]["data_offsets"][0], len(body)
     return {"cut short": good[:-10], "header cut short": good[:40], "too long": good + b"more",
-            "beyond the end": changed(data_offsets=[0, 10 ** 12]), "overlap": changed(data_offsets=[8, 16]),
-            "negative": changed(data_offsets=[-8, 0]), "other shape": changed(shape=[3, 3]),
+            "beyond the end": changed(data_offsets=[first, first + 4 * 10 ** 9], shape=[10 ** 9]),
+            "overlap": changed("b", data_offsets=[first, first + 32]),
+            "hole": changed(data_offsets=[first + 4, first + 28]), "past it": changed(
+                data_offsets=[size, size + 24]), "negative": changed(data_offsets=[-24, 0]),
+            "negative shape": changed(shape=[-2, -3]), "other shape": changed(shape=[3, 3]),
             "other type": changed(dtype="F99"), "no JSON": (9).to_bytes(8, "little") + b"{not json",
             "huge header": (2 ** 60).to_bytes(8, "little") + b"{}"}
 
@@ -321,6 +328,8 @@ def test_what_does_not_fit_is_named(whole, tmp_path) -> None:
 def test_half_precision_spares_the_autoencoder(whole, tmp_path) -> None:
     models.export(whole, tmp_path / "export.safetensors")
     half = models.load(tmp_path / "export.safetensors", dtype=torch.float16)
+    for name, value in whole.autoencoder.state_dict().items():
+        assert torch.equal(half.autoencoder.state_dict()[name], value), "rounded on the way"
     assert half.unet.conv_in.weight.dtype == torch.float16
     assert half.autoencoder.decoder.conv_in.weight.dtype == torch.float32
     image = half.decode_image(torch.randn(1, 4, 8, 8).half())
@@ -416,3 +425,50 @@ def test_export_on_the_command_line(whole, tmp_path, capsys) -> None:
         models.main(["export", str(tmp_path / "ours.pt"), str(tmp_path / "no.safetensors")])
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and "autoencoder" in error and "\n" not in error
+
+
+# ---------------------------------------------------------------- from a user's side
+def test_stable_diffusion_is_fine_tuned_resumed_and_sampled(whole, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(original_names(whole), tmp_path / "sd.ckpt")
+    flags = ["--init", "sd.ckpt", "--preset", "sd-v1", "--batch-size", "4", "--out", "run", "--device", "cpu",
+             "--image-size", "64", "--workers", "0", "--val", "4", "--save-every", "1", "--align-blocks", "2"]
+    monkeypatch.setattr(train.Trainer, "validate", lambda self: None)
+    train.main([*flags, "--steps", "2"])
+    tuned = models.load("run/checkpoint.pt")
+    assert len(tuned.unet.query_head.blocks) == 2 and tuned.config.image_size == 64
+    before = {name: value.clone() for name, value in tuned.state_dict().items()}
+    assert any(not torch.equal(value, whole.state_dict()[name]) for name, value in before.items()
+               if name.startswith("unet.down_blocks") and not models.is_new(name)), "nothing was trained"
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in before.items()
+               if name.startswith(("autoencoder.", "text_encoder."))), "these stay as they came"
+    train.main([*flags, "--steps", "2", "--resume"])
+    capsys.readouterr()
+    sample.main(["a dog on a beach", "--ckpt", "run/checkpoint.pt", "--steps", "2", "--sampler", "dpm++",
+                 "--dtype", "bf16", "--best-of", "2", "--device", "cpu"])
+    said = capsys.readouterr()
+    assert "never seen" not in said.err, "the words of Stable Diffusion's own training were never listed"
+    text = Image.open("sample.png").text
+    digest = hashlib.sha256((tmp_path / "run/checkpoint.pt").read_bytes()).hexdigest()
+    assert text["sampler"] == "dpm++" and text["checkpoint"] == digest[:10]
+
+
+def test_weights_that_only_draw_are_not_asked_to_read(whole, tmp_path, capsys) -> None:
+    torch.save(original_names(whole), tmp_path / "sd.ckpt")
+    loaded = models.load(tmp_path / "sd.ckpt")
+    assert loaded.config.image_size == 512 and not loaded.can_read
+    for run in (lambda: sample.main(["a dog", "--ckpt", str(tmp_path / "sd.ckpt"), "--best-of", "2",
+                                     "--device", "cpu", "--out", str(tmp_path / "x.png")]),
+                lambda: evaluate.main(["retrieval", "--ckpt", str(tmp_path / "sd.ckpt"), "--device", "cpu"])):
+        with pytest.raises(SystemExit) as stop:
+            run()
+        assert stop.value.code == 2 and "train.py --init" in capsys.readouterr().err
+
+
+def test_the_sampler_that_is_asked_for_draws(whole) -> None:
+    args = ["a red circle", "--steps", "4", "--size", "64x64"]
+    drawn = [sample.draw_all(whole, sample.parse_args(args + more))[0]
+             for more in ([], [], ["--sampler", "dpm++"], ["--eta", "1"])]
+    assert torch.equal(drawn[0], drawn[1])
+    for other in drawn[2:]:
+        assert (drawn[0] - other).abs().max() > 1e-3, "the flag changed nothing"
