@@ -216,7 +216,8 @@ def test_transformers_agrees_on_the_published_vocabulary(tmp_path) -> None:
     # Where Rust's idea of lower case is not Python's, which is the original's.
     assert len(differ) < len(strings) / 500, differ[:5]
     assert all(original().encode(text) == ours.encode(text) for text, _ in differ)
-    padded = theirs(strings[:500], padding="max_length", max_length=77, truncation=True)["input_ids"]
+    alike = sorted(set(strings) - {text for text, _ in differ})[:500]
+    padded = theirs(alike, padding="max_length", max_length=77, truncation=True)["input_ids"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert ours(strings[:500]).tolist() == padded, "Stable Diffusion pads with the end token"
+        assert ours(alike).tolist() == padded, "Stable Diffusion pads with the end token"
