@@ -117,7 +117,7 @@ class Config:
         if not 0 <= self.condition_timestep <= self.timesteps:
             raise ValueError(f"condition_timestep is {self.condition_timestep}, "
                              f"expected 0 to {self.timesteps}")
-        side = self.autoencoder.factor * 2 ** (len(self.unet.channels) - 1)
+        side = self.autoencoder.factor
         if self.image_size % side or not 0 < self.image_size <= MAX_SIDE:
             raise ValueError(f"image size is {self.image_size} px, "
                              f"expected a multiple of {side} up to {MAX_SIDE}")
@@ -217,14 +217,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the side: nearest neighbour, then a convolution."""
+    """Doubles the side, or reaches `size` (an odd one's half was rounded): nearest, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        return self.conv(F.interpolate(x, size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
 
 
 # ---------------------------------------------------------------- autoencoders
@@ -460,7 +460,7 @@ class UpBlock(nn.Module):
             if self.attentions:
                 x, _ = self.attentions[i](x, context)
         for upsample in self.upsamplers:
-            x = upsample(x)
+            x = upsample(x, skips[-1].shape[2:])
         return x
 
 
@@ -606,11 +606,10 @@ class DiffDis(nn.Module):
 
         Raises ValueError on an unfit size.
         """
-        side = self.config.autoencoder.factor * 2 ** (len(self.config.unet.channels) - 1)
+        side = self.config.autoencoder.factor
         if height % side or width % side or not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
             raise ValueError(f"size is {width}x{height} px, expected multiples of {side} up to {MAX_SIDE}")
-        factor = self.config.autoencoder.factor
-        return self.config.autoencoder.latent_channels, height // factor, width // factor
+        return self.config.autoencoder.latent_channels, height // side, width // side
 
 
 def is_new(name: str) -> bool:

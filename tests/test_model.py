@@ -11,6 +11,7 @@ from conftest import build, tiny_config
 
 import model as models
 from model import PRESETS, AutoencoderConfig, Config, patches
+from sample import draw_images
 
 
 def test_round_trip_is_bit_exact(model, tmp_path) -> None:
@@ -87,7 +88,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(model, tmp_path) -> None:
 
 @pytest.mark.parametrize("change, message", [
     (dict(gamma=0.0), "gamma"), (dict(gamma=1.5), "gamma"), (dict(image_target="x"), "noise, v, data"),
-    (dict(text_schedule="sqrt"), "linear, cosine"), (dict(image_size=33), "multiple of 16"),
+    (dict(text_schedule="sqrt"), "linear, cosine"), (dict(image_size=33), "multiple of 8"),
     (dict(condition_timestep=1001), "0 to 1000")])
 def test_impossible_configurations_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -129,6 +130,8 @@ def test_the_text_query_does_not_depend_on_padding_or_on_later_words(model) -> N
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="multiples of 16"):
-        build().latent_shape(40, 32)
-    assert build().latent_shape(64, 32) == (192, 8, 4)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        build().latent_shape(44, 32)
+    assert build().latent_shape(64, 40) == (192, 8, 5)
+    image = draw_images(build(), ["a red circle"], [0], steps=2, size=(64, 40))
+    assert image.shape == (1, 3, 64, 40), "half of an odd number of latents is rounded, and found again"

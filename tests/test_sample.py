@@ -129,7 +129,7 @@ def test_command_line(base, tmp_path, monkeypatch, capsys) -> None:
 
 @pytest.mark.parametrize("flags, message", [
     ([], "train.py"), (["--ckpt", "x.pt"], "no checkpoint"), (["--out", "x.jpg"], ".png"),
-    (["--out", "no/where.png"], "existing folder"), (["--size", "33x32"], "multiples of 16"),
+    (["--out", "no/where.png"], "existing folder"), (["--size", "33x32"], "multiples of 8"),
     (["--size", "big"], "WIDTH"), (["--steps", "2000"], "1 to 1000"), (["--device", "cuda"], "CUDA"),
     (["--scale", "100000"], "--scale"), (["--size", "1600000x1600000"], "up to"),
     (["--guidance-scale", "nan"], "finite"), (["--seed", "-1"], "--seed")])

@@ -176,6 +176,7 @@ def many_strings(count: int = 20_000) -> list[str]:
            "<|startoftext|> a <|endoftext|>", "", "a\u0301 \u202eright to left\u202c", "漢字かな한글",
            "https://x.y/z?q=1&r=2#f", "$1,234.50 (100%) @home #tag"]
     plain = "a the dog Beach running 3 12:30 o'clock naïve café état".split()
+    count = max(count, len(strings) + 5_000)
     while len(strings) < count:
         strings.append(rng.choice((" ", "  ", "")).join(
             rng.choice((rng.choice(odd), rng.choice(plain),
