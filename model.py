@@ -967,14 +967,15 @@ def build(description: dict, path: str | Path, adapt: Callable = lambda config: 
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema",
-         dtype: torch.dtype = torch.float32,
-         adapt: Callable[[Config], Config] = lambda config: config) -> DiffDis:
+         dtype: torch.dtype = torch.float32, adapt: Callable[[Config], Config] = lambda config: config,
+         only_draw: bool = False) -> DiffDis:
     """A checkpoint as a model in eval mode, averaged weights preferred.
 
     path: a file that `save` or `export` wrote; Stable Diffusion v1 as .ckpt, .safetensors (CompVis's names)
     or a diffusers folder; or one of MODELS, downloaded once; weights: "ema" (if the file has them) or "raw";
     dtype: of the parameters; adapt: changes the configuration before the networks are built. What a Stable
     Diffusion file does not have, the query stream, starts from random weights, and this is said.
+    only_draw: leave out what only reading images needs, the query stream and the autoencoder's encoder.
     Raises FileNotFoundError or ValueError: no file, not a checkpoint, truncated, tensors that do not fit.
     """
     if weights not in ("ema", "raw"):
@@ -988,8 +989,13 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
         description = {"config": config.to_dict(), "tokenizer": tokenizer.to_dict()}
     with torch.device("meta"):       # no storage: nothing is initialised only to be overwritten
         model = build(description, path, adapt)
+    every = list(model.state_dict())
     if not ours:
-        tensors = from_compvis(tensors, list(model.state_dict()), model.config, weights)
+        tensors = from_compvis(tensors, every, model.config, weights)
+    if only_draw:
+        drop_reading_parts(model)
+        dropped = set(every) - set(model.state_dict())
+        tensors = {name: value for name, value in tensors.items() if name not in dropped}
     put_tensors(model, tensors, path, foreign)
     if isinstance(description.get("words"), list):
         model.known_words = frozenset(map(str, description["words"]))
@@ -998,6 +1004,15 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
         if part is not model.autoencoder or dtype != torch.float16:     # there it overflows: black pictures
             part.to(dtype)
     return model.eval().requires_grad_(False)
+
+
+def drop_reading_parts(model: DiffDis) -> None:
+    """Take away the modules that drawing never runs."""
+    for module in list(model.modules()):
+        for name in [name for name, _ in module.named_children() if name.startswith("query_")]:
+            setattr(module, name, None)
+    if model.config.autoencoder.kind == "kl":
+        model.autoencoder.encoder = model.autoencoder.quant_conv = None
 
 
 def put_tensors(model: DiffDis, tensors: dict[str, Tensor], path: str | Path, foreign: bool = False) -> None:

@@ -472,3 +472,16 @@ def test_the_sampler_that_is_asked_for_draws(whole) -> None:
     assert torch.equal(drawn[0], drawn[1])
     for other in drawn[2:]:
         assert (drawn[0] - other).abs().max() > 1e-3, "the flag changed nothing"
+
+
+@pytest.mark.parametrize("name", ["export.safetensors", "sd.ckpt", "ours.pt"])
+def test_drawing_needs_only_its_own_parts(whole, tmp_path, name: str) -> None:
+    models.export(whole, tmp_path / "export.safetensors")
+    torch.save(original_names(whole), tmp_path / "sd.ckpt")
+    models.save(tmp_path / "ours.pt", whole)
+    part = models.load(tmp_path / name, only_draw=True)
+    names = set(part.state_dict())
+    reading = ("autoencoder.encoder", "autoencoder.quant")
+    assert not [name for name in names if "query_" in name or name.startswith(reading)]
+    draw = lambda model: draw_images(model, ["a red circle"], [0], steps=2, size=(64, 64))
+    assert torch.equal(draw(part), draw(whole))
