@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
         device = pick_device(args.device)
         path = models.locate(find_checkpoint(args.ckpt))
         model = models.load(path, device, args.weights, DTYPES[args.dtype], only_draw=args.best_of == 1)
-        model.unet.to(memory_format=torch.channels_last)       # a tenth faster at 512 px
+        model.unet.to(memory_format=torch.channels_last)       # float32, 512 px, CPU: a tenth faster
         if args.guidance_scale is None:
             args.guidance_scale = model.config.guidance_scale
         model.latent_shape(*(parse_size(args.size) or (model.config.image_size,) * 2))
