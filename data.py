@@ -15,14 +15,17 @@ import html
 import io
 import json
 import os
+import signal
 import struct
 import sys
 import tarfile
+import tempfile
+import time
 import warnings
 import zlib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +38,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+CACHE = Path(torch.hub.get_dir()) / "diffdis"     # downloads, and indices of large data sets
+SLOW_INDEX = 5            # seconds of indexing that are worth a file
+CACHE_NOTES = "latents.json"
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -136,6 +144,10 @@ class Tokenizer:
 
     def to_dict(self) -> dict:
         return {"merges": self.merges, "context_length": self.context_length}
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give equal tokens."""
+        return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()[:16]
 
     @classmethod
     def from_dict(cls, values: dict) -> "Tokenizer":
@@ -246,10 +258,11 @@ class BadSample(Exception):
         self.cause, self.key = cause, key
 
 
-def decode_image(raw: bytes, key: str = "") -> Image.Image:
+def decode_image(raw: bytes, key: str = "", side: int | None = None) -> Image.Image:
     """Bytes of a JPEG, PNG, WebP or GIF (first frame), of any mode -> upright RGB picture.
 
-    Raises BadSample.
+    side: px that are needed; a JPEG more than twice as large is decoded at a half, a quarter or an eighth of
+    its size, which the decoder does in less time than it saves. None: at full size. Raises BadSample.
     """
     try:
         with warnings.catch_warnings():
@@ -260,6 +273,8 @@ def decode_image(raw: bytes, key: str = "") -> Image.Image:
                 raise BadSample("decompression bomb", key)
             if min(image.size) < MIN_SIDE:
                 raise BadSample("image too small", key)
+            if side is not None:
+                image.draft(None, (2 * side, 2 * side))      # never below twice what is needed
             image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):      # 16 bits of grey: convert() would clip them all to white
@@ -281,18 +296,25 @@ def to_square(image: Image.Image, size: int) -> np.ndarray:
         (size, size), Image.Resampling.BICUBIC))
 
 
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3], on any device -> float32 [B, 3, H, W] in [-1, 1], channels last in memory."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def to_tensor(pixels: list[np.ndarray]) -> Tensor:
     """uint8 [H, W, 3] each -> float32 [B, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_float(torch.from_numpy(np.stack(pixels)))
 
 
 # ---------------------------------------------------------------- sources
 @dataclass
 class Sample:
-    image: Image.Image            # RGB
+    image: Image.Image | None     # RGB; None in a latent cache
     captions: list[str]
     key: str
     label: int | None = None
+    moments: np.ndarray | None = None    # of a latent cache: mean and log-variance, float16 [2C, h, w]
+    tokens: np.ndarray | None = None     # and every caption's tokens, uint16 [captions, L]
 
 
 class Source:
@@ -300,6 +322,7 @@ class Source:
     name: str
     classes: list[str] | None = None
     skipped: Counter
+    cache: dict | None = None            # what a latent cache says of itself; None: samples are images
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -308,9 +331,13 @@ class Source:
         """All captions of a sample, its image left undecoded. Raises BadSample."""
         raise NotImplementedError
 
-    def read(self, index: int) -> Sample:
-        """Raises BadSample."""
+    def read(self, index: int, side: int | None = None) -> Sample:
+        """A sample; side: px of it that are needed, None: all. Raises BadSample."""
         raise NotImplementedError
+
+    def shards(self) -> np.ndarray | None:
+        """Which file each sample lies in, int32 [len(self)]; None where that makes no difference."""
+        return None
 
     def usable_captions(self, limit: int) -> Iterator[list[str]]:
         """The captions of up to `limit` samples, evenly spaced over the source, bad ones passed over."""
@@ -324,31 +351,73 @@ class Source:
 class TarSource(Source):
     """img2dataset's tars (CC3M's layout): KEY.jpg, KEY.txt and/or KEY.json, members of a sample side by side.
 
-    The tars' headers are read once; after that a sample is a few reads at known places. So samples come in
-    any order at no cost, and nothing but a number need be remembered to go on where one was.
+    The tars' headers are read once, and kept in CACHE where that took long; after that a sample is a few
+    reads at known places. So samples come in any order at no cost, and nothing but a number need be
+    remembered to go on where one was. A latent cache is the same with KEY.latent.npy instead of an image.
     """
-    KINDS = ("image", "txt", "json")
+    KINDS = ("image", "txt", "json", "latent.npy", "tokens.npy")
 
-    def __init__(self, tars: list[Path], name: str) -> None:
-        self.name, self.tars, self.skipped = name, tars, Counter()
-        self.keys: list[str] = []
+    def __init__(self, tars: list[Path], name: str, cache: dict | None = None) -> None:
+        self.name, self.tars, self.cache, self.skipped = name, tars, cache, Counter()
         self.lost = 0                 # bytes of shards that could not be read
+        self.warnings: list[str] = []
+        self.files: dict[tuple[int, int], int] = {}
+        stamp = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in tars]
+        kept = CACHE / f"index-{hashlib.sha256(json.dumps([self.KINDS, stamp]).encode()).hexdigest()[:16]}"
+        started = time.monotonic()
+        if not self.load_index(kept):
+            self.table = self.build_index()
+            if time.monotonic() - started > SLOW_INDEX:
+                self.keep_index(kept)
+        for warning in self.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+
+    def build_index(self) -> np.ndarray:
+        """Where everything is, a row per sample: key, shard, offset and size of each kind (-1: absent)."""
+        keys: list[bytes] = []
         rows = array("q")             # flat, 8 bytes a number: lists of them would take GBs for CC3M
-        for shard, path in enumerate(tars):
+        wanted = "image" if self.cache is None else "latent.npy"
+        for shard, path in enumerate(tqdm(self.tars, "index", unit="shard", delay=2, disable=None)):
             for key, members in self.index(path):
-                cause = ("no image" if "image" not in members else
+                cause = ("no image" if wanted not in members else
                          None if "txt" in members or "json" in members else "no caption")
                 if cause:
                     self.skipped[cause] += 1
                     continue
-                self.keys.append(key)
+                keys.append(key.encode(errors="replace")[:200])
                 rows.extend([shard, *(number for kind in self.KINDS
                                       for number in members.get(kind, (0, -1)))])
-        if self.lost and self.keys:      # a lost shard weighs what the samples in it would
-            readable = sum(path.stat().st_size for path in tars) - self.lost
-            self.skipped["lost with its shard (estimated)"] = round(self.lost * len(self.keys) / readable)
-        self.table = np.array(rows).reshape(-1, 7)      # shard, then offset and size of each kind
-        self.files: dict[tuple[int, int], int] = {}
+        if self.lost and keys:      # a lost shard weighs what the samples in it would
+            readable = sum(path.stat().st_size for path in self.tars) - self.lost
+            self.skipped["lost with its shard (estimated)"] = round(self.lost * len(keys) / readable)
+        table = np.empty(len(keys), [("key", f"S{max(map(len, keys), default=1)}"), ("shard", np.int32),
+                                     ("place", np.int64, (len(self.KINDS), 2))])
+        numbers = np.array(rows).reshape(len(keys), 1 + 2 * len(self.KINDS))
+        table["key"], table["shard"] = keys, numbers[:, 0]
+        table["place"] = numbers[:, 1:].reshape(-1, len(self.KINDS), 2)
+        return table
+
+    def load_index(self, kept: Path) -> bool:
+        """Take the index of an earlier run, mapped: all processes of a machine share its memory."""
+        try:
+            self.table = np.load(kept / "table.npy", mmap_mode="r")
+            notes = json.loads((kept / "notes.json").read_text())
+        except (OSError, ValueError):
+            return False
+        self.skipped, self.warnings = Counter(notes["skipped"]), notes["warnings"]
+        return True
+
+    def keep_index(self, kept: Path) -> None:
+        """Write the index for the next run. It is whole or not there; a full disk costs only its use."""
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=kept.parent))
+            np.save(folder / "table.npy", self.table)
+            notes = {"skipped": self.skipped, "warnings": self.warnings}
+            (folder / "notes.json").write_text(json.dumps(notes))
+            os.rename(folder, kept)
+        except OSError as error:
+            self.warnings.append(f"the index is not kept for the next run ({error})")
 
     def index(self, path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
         """One tar's samples in order: key, {kind: (offset, size)}.
@@ -387,16 +456,22 @@ class TarSource(Source):
         if cause:
             self.skipped[cause] += 1
             self.lost += total - read_to
-            print(f"warning: {path}: {cause}", file=sys.stderr)
+            self.warnings.append(f"{path}: {cause}")
         if members:
             yield key, members
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.table)
+
+    def key(self, index: int) -> str:
+        return self.table[index]["key"].decode(errors="replace")
+
+    def shards(self) -> np.ndarray:
+        return self.table["shard"]
 
     def member(self, index: int, kind: str) -> bytes | None:
-        column = 1 + 2 * self.KINDS.index(kind)
-        shard, offset, size = (int(self.table[index, c]) for c in (0, column, column + 1))
+        shard, (offset, size) = int(self.table[index]["shard"]), self.table[index]["place"][
+            self.KINDS.index(kind)].tolist()
         if size < 0:
             return None
         place = (os.getpid(), shard)             # a forked worker must not share its parent's file
@@ -420,12 +495,24 @@ class TarSource(Source):
         found = listed if listed and (not first or first[0].strip() in [c.strip() for c in listed]) else first
         found = [caption.strip() for caption in found if clean(caption)]
         if not found:
-            raise BadSample("empty caption" if first or listed else "no caption", self.keys[index])
+            raise BadSample("empty caption" if first or listed else "no caption", self.key(index))
         return found
 
-    def read(self, index: int) -> Sample:
-        captions = self.captions(index)
-        return Sample(decode_image(self.member(index, "image"), self.keys[index]), captions, self.keys[index])
+    def array(self, index: int, kind: str) -> np.ndarray:
+        raw = self.member(index, kind)
+        try:
+            return np.lib.format.read_array(io.BytesIO(raw or b""), allow_pickle=False)
+        except (ValueError, EOFError):
+            raise BadSample(f"unreadable {kind}", self.key(index)) from None
+
+    def read(self, index: int, side: int | None = None) -> Sample:
+        captions, key = self.captions(index), self.key(index)
+        if self.cache is None:
+            return Sample(decode_image(self.member(index, "image"), key, side), captions, key)
+        moments, tokens = self.array(index, "latent.npy"), self.array(index, "tokens.npy")
+        if list(moments.shape) != self.cache["shape"] or len(tokens) != len(captions):
+            raise BadSample("unfit latent", key)
+        return Sample(None, captions, key, None, moments, tokens)
 
 
 class FileSource(Source):
@@ -450,17 +537,18 @@ class FileSource(Source):
             raise BadSample("empty caption", str(self.images[index]))
         return found
 
-    def read(self, index: int) -> Sample:
+    def read(self, index: int, side: int | None = None) -> Sample:
         path = self.images[index]
         label = None if self.labels is None else self.labels[index]
-        return Sample(decode_image(path.read_bytes(), str(path)), self.captions(index), str(path), label)
+        return Sample(decode_image(path.read_bytes(), str(path), side), self.captions(index), str(path),
+                      label)
 
 
 class Subset(Source):
     """Some samples of another source."""
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
-        self.source, self.indices = source, indices
+        self.source, self.indices, self.cache = source, indices, source.cache
         self.name, self.classes, self.skipped = source.name, source.classes, Counter(source.skipped)
 
     def __len__(self) -> int:
@@ -469,8 +557,12 @@ class Subset(Source):
     def captions(self, index: int) -> list[str]:
         return self.source.captions(int(self.indices[index]))
 
-    def read(self, index: int) -> Sample:
-        return self.source.read(int(self.indices[index]))
+    def read(self, index: int, side: int | None = None) -> Sample:
+        return self.source.read(int(self.indices[index]), side)
+
+    def shards(self) -> np.ndarray | None:
+        shards = self.source.shards()
+        return None if shards is None else shards[self.indices]
 
 
 def evenly_spaced(source: Source, count: int | None) -> Source:
@@ -524,7 +616,8 @@ def open_source(name: str, split: str = "train") -> Source:
         if split == "train" and any(p.is_relative_to(path / "val") for p in tars):
             print(f"warning: training on every tar below {path}, {path / 'val'} included, which evaluation "
                   f"would use: if there is one, name {path / 'train'} instead", file=sys.stderr)
-        source = TarSource(tars, path.name)
+        notes = next((p for p in files if p.name == CACHE_NOTES), None)
+        source = TarSource(tars, path.name, None if notes is None else read_cache_notes(notes, len(tars)))
         if not len(source):
             raise ValueError(f"{name}: {len(tars)} tars but no usable sample ({dict(source.skipped)}): "
                              "expected KEY.jpg with KEY.txt or KEY.json")
@@ -567,12 +660,25 @@ def open_folder(path: Path, split: str, images: list[Path]) -> FileSource:
 
 # ---------------------------------------------------------------- batches
 class Batch(NamedTuple):
-    images: Tensor                # [B, 3, S, S] in [-1, 1]
+    images: Tensor                # uint8 [B, S, S, 3]; of a latent cache moments, float16 [B, 2C, h, w]
     captions: list                # B captions; in evaluation B lists of captions
     labels: list                  # B class numbers, or None each
     keys: list[str]
     skipped: Counter              # bad samples met on the way, by cause
     visited: int                  # samples tried, good and bad
+    tokens: Tensor | None = None  # [B, L] int64, in training
+    drawn: dict | None = None     # what the `draw` of training_batches made for this step
+    words: frozenset = frozenset()       # of the captions, in training
+    places: tuple = ()            # of the samples in their source, in evaluation
+
+
+def stack(samples: list[Sample], image_size: int) -> Tensor:
+    """Samples -> Batch.images."""
+    if samples and samples[0].moments is not None:
+        return torch.from_numpy(np.stack([s.moments for s in samples]))
+    pixels = [to_square(s.image, image_size) for s in samples]
+    return torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(
+        (0, image_size, image_size, 3), dtype=torch.uint8)
 
 
 class SkipReport:
@@ -616,27 +722,44 @@ class TrainingBatches(Dataset):
     """Item k is this rank's share of global batch k, every world-th row:
     a function of (source, seed, k, batch size).
 
-    No state means: resuming needs the step alone, workers and ranks change nothing, and no rank can run dry.
+    No state means: resuming needs the step alone, workers and ranks change nothing, and no rank can run dry,
+    however few or uneven the shards are.
     """
 
-    def __init__(self, source: Source, image_size: int, batch_size: int, seed: int,
-                 rank: int, world: int) -> None:
-        self.source, self.image_size, self.seed = source, image_size, seed
+    def __init__(self, source: Source, image_size: int, batch_size: int, seed: int, rank: int, world: int,
+                 tokenizer: Tokenizer | None, shuffle_buffer: int, draw: Callable | None) -> None:
+        self.source, self.image_size, self.seed, self.draw = source, image_size, seed, draw
         self.batch_size, self.rows = batch_size, range(rank, batch_size, world)
+        self.tokenizer, self.shuffle_buffer, self.shards = tokenizer, shuffle_buffer, source.shards()
         self.order: tuple[int, np.ndarray | None] = (-1, None)
 
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """All samples once, in an order that is a function of (seed, epoch).
+
+        Shards come in a fresh order; within each stretch of `shuffle_buffer` samples of their sequence the
+        order is random. So files are read one after another, as from a stream, and a stretch fits in the
+        machine's file cache; in random order all over 100 GB nearly every sample would be a seek.
+        """
+        rng, count = np.random.default_rng([self.seed, epoch]), len(self.source)
+        if self.shards is None or self.shuffle_buffer >= count:
+            return rng.permutation(count)
+        turn = rng.permutation(int(self.shards.max()) + 1)
+        order = np.argsort(turn[self.shards], kind="stable")
+        for first in range(0, count, self.shuffle_buffer):
+            rng.shuffle(order[first:first + self.shuffle_buffer])
+        return order
+
     def index_at(self, position: int) -> tuple[int, int]:
-        """Position in the endless stream -> epoch, sample;
-        every epoch is a fresh permutation of all samples."""
+        """Position in the endless stream -> epoch, sample."""
         epoch, place = divmod(position, len(self.source))
         if isinstance(self.source, Shapes):      # drawn at random already; each seed has its own stretch
             return epoch, (place + self.seed * 10_000_000) % len(self.source)
         if self.order[0] != epoch:
-            self.order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.source)))
+            self.order = (epoch, self.epoch_order(epoch))
         return epoch, int(self.order[1][place])
 
-    def read(self, position: int, skipped: Counter) -> tuple[Sample, str] | None:
-        """The sample at a position; a bad one is replaced by another of the epoch
+    def read(self, position: int, skipped: Counter) -> tuple[Sample, int] | None:
+        """The sample at a position, and which of its captions; a bad one is replaced by another of the epoch
         (None after 100 in a row)."""
         epoch, place = divmod(position, len(self.source))
         for attempt in range(100):
@@ -646,14 +769,14 @@ class TrainingBatches(Dataset):
             substitute = (place + attempt * stride) % len(self.source)
             _, index = self.index_at(epoch * len(self.source) + substitute)
             try:
-                sample = self.source.read(index)
+                sample = self.source.read(index, self.image_size)
             except BadSample as bad:
                 skipped[bad.cause] += 1
                 continue
             choice = 0
             if len(sample.captions) > 1:
                 choice = int(np.random.default_rng([self.seed, epoch, index]).integers(len(sample.captions)))
-            return sample, sample.captions[choice]
+            return sample, choice
         return None
 
     def __getitem__(self, k: int) -> Batch | ValueError:
@@ -662,43 +785,80 @@ class TrainingBatches(Dataset):
         if None in found:       # handed over, not raised: a worker's exceptions arrive as pages of traceback
             return ValueError(f"100 unusable samples in a row ({dict(skipped)}): "
                               "is this an image-caption data set?")
-        samples, captions = zip(*found)
-        return Batch(to_tensor([to_square(s.image, self.image_size) for s in samples]), list(captions),
-                     [s.label for s in samples], [s.key for s in samples], skipped,
-                     len(self.rows) + sum(skipped.values()))
+        samples = [sample for sample, _ in found]
+        captions = [sample.captions[choice] for sample, choice in found]
+        return Batch(stack(samples, self.image_size), captions, [s.label for s in samples],
+                     [s.key for s in samples], skipped, len(self.rows) + sum(skipped.values()),
+                     self.tokenize(found, captions), self.draw(k) if self.draw else None,
+                     frozenset(word for caption in captions for word in words(caption)))
+
+    def tokenize(self, found: list[tuple[Sample, int]], captions: list[str]) -> Tensor | None:
+        if self.tokenizer is None:
+            return None
+        if self.source.cache is None or self.source.cache["tokenizer"] != self.tokenizer.fingerprint():
+            return self.tokenizer(captions)
+        tokens = [sample.tokens[choice] for sample, choice in found]
+        return torch.from_numpy(np.stack(tokens).astype(np.int64))
 
 
 def as_it_is(batch: Batch | ValueError) -> Batch | ValueError:
     return batch
 
 
+def leave_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach a whole process group; what to do about them is the training loop's to say."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def training_batches(source: Source, image_size: int, batch_size: int, seed: int, start: int = 0,
-                     rank: int = 0, world: int = 1, workers: int = 0) -> Iterator[Batch]:
+                     rank: int = 0, world: int = 1, workers: int = 0, tokenizer: Tokenizer | None = None,
+                     shuffle_buffer: int = 100_000, draw: Callable[[int], dict] | None = None
+                     ) -> Iterator[Batch]:
     """Endless training batches from number `start` on; of a global batch, the rows of one rank of `world`.
 
+    workers: processes that read, decode, crop and tokenise, 0 for none; close() the iterator to end them.
+    shuffle_buffer: samples that are mixed with each other, see TrainingBatches.epoch_order.
+    draw: number of the batch -> what else training needs for it, made by the workers too.
     Raises ValueError where nothing usable is left.
     """
-    dataset = TrainingBatches(source, image_size, batch_size, seed, rank, world)
+    dataset = TrainingBatches(source, image_size, batch_size, seed, rank, world, tokenizer, shuffle_buffer,
+                              draw)
     for batch in DataLoader(dataset, batch_size=None, sampler=range(start, 2 ** 40), num_workers=workers,
-                            collate_fn=as_it_is, prefetch_factor=4 if workers else None):
+                            collate_fn=as_it_is, prefetch_factor=4 if workers else None,
+                            worker_init_fn=leave_signals):
         if isinstance(batch, ValueError):
             raise batch
         yield batch
 
 
-def evaluation_batches(source: Source, image_size: int, batch_size: int) -> Iterator[Batch]:
-    """The source's samples in order, with all their captions; bad ones left out and counted."""
-    for first in range(0, len(source), batch_size):
-        samples, skipped = [], Counter()
-        for i in range(first, min(first + batch_size, len(source))):
+class EvaluationBatches(Dataset):
+    """Item k holds the samples number k · batch_size and following, with all their captions;
+    bad ones are left out and counted."""
+
+    def __init__(self, source: Source, image_size: int, batch_size: int) -> None:
+        self.source, self.image_size, self.batch_size = source, image_size, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.batch_size)
+
+    def __getitem__(self, k: int) -> Batch:
+        samples, places, skipped, first = [], [], Counter(), k * self.batch_size
+        for i in range(first, min(first + self.batch_size, len(self.source))):
             try:
-                samples.append(source.read(i))
+                samples.append(self.source.read(i))
+                places.append(i)
             except BadSample as bad:
                 skipped[bad.cause] += 1
-        pixels = [to_square(s.image, image_size) for s in samples]
-        yield Batch(to_tensor(pixels) if pixels else torch.empty(0, 3, image_size, image_size),
-                    [s.captions for s in samples], [s.label for s in samples], [s.key for s in samples],
-                    skipped, len(samples) + sum(skipped.values()))
+        return Batch(stack(samples, self.image_size), [s.captions for s in samples],
+                     [s.label for s in samples], [s.key for s in samples], skipped,
+                     len(samples) + sum(skipped.values()), places=tuple(places))
+
+
+def evaluation_batches(source: Source, image_size: int, batch_size: int, workers: int = 0) -> Iterator[Batch]:
+    """The source's usable samples once, in order."""
+    return iter(DataLoader(EvaluationBatches(source, image_size, batch_size), batch_size=None,
+                           num_workers=workers, collate_fn=as_it_is))
 
 
 # ---------------------------------------------------------------- built-in data: shapes
@@ -858,7 +1018,7 @@ class Shapes(Source):
     def captions(self, index: int) -> list[str]:
         return [self.scene(index).caption()]
 
-    def read(self, index: int) -> Sample:
+    def read(self, index: int, side: int | None = None) -> Sample:
         scene = self.scene(index)
         label = index % len(KINDS) if self.split == "classes" else None
         return Sample(Image.fromarray(render(scene)), [scene.caption()],
@@ -972,3 +1132,125 @@ def check(image: np.ndarray, caption: str) -> dict[str, bool]:
         along, across = offset @ RELATIONS[relation], abs(offset @ RELATIONS[relation][::-1])
         verdict["relation"] = bool(along > max(across, 4.0))
     return {**verdict, "all": all(verdict.values())}
+
+
+# ---------------------------------------------------------------- latent cache
+CACHE_FORMAT = "diffdis-latents-1"
+
+
+def read_cache_notes(path: Path, shards: int) -> dict:
+    """What a latent cache says of itself. Raises ValueError unless it is whole."""
+    try:
+        notes = json.loads(path.read_text())
+        said = notes["format"], notes["shards"], list(notes["shape"]), notes["tokenizer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not describe a latent cache ({error}): make the cache again") from None
+    if said[0] != CACHE_FORMAT or said[1] != shards:
+        raise ValueError(f"{path.parent} is a latent cache of format {said[0]!r} with {shards} of {said[1]} "
+                         f"shards, expected {CACHE_FORMAT!r} and all: give the command that made it again")
+    return notes
+
+
+def cache_units(source: Source) -> list[np.ndarray]:
+    """The samples that go into each shard of a cache: those of one tar, or 10,000 of them."""
+    shards = source.shards()
+    where = np.arange(len(source)) // 10_000 if shards is None else shards
+    return np.split(np.arange(len(source)), np.flatnonzero(np.diff(where)) + 1)
+
+
+def cache_shard(source: Source, model, path: Path, args, report: SkipReport, bar: tqdm) -> None:
+    """Encode a source's samples into one tar: moments, tokens and captions of each. Raises OSError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with tarfile.open(part, "w") as tar:
+            def add(name: str, body: bytes) -> None:
+                info = tarfile.TarInfo(name)
+                info.size = len(body)
+                tar.addfile(info, io.BytesIO(body))
+            for batch in evaluation_batches(source, args.image_size, args.batch_size, args.workers):
+                report.add(batch.skipped, batch.visited)
+                bar.update(batch.visited)
+                if not batch.captions:
+                    continue
+                with torch.no_grad():
+                    moments = torch.cat(model.autoencoder.moments(to_float(batch.images.to(model.device))), 1)
+                for key, captions, values in zip(batch.keys, batch.captions, moments.half().cpu().numpy()):
+                    tokens = model.tokenizer(captions).numpy().astype(np.uint16)
+                    for kind, array_ in (("latent", values), ("tokens", tokens)):
+                        file = io.BytesIO()
+                        np.lib.format.write_array(file, array_, allow_pickle=False)
+                        add(f"{key}.{kind}.npy", file.getvalue())
+                    add(f"{key}.json", json.dumps({"captions": captions}).encode())
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_cache(args) -> None:
+    """Encode a data set once, so that training needs no autoencoder (README, "Latents, once for all").
+
+    One tar per tar of the source, complete under its name or not there, so that a stopped command goes on
+    where it was; the ranks of torchrun share the shards. Raises ValueError or OSError.
+    """
+    import model as models       # here, not above: model.py imports this file
+    model = models.load(args.init, args.device, weights="raw")
+    if args.image_size is None:      # Stable Diffusion's own files say 512, its fine-tuning here takes 256
+        args.image_size = (model.config if model.can_read else models.PRESETS["sd-v1"]).image_size
+    source = open_source(args.data)
+    check_index(source, args.max_bad)
+    if source.cache is not None:
+        raise ValueError(f"{args.data} is a latent cache already: expected images")
+    units, out, report = cache_units(source), Path(args.out), SkipReport(args.max_bad)
+    channels, height, width = model.latent_shape(args.image_size, args.image_size)
+    notes = {"format": CACHE_FORMAT, "source": source.name, "samples": len(source), "shards": len(units),
+             "shape": [2 * channels, height, width], "image_size": args.image_size,
+             "autoencoder": models.fingerprint(model.autoencoder), "tokenizer": model.tokenizer.fingerprint()}
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / CACHE_NOTES).exists():
+        before = json.loads((out / CACHE_NOTES).read_text())
+        if before != notes:
+            differ = [f"{k} was {before.get(k)}, is {v}" for k, v in notes.items() if before.get(k) != v]
+            raise ValueError(f"{out} holds another cache ({'; '.join(differ)}): choose another --out")
+    else:
+        models.write_atomically(out / CACHE_NOTES, lambda file: file.write(json.dumps(notes).encode()))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    todo = [i for i in range(rank, len(units), world) if not (out / f"{i:05d}.tar").exists()]
+    with tqdm(total=sum(len(units[i]) for i in todo), unit="image", disable=None) as bar:
+        for i in todo:
+            cache_shard(Subset(source, units[i]), model, out / f"{i:05d}.tar", args, report, bar)
+            report.check()
+    report.check(final=True)
+    print(f"{report}\nwrote {len(todo)} of {len(units)} shards to {out}; train on them with "
+          f"python train.py --data {out} --init {args.init} --image-size {args.image_size}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    import sample       # for the command line only; it imports this file
+    parser = sample.Parser(description=__doc__.split("\n")[0])
+    cache = parser.add_subparsers(dest="task", required=True).add_parser(
+        "cache", help="encode a data set's images once, for training without the autoencoder")
+    add = cache.add_argument
+    add("--data", required=True, help="cc3m, or a folder of tars, class folders or captioned images")
+    add("--init", required=True, help="whose autoencoder and tokenizer: what train.py --init will be given")
+    add("--out", required=True, help="folder of the new tars")
+    add("--image-size", type=sample.positive,
+        help="px; without it 256 for Stable Diffusion's files, else the checkpoint's own")
+    add("--batch-size", type=sample.positive, default=32, help="images encoded at once")
+    add("--workers", type=sample.natural, default=2, help="processes that read and decode")
+    add("--max-bad", type=sample.finite, default=0.05, help="stop when more than this share is unusable")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to encode")
+    args = parser.parse_args(argv)
+    try:
+        args.device = sample.pick_device(args.device)
+        if args.device.type == "cuda" and "LOCAL_RANK" in os.environ:
+            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        write_cache(args)
+    except (ValueError, OSError) as error:
+        sample.fail(error)
+
+
+if __name__ == "__main__":
+    import data         # by its own name: sample.py and model.py import it, and classes must be one
+    data.main()

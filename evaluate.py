@@ -18,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import (SIDE, SkipReport, Source, check, evaluation_batches, evenly_spaced, held_out_captions,
-                  open_source)
+from data import (SIDE, SkipReport, Source, Subset, check, evaluation_batches, evenly_spaced,
+                  held_out_captions, open_source)
 from model import DiffDis
 from sample import (CKPT_HELP, Parser, best_of, draw_images, draw_queries, fail, find_checkpoint, finite,
                     natural, pick_device, positive, to_pil)
@@ -35,8 +36,11 @@ CONTROLS = ("none", "shuffle-images", "no-image", "shuffle-labels")
 # ---------------------------------------------------------------- scoring
 @torch.no_grad()
 def encode_texts(model: DiffDis, texts: list[str], batch: int = 256) -> Tensor:
-    """Texts -> text queries e [K, D], unit norm, float32."""
-    return torch.cat([model.encode_text(texts[i:i + batch])[1] for i in range(0, len(texts), batch)])
+    """Texts -> text queries e [K, D], unit norm, float32; shared by all ranks."""
+    def rows_of(places: range) -> Tensor:
+        mine = [texts[i] for i in places]
+        return torch.cat([model.encode_text(mine[i:i + batch])[1] for i in range(0, len(mine), batch)])
+    return together(len(texts), rows_of)
 
 
 @torch.no_grad()
@@ -52,22 +56,51 @@ def score(model: DiffDis, images: Tensor, texts: list[str], text_steps: int = 1,
     return queries @ encode_texts(model, texts).T
 
 
-def read_latents(model: DiffDis, source: Source, batch_size: int, skips: SkipReport):
-    """All usable images -> latents [N, C, h, w] on the CPU, captions [N] of lists, labels [N]."""
-    latents, captions, labels = [], [], []
-    skips.add(source.skipped, sum(source.skipped.values()))
-    with tqdm(total=len(source), unit="image", desc="read", disable=None, leave=False) as bar:
-        for batch in evaluation_batches(source, model.config.image_size, batch_size):
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def together(count: int, rows_of: Callable[[range], Tensor]) -> Tensor:
+    """Rows 0 … count-1 of something, computed by all ranks: rank r computes r, r + N, … -> all of them."""
+    rank, world = rank_and_world()
+    mine = rows_of(range(rank, count, world)) if rank < count else None
+    if world == 1:
+        return mine
+    parts = [None] * world
+    dist.all_gather_object(parts, None if mine is None else mine.cpu())
+    parts = [part for part in parts if part is not None]
+    whole = parts[0].new_empty(count, *parts[0].shape[1:])
+    for r, part in enumerate(parts):
+        whole[r::world] = part
+    return whole.to(mine.device) if mine is not None else whole
+
+
+def read_latents(model: DiffDis, source: Source, args: argparse.Namespace):
+    """All usable images, read by all ranks together
+    -> latents [N, C, h, w] on the CPU, captions [N] of lists, labels [N], the report on what was left out."""
+    rank, world = rank_and_world()
+    mine = Subset(source, np.arange(rank, len(source), world)) if world > 1 else source
+    skips, found = SkipReport(args.max_bad), []
+    with tqdm(total=len(mine), unit="image", desc="read", disable=None, leave=False) as bar:
+        for batch in evaluation_batches(mine, model.config.image_size, args.batch_size):
             skips.add(batch.skipped, batch.visited)
             if batch.captions:
-                latents.append(model.encode_image(batch.images.to(model.device)).cpu())
-            captions += batch.captions
-            labels += batch.labels
+                latents = model.read_batch(batch.images.to(model.device)).float().cpu()
+                found += zip((i * world + rank for i in batch.places), latents, batch.captions, batch.labels)
             bar.update(batch.visited)
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, (found, skips.skipped, skips.visited))
+        skips = SkipReport(args.max_bad)
+        for _, skipped, visited in parts:
+            skips.add(skipped, visited)
+        found = sorted((row for part, _, _ in parts for row in part), key=lambda row: row[0])
+    skips.add(source.skipped, sum(source.skipped.values()))
     skips.check(final=True)
-    if not latents:
+    if not found:
         raise ValueError(f"{source.name} has no usable sample ({skips})")
-    return torch.cat(latents), captions, labels
+    _, latents, captions, labels = zip(*found)
+    return torch.stack(latents), list(captions), list(labels), skips
 
 
 def image_queries(model: DiffDis, latents: Tensor, args: argparse.Namespace) -> Tensor:
@@ -80,12 +113,15 @@ def image_queries(model: DiffDis, latents: Tensor, args: argparse.Namespace) -> 
         latents = torch.zeros_like(latents)
     elif args.control == "shuffle-images":
         latents = latents[shuffled(len(latents), args.seed)]
-    queries = []
-    for first in tqdm(range(0, len(latents), args.batch_size), unit="batch", disable=None, leave=False):
-        some = latents[first:first + args.batch_size].to(model.device)
-        queries.append(draw_queries(model, some, list(range(first, first + len(some))), args.text_steps,
-                                    args.draws, args.guidance_scale, args.seed))
-    queries = torch.cat(queries)
+
+    def rows_of(places: range) -> Tensor:
+        queries = []
+        for first in tqdm(range(0, len(places), args.batch_size), unit="batch", disable=None, leave=False):
+            some = places[first:first + args.batch_size]
+            queries.append(draw_queries(model, latents[some].to(model.device), list(some), args.text_steps,
+                                        args.draws, args.guidance_scale, args.seed))
+        return torch.cat(queries)
+    queries = together(len(latents), rows_of)
     if not torch.isfinite(queries).all():
         raise ValueError("the model's text queries are not finite: its weights are not usable")
     return queries
@@ -133,8 +169,7 @@ def retrieval(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
     Image -> text is a hit if any caption of the image is among the k most similar texts;
     text -> image if any image with that caption is.
     """
-    skips = SkipReport(args.max_bad)
-    latents, captions, _ = read_latents(model, source, args.batch_size, skips)
+    latents, captions, _, skips = read_latents(model, source, args)
     queries = image_queries(model, latents, args)
     if args.control == "shuffle-labels":
         captions = [captions[i] for i in shuffled(len(captions), args.seed).tolist()]
@@ -172,8 +207,7 @@ def zeroshot(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
     templates = args.templates or ["a {}" if source.name == "shapes" else "a photo of a {}"]
     classes = torch.stack([encode_texts(model, [fill(t, name) for t in templates]).mean(dim=0)
                            for name in source.classes])
-    skips = SkipReport(args.max_bad)
-    latents, _, labels = read_latents(model, source, args.batch_size, skips)
+    latents, _, labels, skips = read_latents(model, source, args)
     queries = image_queries(model, latents, args)
     similarity, labels = (queries @ F.normalize(classes, dim=-1).T).cpu(), torch.tensor(labels)
     if args.control == "shuffle-labels":

@@ -11,27 +11,39 @@ Nothing random here has a state: batches, timesteps and noise are functions of (
 global batch). So a resumed run is the run that was never stopped, and N ranks see what one rank would see.
 """
 import argparse
+import contextlib
+import importlib.util
 import json
 import math
 import os
+import resource
+import shutil
+import signal
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import evaluate
 import model as models
-from data import SkipReport, Source, Tokenizer, check_index, hold_out, open_source, training_batches, words
+from data import Batch, SkipReport, Source, Tokenizer, check_index, hold_out, open_source, training_batches
 from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
                        q_sample, read_prediction, signal_and_noise)
-from model import PRESETS, SCHEDULES, TARGETS, Config, DiffDis, UNet, is_new
+from model import PRESETS, SCHEDULES, TARGETS, Config, DiffDis, TextEncoder, UNet, is_new
 from sample import Parser, draw_images, fail, finite, make_grid, natural, pick_device, positive
 
 TASKS = ("generation", "alignment")
@@ -46,7 +58,13 @@ RECIPES = {
 }
 START_OVER = "the last checkpoint is from before it: start anew from that one with --init and a lower --lr"
 # Flags that may differ between a run and its resumption without changing what is computed.
-FREE_ON_RESUME = ("resume", "out", "device", "workers", "log_every", "save_every", "sample_every")
+FREE_ON_RESUME = ("resume", "out", "device", "workers", "log_every", "save_every", "sample_every",
+                  "eval_every", "keep", "tensorboard", "ema_on_cpu", "micro_batch", "recompute")
+BINS = 4                  # equal stretches of timesteps by which the logged losses are also told apart
+# Dense bfloat16 FLOP/s of one device, from its data sheet, by a part of the name that CUDA gives it.
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H20": 148e12, "A100": 312e12,
+              "A800": 312e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A6000": 155e12,
+              "V100": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12}
 
 
 # ---------------------------------------------------------------- command line
@@ -95,7 +113,19 @@ def add_run_flags(add: Callable, switch: dict) -> None:
         type=natural)
     add("--log-every", "steps between lines of log.jsonl", type=positive, default=10)
     add("--save-every", "steps between checkpoints", type=positive, default=500)
+    add("--keep", "checkpoints to keep: checkpoint.pt is the last, checkpoint-STEP.pt those before",
+        type=positive, default=1)
     add("--sample-every", "steps between sample grids; without it a quarter of the steps", type=positive)
+    add("--eval-every", "steps between scores on the held-out pairs, of which best.pt has the highest; "
+        "without it a quarter of the steps", type=positive)
+    add("--tensorboard", "also write the log for TensorBoard, which must be installed", action="store_true")
+    add("--shuffle-buffer", "samples mixed with each other; tars are read one after another, so many at once",
+        type=positive, default=100_000)
+    add("--recompute", "keep fewer activations, compute them again in the backward pass (checkpointing)",
+        **switch)
+    add("--micro-batch", "pairs per forward pass and rank, gradients summed; the alignment loss stays that "
+        "of the whole batch; without it all at once", type=positive)
+    add("--ema-on-cpu", "keep the averaged weights in host memory", action="store_true")
 
 
 def add_optimisation_flags(add: Callable, switch: dict) -> None:
@@ -147,8 +177,20 @@ def check_args(args: argparse.Namespace) -> None:
         args.image_size = PRESETS["sd-v1"].image_size       # the paper's, not the 512 px of the weights
     if args.init is not None and args.tokenizer is not None:
         raise ValueError("--tokenizer with --init: a checkpoint brings its own, leave one of the two out")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard, but it is not installed: pip install tensorboard, or leave it out")
     if "alignment" in args.tasks and args.batch_size < 2:
         raise ValueError("--batch-size is 1, but alignment compares pairs within a batch: 2 or more")
+
+
+def settle(args: argparse.Namespace, device: torch.device) -> None:
+    """Decide what the flags leave to the device, the data and the number of steps."""
+    if args.precision == "auto":
+        args.precision = "bf16" if device.type == "cuda" else "fp32"
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
+    args.sample_every = args.sample_every or max(1, args.steps // 4)
+    args.eval_every = args.eval_every or max(1, args.steps // 4)
 
 
 def make_config(base: Config, args: argparse.Namespace) -> Config:
@@ -177,20 +219,39 @@ def draw(config: Config, latent_shape: tuple, seed: int, step: int, rows: range)
 
 
 class JointLoss(nn.Module):
-    """Both tasks in one forward, so that DDP sees every trainable parameter used exactly once a step."""
+    """Both tasks in one forward, so that DDP sees every trainable parameter used exactly once a step.
+
+    Pixels, latents and the text encoder's pass are shared by the tasks; InfoNCE, which needs the whole global
+    batch, is for `backward` to add.
+    """
 
     def __init__(self, model: DiffDis, args: argparse.Namespace) -> None:
         super().__init__()
-        self.model, self.tasks = model, args.tasks
+        self.model, self.tasks, self.bf16 = model, args.tasks, args.precision == "bf16"
         self.p_uncond, self.p_drop_image = args.p_uncond, args.p_drop_image
         for name in ("image", "text"):
             table = make_alphas_cumprod(getattr(model.config, f"{name}_schedule"), model.config.timesteps)
             self.register_buffer(f"{name}_alphas", table)
+        if args.recompute:
+            model.unet.recompute_activations()
         # Functions of a UNet, not methods bound to this one: a copy of the module must run its own weights.
         self.denoise_image, self.denoise_query = UNet.denoise_image, UNet.denoise_query
-        if args.compile:
-            self.denoise_image, self.denoise_query = map(
-                torch.compile, (UNet.denoise_image, UNet.denoise_query))
+        self.encode_text, self.encode_image = TextEncoder.forward, DiffDis.read_batch
+        if args.compile:       # before DDP wraps it; shapes never change, so each is compiled once
+            self.denoise_image, self.denoise_query, self.encode_text, self.encode_image = (
+                torch.compile(function, dynamic=False) for function in (
+                    self.denoise_image, self.denoise_query, self.encode_text, self.encode_image))
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Products and convolutions in bfloat16; weights, their gradients and all losses in float32."""
+        return (torch.autocast(self.model.device.type, torch.bfloat16) if self.bf16
+                else contextlib.nullcontext())
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, posterior_noise: Tensor) -> Tensor:
+        """z = V(x): Batch.images -> latents, of the frozen autoencoder."""
+        with self.autocast():
+            return self.encode_image(self.model, images, posterior_noise).float()
 
     def generation(self, latents: Tensor, context: Tensor, drawn: dict) -> Tensor:
         """L_IG of each pair (Eq. 4), the text query masked."""
@@ -200,32 +261,82 @@ class JointLoss(nn.Module):
         pred = self.denoise_image(self.model.unet, noisy_latents, t, context)
         return generation_loss(pred, make_target(kind, latents, noise, a, s))
 
-    def alignment(self, latents: Tensor, text_query: Tensor, null_context: Tensor, drawn: dict):
-        """L_ITA of each pair (Eq. 6-8) and whether it was found;
-        the text condition masked, the image clean."""
+    def read(self, latents: Tensor, text_query: Tensor, null_context: Tensor, drawn: dict) -> Tensor:
+        """ê_0 of each pair (Eq. 6-7), the text condition masked, the image clean -> [B, D], float32."""
         t, noise, config = drawn["t_text"], drawn["query_noise"], self.model.config
+        dropped = drawn["u"][:, 1] < self.p_drop_image
+        latents = torch.where(dropped[:, None, None, None], 0.0, latents)
         noisy_query = q_sample(text_query.detach(), t, noise, self.text_alphas, config.gamma)
         pred = self.denoise_query(self.model.unet, noisy_query, t, latents, null_context)
         a, s = signal_and_noise(t, noisy_query, self.text_alphas, config.gamma)
-        x0_pred = read_prediction(config.text_target, pred.float(), noisy_query, a, s)[0]
-        return alignment_loss(x0_pred, text_query, self.model.logit_scale)
+        return read_prediction(config.text_target, pred.float(), noisy_query, a, s)[0]
 
-    def forward(self, images: Tensor, tokens: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        """images [B, 3, H, W], tokens [B, L], what `draw` drew -> losses per pair, each [B]."""
-        model, losses = self.model, {}
+    def forward(self, latents: Tensor, tokens: Tensor, drawn: dict[str, Tensor],
+                only_embeddings: bool = False) -> dict[str, Tensor]:
+        """latents [B, C, h, w], tokens [B, L], what `draw` drew -> "generation": its loss per pair [B];
+        "x0_pred", "text_query": the embeddings that InfoNCE compares [B, D]; "logit_scale"."""
+        model, out = self.model, {}
+        with self.autocast():
+            context, text_query = self.encode_text(model.text_encoder, tokens)
+            null_context = model.text_encoder(model.null_tokens)[0]                          # [1, L, D]
+            if "generation" in self.tasks and not only_embeddings:
+                dropped = drawn["u"][:, 0] < self.p_uncond
+                context = torch.where(dropped[:, None, None], null_context, context)
+                out["generation"] = self.generation(latents, context, drawn)
+            if "alignment" in self.tasks:
+                out["x0_pred"] = self.read(latents, text_query, null_context, drawn)
+                out["text_query"], out["logit_scale"] = text_query, model.logit_scale
+        return out
+
+
+Part = tuple[Tensor, Tensor, dict[str, Tensor]]       # a micro-batch: latents, tokens, what `draw` drew
+
+
+def contrast(outs: list[dict], align_weight: float) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
+    """λ L_ITA over the embeddings of all parts and ranks -> loss and hit of each pair of this rank [B], and
+    the gradients of each part's (x0_pred, text_query, logit_scale)."""
+    leaves = [torch.cat([out[name].detach() for out in outs]).requires_grad_()
+              for name in ("x0_pred", "text_query")]
+    leaves.append(outs[0]["logit_scale"].detach().requires_grad_())
+    losses, found = alignment_loss(*leaves)
+    by_query, by_text, by_scale = torch.autograd.grad(align_weight * losses.mean(), leaves)
+    sizes = [len(out["x0_pred"]) for out in outs]
+    return losses.detach(), found, list(zip(by_query.split(sizes), by_text.split(sizes),
+                                            [by_scale / len(outs)] * len(outs)))
+
+
+def backward(joint: nn.Module, parts: list[Part], align_weight: float) -> dict[str, Tensor]:
+    """Gradients of L = L_IG + λ L_ITA (Algorithm 1) over all parts of this rank's batch.
+
+    InfoNCE is over the whole global batch however many parts it comes in: with more than one, a first pass
+    gathers all embeddings without keeping anything else, and the second hands each part the gradient of its
+    own (Gao et al. 2021). So memory is that of one part and the loss that of the batch.
+    -> "generation", "alignment": loss of each pair [B]; "found": whether its own text is the most similar.
+    """
+    inner, count = getattr(joint, "module", joint), sum(len(latents) for latents, _, _ in parts)
+    result, generation, outs = {}, [], []
+    if len(parts) > 1 and "alignment" in inner.tasks:
         with torch.no_grad():
-            latents = model.encode_image(images, drawn["posterior_noise"])
-        context, text_query = model.text_encoder(tokens)
-        null_context = model.text_encoder(model.null_tokens)[0]                          # [1, L, D]
-        if "generation" in self.tasks:
-            dropped = drawn["u"][:, 0] < self.p_uncond
-            context = torch.where(dropped[:, None, None], null_context, context)
-            losses["generation"] = self.generation(latents, context, drawn)
-        if "alignment" in self.tasks:
-            dropped = drawn["u"][:, 1] < self.p_drop_image
-            condition = torch.where(dropped[:, None, None, None], 0.0, latents)
-            losses["alignment"], losses["found"] = self.alignment(condition, text_query, null_context, drawn)
-        return losses
+            outs = [inner(*part, only_embeddings=True) for part in parts]
+        result["alignment"], result["found"], gradients = contrast(outs, align_weight)
+    for i, part in enumerate(parts):
+        last = i + 1 == len(parts)
+        with contextlib.nullcontext() if last or joint is inner else joint.no_sync():
+            out = joint(*part)
+            if "alignment" in inner.tasks and len(parts) == 1:
+                result["alignment"], result["found"], gradients = contrast([out], align_weight)
+            heads = []
+            if "generation" in out:
+                heads.append((out["generation"].sum() / count, None))
+                generation.append(out["generation"].detach())
+            if "alignment" in inner.tasks:
+                heads += [(out[name], gradient) for name, gradient in
+                          zip(("x0_pred", "text_query", "logit_scale"), gradients[i])
+                          if out[name].requires_grad]
+            torch.autograd.backward(*zip(*heads))
+    if generation:
+        result["generation"] = torch.cat(generation)
+    return result
 
 
 # ---------------------------------------------------------------- optimiser
@@ -270,15 +381,16 @@ def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
 class Averages:
     """Exponential moving average of the trainable parameters, in float32, by name."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, model: nn.Module, decay: float, on_cpu: bool = False) -> None:
+        self.decay, self.device = decay, torch.device("cpu") if on_cpu else model.device
         self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.values = {name: p.detach().float().clone() for name, p in self.live.items()}
+        self.values = {name: p.detach().float().to(self.device, copy=True) for name, p in self.live.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))     # early on, do not remember the random start
-        torch._foreach_lerp_(list(self.values.values()), [p.float() for p in self.live.values()], 1 - decay)
+        live = [p.to(self.device, torch.float32) for p in self.live.values()]
+        torch._foreach_lerp_(list(self.values.values()), live, 1 - decay)
 
     def swap(self) -> None:
         """Exchange averages and live weights; call twice to get back."""
@@ -288,17 +400,57 @@ class Averages:
             self.values[name].copy_(kept)
 
 
+# ---------------------------------------------------------------- what a step costs
+def count_flops(config: Config, tokenizer: Tokenizer, args: argparse.Namespace, train_text: bool,
+                cached: bool = False) -> float:
+    """FLOPs per pair of one training step, forward and backward, two per multiply-add, counted by running it
+    on tensors without storage; recomputed activations do not count, as in "model FLOPs"."""
+    plain = argparse.Namespace(**{**vars(args), "compile": False, "recompute": False, "precision": "fp32"})
+    with torch.device("meta"):
+        model = DiffDis(config, tokenizer)
+        model.null_tokens = torch.zeros(1, config.text.context_length, dtype=torch.int64)
+        freeze_unused(model, args.tasks, train_text)
+        joint, shape = JointLoss(model, plain), model.latent_shape(config.image_size, config.image_size)
+        images = (torch.empty(2, 2 * shape[0], *shape[1:], dtype=torch.float16) if cached else
+                  torch.empty(2, config.image_size, config.image_size, 3, dtype=torch.uint8))
+        t, noise = torch.zeros(2, dtype=torch.int64), torch.empty(2, *shape)
+        drawn = {"t_image": t, "t_text": t, "u": torch.empty(2, 2), "noise": noise,
+                 "query_noise": torch.empty(2, config.text.width), "posterior_noise": noise}
+        with FlopCounterMode(display=False) as counter:
+            tokens = torch.zeros(2, config.text.context_length, dtype=torch.int64)
+            out = joint(joint.encode(images, noise), tokens, drawn)
+            sum(value.sum() for value in out.values() if value.requires_grad).backward()
+    return counter.get_total_flops() / 2
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bfloat16 peak, None where this table does not know it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory this process has held: of the device's, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
 # ---------------------------------------------------------------- run folder, log
 class Run:
     """The run's folder: checkpoint, log, pictures. Only rank 0 writes."""
 
     def __init__(self, args: argparse.Namespace, rank: int) -> None:
+        # torchrun starts a failed run's processes again with the command they had: then they are to go on.
+        args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         self.rank, self.started = rank, time.monotonic()
         folder = [self.claim_folder(args) if rank == 0 else None]
         if dist.is_initialized():
             dist.broadcast_object_list(folder)
         self.folder = folder[0]
         self.checkpoint, self.log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
+        self.best = self.folder / "best.pt"
         if self.checkpoint.exists() and not args.resume:
             raise ValueError(f"{self.folder} holds a run: add --resume to go on with it, "
                              "or choose another --out")
@@ -332,6 +484,107 @@ class Run:
     def write(self, record: dict) -> None:
         with open(self.log, "a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def keep_as(self, path: Path) -> None:
+        """Give the checkpoint a second name, under which it outlives the next save: a link where the file
+        system has them, which costs nothing, else a copy."""
+        part = path.with_name(path.name + ".part")
+        part.unlink(missing_ok=True)
+        try:
+            os.link(self.checkpoint, part)
+        except OSError:
+            shutil.copyfile(self.checkpoint, part)
+        os.replace(part, path)
+        part.unlink(missing_ok=True)       # still there if both were names of one file already
+
+    def older(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint-[0-9]*.pt"))
+
+
+class Meter:
+    """What happened between two lines of the log: time, waiting for data, losses by timestep."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        self.began, self.waited, self.idle, self.steps = time.monotonic(), 0.0, 0.0, 0
+        self.losses: dict[str, list[Tensor]] = {task: [] for task in TASKS}
+        self.bins: dict[str, list[Tensor]] = {task: [] for task in TASKS}
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """For time spent waiting for the next batch."""
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
+
+    @contextlib.contextmanager
+    def paused(self):
+        """For what is no part of training's speed: saving, drawing, scoring."""
+        began = time.monotonic()
+        yield
+        self.idle += time.monotonic() - began
+
+    def add_losses(self, losses: dict, drawn: dict, timesteps: int) -> None:
+        self.steps += 1
+        for task, t in (("generation", "t_image"), ("alignment", "t_text")):
+            if task in losses:
+                self.losses[task].append(losses[task].detach())
+                self.bins[task].append(drawn[t] * BINS // timesteps)
+
+    def read(self, pairs: float, flops: float) -> dict:
+        """pairs: of this rank per step; flops: per pair -> its numbers since the last call."""
+        took, peak, result = time.monotonic() - self.began - self.idle, peak_flops(self.device), {}
+        speed = self.steps * pairs / took
+        for task in TASKS:
+            values = torch.cat(self.losses[task]).cpu() if self.losses[task] else torch.zeros(0)
+            bins = torch.cat(self.bins[task]) if self.bins[task] else torch.zeros(0, dtype=torch.int64)
+            result[f"{task}_sums"] = np.bincount(bins.numpy(), values.double().numpy(), BINS)
+            result[f"{task}_counts"] = np.bincount(bins.numpy(), minlength=BINS)
+        result |= {"images_per_s": speed, "data_wait": self.waited / took,
+                   "memory_gib": memory_gib(self.device),
+                   "mfu": round(speed * flops / peak, 4) if peak else None}
+        self.restart()
+        return result
+
+
+def everybody(value):
+    """What every rank passes, in rank order; with one rank a list of one."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def draw_curves(log: Path, path: Path, size: tuple[int, int] = (480, 240)) -> None:
+    """A run's log as a picture: a panel each for the losses, accuracy and held-out scores, over steps."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    panels = [[name] for name in ("loss_generation", "loss_alignment", "accuracy") if name in lines[-1]]
+    scores = sorted({name for line in lines for name in line if name.startswith("val_")})
+    panels += [scores] if scores else []
+    width, height, edge = *size, 34
+    picture = Image.new("RGB", (2 * width, -(-len(panels) // 2) * height), "white")
+    pen, colours = ImageDraw.Draw(picture), ("#1f5fa8", "#c2571a")
+    last = max(line["step"] for line in lines)
+    for k, names in enumerate(panels):
+        left, top = k % 2 * width + edge, k // 2 * height + edge
+        right, bottom = left + width - 2 * edge, top + height - 2 * edge
+        drawn = {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
+        values = [value for points in drawn.values() for _, value in points]
+        low, high = min(0.0, min(values)), max(values) or 1.0
+        pen.rectangle((left, top, right, bottom), outline="#999999")
+        pen.text((left - 30, top), f"{high:.3g}", fill="black")
+        pen.text((left - 30, bottom - 10), f"{low:.3g}", fill="black")
+        pen.text((right - 60, bottom + 4), f"step {last}", fill="black")
+        for j, (name, points) in enumerate(drawn.items()):
+            pen.text((left + 150 * j, top - 14), name, fill=colours[j % 2])
+            at = [(left + (right - left) * step / last,
+                   bottom - (bottom - top) * (value - low) / (high - low)) for step, value in points]
+            pen.line(at, fill=colours[j % 2], width=2) if len(at) > 1 else pen.point(at, fill=colours[j % 2])
+    models.write_atomically(path, lambda file: picture.save(file, "PNG"))
 
 
 # ---------------------------------------------------------------- setting up
@@ -377,17 +630,44 @@ def run_flags(args: argparse.Namespace) -> dict:
 
 def start_ranks(args: argparse.Namespace) -> tuple[int, int, torch.device]:
     """Join the process group that torchrun describes, if it does -> rank, number of ranks, device."""
-    device = pick_device(args.device)
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    device, rank, world = pick_device(args.device), 0, 1
+    if "RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        # Long: one rank may index a large data set, or write a large checkpoint, while the others wait.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        rank, world = dist.get_rank(), dist.get_world_size()
     if args.batch_size % world:
         raise ValueError(f"--batch-size {args.batch_size} cannot be shared evenly by {world} ranks")
+    if args.batch_size // world % (args.micro_batch or 1):
+        raise ValueError(f"--micro-batch {args.micro_batch} does not divide the {args.batch_size // world} "
+                         "pairs of a rank's share of --batch-size")
     return rank, world, device
+
+
+def open_in_turn(args: argparse.Namespace, world: int) -> Source:
+    """The data set; the first rank of each machine opens it first, so that the others find its index kept."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if world > 1 and not first:
+        dist.barrier()
+    source = open_source(args.data, "train")
+    if world > 1 and first:
+        dist.barrier()
+    check_index(source, args.max_bad)
+    return source
+
+
+def check_cache(source: Source, model: DiffDis, data: str) -> None:
+    """Latents belong to the autoencoder that made them. Raises ValueError if the model has another one."""
+    found, size = models.fingerprint(model.autoencoder), model.config.image_size
+    if source.cache["autoencoder"] != found:
+        raise ValueError(f"the latents in {data} are of another autoencoder (fingerprint "
+                         f"{source.cache['autoencoder']}, the model's is {found}): give --init the weights "
+                         "that data.py cache was given, or make the cache anew with these")
+    if source.cache["image_size"] != size:
+        raise ValueError(f"the latents in {data} are of {source.cache['image_size']} px, the model is for "
+                         f"{size} px: add --image-size {source.cache['image_size']}")
 
 
 class Trainer:
@@ -398,152 +678,282 @@ class Trainer:
         self.run = Run(args, rank)
         self.step, self.words, self.report = 0, set(), SkipReport(args.max_bad)
         self.total_report = self.report          # over all ranks, as of the last save
+        self.best, self.scores, self.stop_signal = -1.0, {}, 0
         checkpoint = models.read_checkpoint(self.run.checkpoint) if self.run.checkpoint.exists() else None
         if checkpoint is not None:
             check_resume(checkpoint, args)
-        source = open_source(args.data, "train")
-        check_index(source, args.max_bad)
-        self.source, self.val = hold_out(source, args.val)
+        self.source, self.val = hold_out(open_in_turn(args, world), args.val)
         self.model = make_model(args, self.source, checkpoint)
-        train_text = args.init is None if args.train_text_encoder is None else args.train_text_encoder
-        freeze_unused(self.model, args.tasks, train_text)
+        self.trains_text = args.init is None if args.train_text_encoder is None else args.train_text_encoder
+        freeze_unused(self.model, args.tasks, self.trains_text)
+        if checkpoint is not None:
+            self.model.load_state_dict(checkpoint["model"])
+        if self.source.cache is not None:
+            check_cache(self.source, self.model, args.data)
+            self.park_autoencoder()
         self.model.to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, args, pretrained=args.init is not None)
-        self.averages = Averages(self.model, args.ema)
+        self.averages = Averages(self.model, args.ema, args.ema_on_cpu)
         if checkpoint is not None:
             self.restore(checkpoint)
         # None: the weights knew more words than this training will see, and nobody has listed them.
         self.lists_words = self.model.known_words is not None
         self.words |= self.model.known_words or set()
-        self.loss = JointLoss(self.model, args).to(device)
+        self.flops = count_flops(self.model.config, self.model.tokenizer, args, self.trains_text,
+                                 self.source.cache is not None)
+        self.joint = self.loss = JointLoss(self.model, args).to(device)
         if world > 1:
             self.loss = DistributedDataParallel(
                 self.loss, device_ids=[device.index] if device.type == "cuda" else None)
+        self.meter = Meter(device)
         self.run.start_log(self.step)
+        if checkpoint is None:
+            self.check_disk()
+            self.save()          # what cannot be written is found now, not after hours
 
     def restore(self, checkpoint: dict) -> None:
         training = checkpoint["training"]
-        self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(training["optimizer"])
         for name, value in checkpoint["ema"].items():
             self.averages.values[name].copy_(value)
-        self.step = training["step"]
+        self.step, self.best = training["step"], training.get("best", -1.0)
         self.model.known_words = None if checkpoint["words"] is None else frozenset(checkpoint["words"])
         if self.rank == 0:       # the others count from 0: theirs is in the sum
             self.report.load(training["skipped"])
 
-    def save(self) -> None:
+    # ------------------------------------------------------------ what is written
+    def check_disk(self) -> None:
+        """Raises ValueError if the run's checkpoints will not fit; they grow when Adam has seen gradients."""
+        whole = sum(p.numel() * 4 for p in self.model.parameters())
+        trained = sum(p.numel() * 4 for p in self.averages.live.values())
+        # one more is being written while the last is kept, and the best may be another
+        need = (whole + 3 * trained) * (self.args.keep + 1 + ("alignment" in self.args.tasks))
+        free = shutil.disk_usage(self.run.folder).free
+        if self.rank == 0 and free < need:
+            raise ValueError(f"{self.run.folder} has {free / 2 ** 30:.1f} GiB left, its checkpoints will "
+                             f"need {need / 2 ** 30:.1f}: make room, choose another --out, or lower --keep")
+
+    def park_autoencoder(self) -> None:
+        """Training from a latent cache needs no autoencoder: put it into a file, for `whole_model`."""
+        if self.rank == 0:
+            state = self.model.autoencoder.state_dict()
+            models.write_atomically(self.run.folder / "autoencoder.pt", lambda file: torch.save(state, file))
+        self.model.autoencoder = None
+
+    @contextlib.contextmanager
+    def whole_model(self):
+        """The model with its autoencoder, which is read from its file for as long as this lasts."""
+        parked = self.model.autoencoder is None
+        if parked:
+            config = self.model.config.autoencoder
+            self.model.autoencoder = models.make_autoencoder(config).requires_grad_(False)
+            self.model.autoencoder.load_state_dict(models.read_torch(self.run.folder / "autoencoder.pt"))
+            self.model.autoencoder.to(self.device)
+        try:
+            yield self.model
+        finally:
+            if parked:
+                self.model.autoencoder = None
+
+    def save(self, is_best: bool = False) -> None:
         """Write the checkpoint. Every rank calls it: what each has seen is put together."""
-        seen = [(self.words, self.report)]
-        if self.world > 1:
-            seen = [None] * self.world
-            dist.all_gather_object(seen, (self.words, self.report))
+        seen = everybody((self.words, self.report))
         if self.lists_words:
             self.model.known_words = frozenset().union(*(words for words, _ in seen))
         self.total_report = SkipReport(self.args.max_bad)
         for _, report in seen:
             self.total_report.add(report.skipped, report.visited)
         if self.rank == 0:
-            models.save(self.run.checkpoint, self.model, self.averages.values, {
-                "optimizer": self.optimizer.state_dict(), "step": self.step,
-                "skipped": self.total_report.to_dict(), "args": run_flags(self.args)})
+            if self.args.keep > 1 and self.run.checkpoint.exists():
+                step = models.read_checkpoint(self.run.checkpoint)["training"]["step"]
+                self.run.keep_as(self.run.folder / f"checkpoint-{step:06d}.pt")
+            with self.whole_model() as model:
+                models.save(self.run.checkpoint, model, self.averages.values, {
+                    "optimizer": self.optimizer.state_dict(), "step": self.step, "best": self.best,
+                    "skipped": self.total_report.to_dict(), "args": run_flags(self.args)})
+            if is_best:
+                self.run.keep_as(self.run.best)
+            for path in self.run.older()[:-(self.args.keep - 1) or None]:
+                path.unlink()
 
     # ------------------------------------------------------------ one step
-    def train_step(self, batch) -> dict:
+    def split(self, batch: Batch) -> list[Part]:
+        """A batch of this rank as micro-batches on the device, latents encoded."""
+        def move(values: Tensor) -> Tensor:
+            values = values.pin_memory() if self.device.type == "cuda" else values
+            return values.to(self.device, non_blocking=True)
+        size, parts = self.args.micro_batch or len(batch.keys), []
+        images, tokens = move(batch.images), move(batch.tokens)
+        drawn = {name: move(value) for name, value in batch.drawn.items()}
+        for first in range(0, len(batch.keys), size):
+            rows = slice(first, first + size)
+            some = {name: value[rows] for name, value in drawn.items()}
+            parts.append((self.joint.encode(images[rows], some["posterior_noise"]), tokens[rows], some))
+        return parts
+
+    def train_step(self, batch: Batch) -> dict:
         """One gradient step on a batch -> what to log."""
-        args = self.args
-        drawn = draw(self.model.config, self.model.latent_shape(*batch.images.shape[2:]), args.seed,
-                     self.step, range(self.rank, args.batch_size, self.world))
-        move = dict(device=self.device, non_blocking=True)
-        factor = learning_rate_factor(self.step, args)
+        args, factor = self.args, learning_rate_factor(self.step, self.args)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            losses = self.loss(batch.images.to(**move, memory_format=torch.channels_last),
-                               self.model.tokenizer(batch.captions).to(**move),
-                               {name: value.to(**move) for name, value in drawn.items()})
-        self.stop_if_not_finite(losses, drawn, batch.keys)
-        means = {task: losses[task].mean() for task in args.tasks}
-        total = means.get("generation", 0) + args.align_weight * means.get("alignment", 0)
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        losses = backward(self.loss, self.split(batch), args.align_weight)
         norm = nn.utils.clip_grad_norm_(self.averages.live.values(), args.grad_clip or math.inf)
-        if not torch.isfinite(norm):
-            raise ValueError(f"step {self.step}: the losses are finite, their gradient is not; {START_OVER}")
+        record = self.agree(losses, norm)
+        if not all(map(math.isfinite, record.values())):
+            self.stop_not_finite(losses, batch)
         self.optimizer.step()
         with torch.no_grad():
             # As CLIP. Here and not in the loss, where a clamp would leave no gradient to come back by.
             self.model.logit_scale.clamp_(0, math.log(100))
         self.averages.update(self.step)
+        self.meter.add_losses(losses, batch.drawn, self.model.config.timesteps)
         self.step += 1
-        record = {"loss": total.detach(), **{f"loss_{task}": value.detach() for task, value in means.items()}}
+        return {**record, "lr": args.lr * factor}
+
+    def agree(self, losses: dict, norm: Tensor) -> dict:
+        """The step's numbers over all ranks, among them whether any has been told to stop; the one place of a
+        step that waits for the device."""
+        means = {f"loss_{task}": losses[task].mean() for task in self.args.tasks}
+        weights = {"loss_generation": 1.0, "loss_alignment": self.args.align_weight}
+        record = {"loss": sum(weights[name] * value for name, value in means.items()), **means}
         if "found" in losses:
             record["accuracy"] = losses["found"].float().mean()
-        if self.world > 1:      # what is logged is the global batch's mean
-            values = torch.stack(list(record.values()))
+        record["stop"] = torch.tensor(float(self.stop_signal > 0), device=self.device)
+        values = torch.stack(list(record.values()))
+        if self.world > 1:
             dist.all_reduce(values)
-            record = dict(zip(record, values / self.world))
-        return {**record, "grad_norm": norm, "lr": args.lr * factor,
-                "logit_scale": self.model.logit_scale.detach()}
+        record = dict(zip([*record, "grad_norm", "logit_scale"], torch.cat(
+            [values / self.world, torch.stack([norm, self.model.logit_scale.detach()])]).tolist()))
+        self.stopping = record.pop("stop") > 0
+        return record
 
-    def stop_if_not_finite(self, losses: dict, drawn: dict, keys: list[str]) -> None:
-        """Raises ValueError naming step, task, timesteps and samples; the last checkpoint is untouched."""
+    def stop_not_finite(self, losses: dict, batch: Batch) -> None:
+        """Raises ValueError naming step, task, timesteps and samples, on every rank; the last checkpoint, the
+        weights and the averages are untouched."""
+        told = []
         for task, t in (("generation", "t_image"), ("alignment", "t_text")):
-            bad = ~torch.isfinite(losses[task]).cpu() if task in losses else torch.zeros(1)
-            if bad.any():
-                rows = bad.nonzero().flatten().tolist()[:5]
-                raise ValueError(
-                    f"step {self.step}: the {task} loss is not finite at timesteps "
-                    f"{[int(drawn[t][i]) for i in rows]}, samples {[keys[i] for i in rows]}; {START_OVER}")
+            bad = (~torch.isfinite(losses[task])).cpu().nonzero().flatten().tolist() if task in losses else []
+            if bad:
+                times = [int(batch.drawn[t][i]) for i in bad[:5]]
+                told.append(f"the {task} loss is not finite for {len(bad)} of {len(batch.keys)} pairs, first "
+                            f"at timesteps {times}, samples {[batch.keys[i] for i in bad[:5]]}")
+        told = list(chain.from_iterable(everybody(told))) or ["the losses are finite, their gradient is not"]
+        raise ValueError(f"step {self.step}: {'; '.join(told)}; {START_OVER}")
 
     # ------------------------------------------------------------ the loop
-    def train(self) -> None:
-        args = self.args
-        batches = training_batches(self.source, self.model.config.image_size, args.batch_size, args.seed,
-                                   self.step, self.rank, self.world, args.workers)
-        bar = tqdm(total=args.steps, initial=self.step, unit="step", disable=None if self.rank == 0 else True)
-        clock, logged = time.monotonic(), self.step
-        while self.step < args.steps:
-            batch = next(batches)
-            self.report.add(batch.skipped, batch.visited)
-            self.report.check()
-            for caption in batch.captions:
-                self.words.update(words(caption))
-            record = self.train_step(batch)
-            bar.update()
-            if self.step % args.log_every == 0 or self.step == args.steps:
-                record = {name: float(value) for name, value in record.items()}      # waits for the device
-                speed = args.batch_size * (self.step - logged) / (time.monotonic() - clock)
-                clock, logged = time.monotonic(), self.step
-                self.log(record, speed, bar)
-            paused = time.monotonic()
-            if self.step % args.save_every == 0 or self.step == args.steps:
-                self.save()
-            if self.rank == 0 and (self.step % args.sample_every == 0 or self.step == args.steps):
-                self.draw_samples()
-            clock += time.monotonic() - paused        # saving and drawing are no part of images/s
-        bar.close()
+    def batches(self):
+        args, config = self.args, self.model.config
+        shape = self.model.latent_shape(config.image_size, config.image_size)
+        drawn = partial(draw, config, shape, args.seed, rows=range(self.rank, args.batch_size, self.world))
+        return training_batches(self.source, config.image_size, args.batch_size, args.seed, self.step,
+                                self.rank, self.world, args.workers, self.model.tokenizer,
+                                args.shuffle_buffer, drawn)
 
-    def log(self, record: dict, speed: float, bar: tqdm) -> None:
-        skipped = torch.tensor(self.report.skipped.total(), device=self.device)
-        if self.world > 1:
-            dist.all_reduce(skipped)
-        if self.rank == 0:
-            self.run.write({"step": self.step, **record, "images_per_s": round(speed, 1),
-                            "skipped": int(skipped)})
-            bar.set_postfix({name.removeprefix("loss_"): f"{record[name]:.3f}"
-                             for name in record if "loss_" in name} | {"images/s": f"{speed:.0f}"})
+    def train(self) -> bool:
+        """The steps that are left -> whether they were all done; False when a signal said to stop."""
+        args, batches = self.args, self.batches()
+        before = {number: signal.signal(number, self.note_signal)
+                  for number in (signal.SIGINT, signal.SIGTERM)}
+        bar = tqdm(total=args.steps, initial=self.step, unit="step", disable=None if self.rank == 0 else True)
+        try:
+            while self.step < args.steps:
+                with self.meter.waiting():
+                    batch = next(batches)
+                self.report.add(batch.skipped, batch.visited)
+                self.report.check()
+                self.words |= batch.words
+                record = self.train_step(batch)
+                bar.update()
+                end = self.step == args.steps
+                scores, saves = self.step % args.eval_every == 0 or end, self.step % args.save_every == 0
+                with self.meter.paused():
+                    is_best = scores and self.evaluate()
+                # Before each save: what the log sums up must start anew where a resumed run will.
+                if self.step % args.log_every == 0 or scores or saves or self.stopping:
+                    self.log(record, bar)
+                with self.meter.paused():
+                    if saves or is_best or end or self.stopping:
+                        self.save(is_best)
+                    if self.step % args.sample_every == 0 or end:
+                        self.draw_samples()
+                if self.stopping:
+                    break
+        finally:
+            batches.close()       # its processes ignore signals: they end when told to
+            bar.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return self.step == args.steps
+
+    def note_signal(self, number: int, frame) -> None:
+        self.stop_signal = number
+
+    def log(self, record: dict, bar: tqdm) -> None:
+        """A line of log.jsonl: this step's numbers, and what happened since the last line, over all ranks."""
+        mine = self.meter.read(self.args.batch_size / self.world, self.flops)
+        ranks = everybody((mine, self.report.skipped))
+        if self.rank:
+            return
+        first, skipped = ranks[0][0], sum((skips for _, skips in ranks), start=Counter())
+        losses = {}
+        for task in self.args.tasks:
+            sums, counts = (sum(r[0][f"{task}_{name}"] for r in ranks) for name in ("sums", "counts"))
+            losses[f"loss_{task}_by_t"] = [round(s / n, 6) if n else None for s, n in zip(sums, counts)]
+        record = {"step": self.step, **record, **losses,
+                  "images_per_s": round(sum(r[0]["images_per_s"] for r in ranks), 1),
+                  "data_wait": round(max(r[0]["data_wait"] for r in ranks), 4),
+                  "memory_gib": round(max(r[0]["memory_gib"] for r in ranks), 2), "mfu": first["mfu"],
+                  "skipped": skipped.total(), "skipped_by_cause": dict(sorted(skipped.items())),
+                  **self.scores}
+        self.scores = {}
+        self.run.write(record)
+        if self.args.tensorboard:
+            self.to_tensorboard(record)
+        bar.set_postfix({name.removeprefix("loss_"): f"{record[name]:.3f}" for name in
+                         ("loss_generation", "loss_alignment") if name in record}
+                        | {"images/s": f"{record['images_per_s']:.0f}"})
+
+    def to_tensorboard(self, record: dict) -> None:
+        from torch.utils.tensorboard import SummaryWriter       # here: it needs a package of its own
+        with SummaryWriter(str(self.run.folder / "tensorboard")) as writer:
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    writer.add_scalar(name, value, record["step"])
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """The model in eval mode with its averaged weights, for as long as this lasts."""
+        self.averages.swap()
+        try:
+            yield self.model.eval()
+        finally:
+            self.averages.swap()
+            self.model.train()
+
+    def evaluate(self) -> bool:
+        """Scores of the averaged weights on the held-out pairs, by all ranks together -> the best so far?"""
+        if "alignment" not in self.args.tasks:
+            return False
+        task = "zeroshot" if self.val.classes else "retrieval"
+        # Training has judged the share of bad samples; this handful is too few to.
+        flags = evaluate.parse_args([task, "--seed", str(self.args.seed), "--max-bad", "1"])
+        with self.averaged() as model:
+            result = evaluate.TASKS[task][0](model, self.val, flags)
+        names = ["top1"] if task == "zeroshot" else ["i2t_r1", "t2i_r1"]
+        self.scores = {f"val_{name}": round(result[name], 6) for name in names}
+        score = sum(self.scores.values()) / len(names)
+        is_best, self.best = score > self.best, max(score, self.best)
+        return is_best
 
     def draw_samples(self, count: int = 32) -> None:
         """A grid for the first validation captions, always the same prompts and noise,
         with the averaged weights."""
-        if "generation" not in self.args.tasks:
+        if "generation" not in self.args.tasks or self.rank:
             return
         prompts = [captions[0] for captions in self.val.usable_captions(count)]
-        self.averages.swap()
-        images = draw_images(self.model.eval(), prompts, list(range(len(prompts))), steps=25)
-        self.averages.swap()
-        self.model.train()
+        with self.averaged(), self.whole_model() as model:
+            images = draw_images(model, prompts, list(range(len(prompts))), steps=25)
         path = self.run.folder / "samples" / f"step_{self.step:06d}.png"
         make_grid(images, columns=8, scale=max(1, 96 // images.shape[3])).save(path)
 
@@ -554,7 +964,6 @@ class Trainer:
         flags = ["--seed", str(self.args.seed)]
         if "alignment" in self.args.tasks:
             task = "zeroshot" if self.val.classes else "retrieval"
-            # Training has judged the share of bad samples; this handful is too few to.
             evaluate.report(task, model, self.val, evaluate.parse_args([task, *flags, "--max-bad", "1"]))
         if "generation" in self.args.tasks and self.args.data == "shapes":
             evaluate.report("checker", model, None, evaluate.parse_args(["checker", *flags]))
@@ -565,22 +974,28 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = parse_args(argv)
         rank, world, device = start_ranks(args)
-        args.precision = (args.precision if args.precision != "auto" else
-                          "bf16" if device.type == "cuda" else "fp32")
-        args.compile = device.type == "cuda" if args.compile is None else args.compile
-        args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
-        args.sample_every = args.sample_every or max(1, args.steps // 4)
+        settle(args, device)
+        torch.set_float32_matmul_precision("high")       # TF32 for what stays in float32 on CUDA
         trainer = Trainer(args, rank, world, device)
         if rank == 0:
             count = sum(p.numel() for p in trainer.averages.live.values())
             print(f"run: {trainer.run.folder}  seed: {args.seed}  device: {device} x {world}  "
-                  f"{args.precision}  trainable parameters: {count:,}  step: {trainer.step} of {args.steps}",
-                  flush=True)
-        trainer.train()
+                  f"{args.precision}  trainable parameters: {count:,}  step: {trainer.step} of {args.steps}  "
+                  f"GFLOPs per pair: {trainer.flops / 1e9:.1f}", flush=True)
+        done = trainer.train()
         if rank == 0:
             print(trainer.total_report)
-            print(f"trained in {time.monotonic() - started:.0f} s; wrote {trainer.run.checkpoint}")
-            trainer.validate()
+            print(f"{'trained' if done else 'stopped'} after {time.monotonic() - started:.0f} s; "
+                  f"wrote {trainer.run.checkpoint}")
+            draw_curves(trainer.run.log, trainer.run.folder / "log.png")
+            if done:
+                if dist.is_initialized():      # from here on this rank works alone
+                    dist.destroy_process_group()
+                trainer.validate()
+            else:
+                print(f"stopped by {signal.Signals(trainer.stop_signal or signal.SIGTERM).name} after step "
+                      f"{trainer.step} of {args.steps}; to go on, give the same command with --resume "
+                      f"--out {trainer.run.folder}")
     except (ValueError, OSError) as error:
         fail(error)
     finally:

@@ -32,6 +32,7 @@ class Oracle(torch.nn.Module):
         self.config, self.device, self.tokenizer = model.config, model.device, model.tokenizer
         self.queries = model.encode_text(texts)[1]
         self.encode_text, self.encode_image = model.encode_text, model.encode_image
+        self.read_batch = model.read_batch
 
     def denoise_query(self, noisy_query, t_text, latents):
         if self.copies:
@@ -53,7 +54,7 @@ class Numbered(Source):
     def captions(self, index: int) -> list[str]:
         return [f"picture {index}", f"image {index}"]
 
-    def read(self, index: int) -> Sample:
+    def read(self, index: int, side: int | None = None) -> Sample:
         image = Image.fromarray(np.full((32, 32, 3), index, np.uint8))
         return Sample(image, self.captions(index), str(index), index % 5)
 
@@ -160,7 +161,7 @@ def test_retrieval_takes_any_caption_and_any_image_of_a_caption(base) -> None:
 
 def test_class_means_differ_from_the_mean_where_classes_do(base) -> None:
     class Lopsided(Numbered):          # three in four are of kind 0, which is all the oracle ever says
-        def read(self, index: int) -> Sample:
+        def read(self, index: int, side: int | None = None) -> Sample:
             return Sample(super().read(index).image, self.captions(index), str(index), int(index % 4 == 3))
     oracle = Oracle(base, ["a photo of a kind0"] * 100)
     result = run(evaluate.zeroshot, oracle, Lopsided(40))
@@ -182,7 +183,7 @@ def test_a_class_is_the_mean_of_its_templates(base, tmp_path) -> None:
 
 def test_a_limit_takes_samples_from_all_over(base) -> None:
     class Sorted(Numbered):
-        def read(self, index: int) -> Sample:
+        def read(self, index: int, side: int | None = None) -> Sample:
             return Sample(super().read(index).image, self.captions(index), str(index), index // 20)
     some = evenly_spaced(Sorted(100), 10)
     assert [some.read(i).label for i in range(10)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]

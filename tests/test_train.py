@@ -1,6 +1,7 @@
 """Training: what was stopped goes on as if it never had, ranks change nothing,
 and mistakes end in one line."""
 import json
+import math
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ import train
 from data import Shapes, to_square, to_tensor
 from diffusion import make_alphas_cumprod
 
+TIMINGS = ("images_per_s", "data_wait", "memory_gib", "mfu")
 SMALL = ["--batch-size", "8", "--val", "8", "--log-every", "1", "--device", "cpu", "--sample-every", "1000"]
 
 
@@ -48,7 +50,7 @@ def finish(processes: list[subprocess.Popen]) -> str:
 def log_of(folder: Path, *without: str) -> list[dict]:
     """The lines of a run's log, its timings and other named fields left out."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_s", *without)} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMINGS and k not in without} for line in lines]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -135,16 +137,16 @@ ABLATIONS = [("--no-fusion", "fusion.fusion", False),
 @pytest.mark.parametrize("flags, field, value", ABLATIONS, ids=[a[0] for a in ABLATIONS])
 def test_every_ablation_reaches_the_network_and_trains_all_of_it(small, flags: str, field, value) -> None:
     args = small(*flags.split())
-    args.compile, args.precision, args.workers = False, "fp32", 0
+    train.settle(args, torch.device("cpu"))
     trainer = train.Trainer(args, 0, 1, torch.device("cpu"))
     if field:
         holder = trainer.model.config
         for part in field.split("."):
             holder = getattr(holder, part)
         assert holder == value, f"{flags} must arrive in the checkpoint's configuration"
-    batch = next(train.training_batches(trainer.source, 32, 8, 0))
+    batch = next(trainer.batches())
     losses = [trainer.train_step(batch)["loss"] for _ in range(8)]
-    assert all(torch.isfinite(loss) for loss in losses)
+    assert all(map(math.isfinite, losses))
     without = [name for name, p in trainer.averages.live.items() if p.grad is None]
     assert not without, f"DDP would wait forever for the gradients of {without}"
     frozen = [name for name, p in trainer.model.named_parameters() if not p.requires_grad]
@@ -179,19 +181,18 @@ def test_the_loss_and_its_gradient_are_algorithm_1(small) -> None:
     model = build(tiny_config(gamma=0.5, image_target="noise", image_schedule="linear",
                               text_schedule="cosine")).requires_grad_(True)
     args = small("--p-uncond", "0.3", "--p-drop-image", "0.3")
-    args.compile = False
+    train.settle(args, torch.device("cpu"))
     pairs = [Shapes().read(i) for i in range(4)]
     images = to_tensor([to_square(pair.image, 32) for pair in pairs])
     tokens = model.tokenizer([pair.captions[0] for pair in pairs])
     drawn = train.draw(model.config, model.latent_shape(32, 32), 0, 0, range(4))
     drawn["u"] = torch.tensor([[0.1, 0.9], [0.9, 0.1], [0.9, 0.9], [0.9, 0.9]])     # one of each dropped
-    fast = train.JointLoss(model, args)(images, tokens, drawn)
     slow = dict(zip(train.TASKS, map(torch.stack, slow_losses(model, args, images, tokens, drawn))))
-    gradients = []
-    for losses in (fast, slow):
-        model.zero_grad()
-        (losses["generation"].mean() + 0.7 * losses["alignment"].mean()).backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    (slow["generation"].mean() + 0.7 * slow["alignment"].mean()).backward()
+    gradients = [None, {name: p.grad.clone() for name, p in model.named_parameters()}]
+    model.zero_grad()
+    fast = train.backward(train.JointLoss(model, args), [(model.encode_image(images), tokens, drawn)], 0.7)
+    gradients[0] = {name: p.grad for name, p in model.named_parameters()}
     for task in train.TASKS:
         assert torch.allclose(fast[task], slow[task], atol=1e-4), f"{task} is not the paper's loss"
     total = torch.stack([gradient.norm() for gradient in gradients[1].values()]).norm()
@@ -202,10 +203,10 @@ def test_the_loss_and_its_gradient_are_algorithm_1(small) -> None:
 
 def test_a_step_weighs_the_tasks_follows_the_rate_and_averages_the_weights(small) -> None:
     args = small("--align-weight", "0.7", "--warmup", "4", "--lr", "1e-3", "--ema", "0.6", "--steps", "20")
-    args.compile, args.precision, args.workers = False, "fp32", 0
+    train.settle(args, torch.device("cpu"))
     trainer = train.Trainer(args, 0, 1, torch.device("cpu"))
     name, parameter = next(iter(trainer.averages.live.items()))
-    average, batches = parameter.detach().clone(), train.training_batches(trainer.source, 32, 8, 0)
+    average, batches = parameter.detach().clone(), trainer.batches()
     for step in range(3):
         record = trainer.train_step(next(batches))
         expected = record["loss_generation"] + 0.7 * record["loss_alignment"]
@@ -249,7 +250,7 @@ def test_starting_from_another_checkpoint_keeps_its_weights_and_vocabulary(small
     start.known_words = frozenset({"zebra"})
     models.save(tmp_path / "start.pt", start)
     args = small("--init", "start.pt", "--steps", "1", "--lr", "0", "--lr-pretrained", "0")
-    args.compile, args.precision, args.workers = False, "fp32", 0
+    train.settle(args, torch.device("cpu"))
     trainer = train.Trainer(args, 0, 1, torch.device("cpu"))
     trainer.train()
     end = models.load(tmp_path / "run/checkpoint.pt")
