@@ -9,9 +9,13 @@ else; its text queries are compared with those of all candidate texts, and only 
 Every task has controls (`--control`) in which a sound evaluation must fall to chance.
 """
 import argparse
+import copy
 import json
 import math
+import platform
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -21,12 +25,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import model as models
-from data import (SIDE, SkipReport, Source, Subset, check, evaluation_batches, evenly_spaced,
+from data import (SIDE, SkipReport, Source, Subset, Tokenizer, check, evaluation_batches, evenly_spaced,
                   held_out_captions, open_source)
-from model import DiffDis
+from diffusion import alignment_loss
+from model import CLIPS, Clip, ClipConfig, DiffDis
 from sample import (CKPT_HELP, Parser, best_of, draw_images, draw_queries, fail, find_checkpoint, finite,
                     natural, pick_device, positive, to_pil)
 
@@ -253,6 +259,239 @@ def checker(model: DiffDis, args: argparse.Namespace) -> dict:
             "all_interval": wilson(rates["all"], len(prompts)), "all_single": sum(singles) / len(singles)}
 
 
+# ---------------------------------------------------------------- speed (Table 6)
+def median_seconds(step: Callable, rounds: int, warm_up: int, device: torch.device) -> float:
+    """Median time of calling `step`, its work on the device included."""
+    times = []
+    for i in range(warm_up + rounds):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[warm_up:])
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product: what this device gives at best."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    with torch.no_grad():
+        return 2 * n ** 3 / median_seconds(lambda: a @ b, 20, 5, device)
+
+
+class Steps:
+    """Training steps on random pairs, as train.py does them: the same loss, optimiser and averages."""
+
+    def __init__(self, model: DiffDis, args: argparse.Namespace) -> None:
+        import train       # here, not above: train.py imports this file
+        self.train, self.model, self.args, config = train, model, args, model.config
+        self.run = train.parse_args(["--preset", args.preset, "--precision", args.precision])
+        self.run.compile, self.run.recompute = args.compile, args.recompute
+        size, count, device = config.image_size, args.batch_size, model.device
+        shape = model.latent_shape(size, size)
+        self.pixels = torch.randint(256, (count, size, size, 3), dtype=torch.uint8, device=device)
+        self.moments = torch.randn(count, 2 * shape[0], *shape[1:], device=device).half()
+        self.tokens = torch.randint(config.text.vocab_size - 2, (count, config.text.context_length),
+                                    device=device)
+        self.drawn = {name: value.to(device) for name, value in
+                      train.draw(config, shape, 0, 0, range(count)).items()}
+        self.trains_text = config.autoencoder.kind != "kl"       # as in train.py: not if it came pretrained
+
+    def flops(self, tasks: tuple[str, ...], cached: bool) -> float:
+        """Of one pair, one step."""
+        self.run.tasks = tasks
+        return self.train.count_flops(self.model.config, self.model.tokenizer, self.run, self.trains_text,
+                                      cached)
+
+    def measure(self, tasks: tuple[str, ...], cached: bool) -> dict:
+        """Seconds of a step with these tasks, and the device memory that it took."""
+        self.run.tasks, device, args = tasks, self.model.device, self.args
+        self.model.train().requires_grad_(True)
+        self.train.freeze_unused(self.model, tasks, self.trains_text)
+        joint = self.train.JointLoss(self.model, self.run).to(device)
+        live = [p for p in self.model.parameters() if p.requires_grad]
+        if args.optimizer:
+            optimizer = self.train.make_optimizer(self.model, self.run, pretrained=False)
+            averages = self.train.Averages(self.model, 0.999)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+        def step() -> None:
+            images = self.moments if cached else self.pixels
+            latents = joint.encode(images, self.drawn["posterior_noise"])
+            self.train.backward(joint, [(latents, self.tokens, self.drawn)], self.run.align_weight)
+            if args.optimizer:
+                torch.nn.utils.clip_grad_norm_(live, 1.0)
+                optimizer.step()
+                averages.update(0)
+            self.model.zero_grad(set_to_none=True)
+        seconds = median_seconds(step, args.rounds, args.warm_up, device)
+        memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
+        return {"seconds": seconds, "memory_gib": memory, "parameters": sum(p.numel() for p in live)}
+
+
+class ClipSteps:
+    """The same for CLIP: what the alignment task would cost as a network of its own."""
+
+    def __init__(self, config: ClipConfig, args: argparse.Namespace, device: torch.device) -> None:
+        self.args, count = args, args.batch_size
+        self.model = Clip(config).to(device)
+        self.images = torch.randn(count, 3, config.image_size, config.image_size, device=device)
+        self.tokens = torch.randint(config.text.vocab_size, (count, config.text.context_length),
+                                    device=device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        self.encoders = self.model.encode_image, self.model.encode_tokens
+        if args.compile:
+            self.encoders = tuple(map(torch.compile, self.encoders))
+
+    def backward(self) -> None:
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            ours, texts = self.encoders[0](self.images), self.encoders[1](self.tokens)
+        alignment_loss(ours, texts, self.model.logit_scale)[0].mean().backward()
+
+    def step(self) -> None:
+        self.backward()
+        if self.args.optimizer:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+
+    def flops(self) -> float:
+        """Of one pair, one training step."""
+        self.model.zero_grad(set_to_none=True)
+        with FlopCounterMode(display=False) as counter:
+            self.backward()
+        self.model.zero_grad(set_to_none=True)
+        return counter.get_total_flops() / len(self.images)
+
+
+def inference_seconds(model: DiffDis, steps: Steps, clip: ClipSteps, args: argparse.Namespace) -> dict:
+    """Seconds per batch of what the trained model does: drawing with and without the query stream's weights
+    beside it, reading images from pixels and from latents, and CLIP reading as many."""
+    model.eval().requires_grad_(False)
+    latents = model.read_batch(steps.moments)
+    context, null = model.text_encoder(steps.tokens)[0], model.text_encoder(model.null_tokens)[0]
+    t, queries = steps.drawn["t_image"], steps.drawn["query_noise"]
+    images = steps.pixels
+
+    def read(latents: Tensor) -> Tensor:
+        return model.unet.denoise_query(queries, t, latents, null)
+    plain = copy.deepcopy(model.unet)
+    models.drop_query_stream(plain)
+    cases = {"draw_step": lambda: model.unet.denoise_image(latents, t, context),
+             "draw_step_plain": lambda: plain.denoise_image(latents, t, context),
+             "read_pixels": lambda: read(model.read_batch(images)), "read_latents": lambda: read(latents),
+             "clip_image": lambda: clip.model.encode_image(clip.images)}
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16,
+                                         enabled=args.precision == "bf16"):
+        for i in range(max(2, args.rounds)):            # in turns: what disturbs one disturbs all
+            for name, case in cases.items():
+                found[name].append(median_seconds(case, 1, 1 if i == 0 else 0, model.device))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def scale_up(seconds: float, batch: int, parameters: int, fixed_gib: float, args) -> list[dict]:
+    """What 1 … 64 devices would do, from one device's step: t(N) = t + max(0, c(N) − ⅔ t), where the ring
+    all-reduce takes c(N) = 2 (N−1)/N · gradient bytes / link, and the backward pass, two thirds of a step,
+    hides as much of it."""
+    rows = []
+    for count in (1, 2, 4, 8, 16, 32, 64):
+        link = args.link_gb_s[0] if count <= 8 else args.link_gb_s[-1]
+        wait = 2 * (count - 1) / count * 4 * parameters / (link * 1e9)
+        took = seconds + max(0.0, wait - 2 / 3 * seconds)
+        rows.append({"devices": count, "images_per_s": count * batch / took, "seconds": took,
+                     "all_reduce_seconds": wait, "efficiency": seconds / took, "fixed_gib": fixed_gib})
+    return rows
+
+
+def speed(model: DiffDis, args: argparse.Namespace) -> dict:
+    """The paper's Table 6: joint training beside its two parts, and what either task costs after."""
+    device = model.device
+    steps, clip = Steps(model, args), ClipSteps(CLIPS[args.preset], args, device)
+    cases = {name: (tasks, cached) for cached in (False, True) for name, tasks in (
+        ("generation" + "_cached" * cached, ("generation",)),
+        ("alignment" + "_cached" * cached, ("alignment",)),
+        ("joint" + "_cached" * cached, ("generation", "alignment")))
+        if not cached or model.config.autoencoder.kind == "kl"}
+    runs: dict[str, list[dict]] = {name: [] for name in (*cases, "clip")}
+    for _ in tqdm(range(args.repeats), unit="repeat", disable=None):
+        for name, case in cases.items():
+            runs[name].append(steps.measure(*case))
+        runs["clip"].append({"seconds": median_seconds(clip.step, args.rounds, args.warm_up, device)})
+    peak = matmul_flops(device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    flops = {name: steps.flops(*case) for name, case in cases.items()} | {"clip": clip.flops()}
+    result: dict = {"n": args.batch_size, "chance": None, "steps": {}, "matmul_tflops": peak / 1e12}
+    for name, found in runs.items():
+        seconds = statistics.median(run["seconds"] for run in found)
+        result["steps"][name] = {
+            "seconds": seconds, "images_per_s": args.batch_size / seconds,
+            "gflops_per_image": flops[name] / 1e9,
+            "share_of_matmul_peak": flops[name] * args.batch_size / seconds / peak,
+            "memory_gib": found[-1].get("memory_gib")}
+    measured = {name: row["seconds"] for name, row in result["steps"].items()}
+    for tail in ("", "_cached") if "joint_cached" in cases else ("",):
+        for name, other in (("joint_over_sum", "alignment" + tail),
+                            ("joint_over_generation_plus_clip", "clip")):
+            for key, cost in (("", measured), ("_limit", flops)):
+                result[name + tail + key] = cost["joint" + tail] / (cost["generation" + tail] + cost[other])
+    seconds = result["inference_seconds"] = inference_seconds(model, steps, clip, args)
+    result["draw_over_plain"] = seconds["draw_step"] / seconds["draw_step_plain"]
+    result["read_over_clip"] = seconds["read_pixels"] / seconds["clip_image"]
+    result["read_latents_over_clip"] = seconds["read_latents"] / seconds["clip_image"]
+    parameters = runs["joint"][-1]["parameters"]
+    whole = sum(p.numel() for p in model.parameters())
+    step = result["steps"]["joint"]["seconds"]
+    if args.tflops:
+        step = flops["joint"] * args.batch_size / (args.tflops * 1e12)
+    # Weights, and for what is trained gradients, two moments and the average, all in float32.
+    fixed = 4 * (whole + 4 * parameters) / 2 ** 30
+    result["scale"] = scale_up(step, args.batch_size, parameters, fixed, args)
+    result["peak_memory_gib"] = steps.train.memory_gib(device)
+    return result
+
+
+def print_speed(result: dict, args: argparse.Namespace) -> None:
+    print(f"{args.preset}, batch {args.batch_size}, {args.precision}, "
+          f"{'' if args.compile else 'not '}compiled, "
+          f"optimiser {'included' if args.optimizer else 'left out'}; "
+          f"a large matrix product: {result['matmul_tflops']:.2f} TFLOP/s")
+    print(f"  {'training step':<19}{'ms':>9}{'images/s':>10}{'GFLOP/image':>13}{'of product':>12}{'GiB':>7}")
+    for name, row in result["steps"].items():
+        memory = "n/a" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
+        print(f"  {name:<19}{1000 * row['seconds']:9.1f}{row['images_per_s']:10.2f}"
+              f"{row['gflops_per_image']:13.1f}{100 * row['share_of_matmul_peak']:11.0f}%{memory:>7}")
+    for name in result:
+        if name.startswith("joint_over") and not name.endswith("_limit"):
+            print(f"  {name:<40}{result[name]:7.3f}   by FLOPs {result[name + '_limit']:.3f}")
+    for name, seconds in result["inference_seconds"].items():
+        print(f"  {name:<19}{1000 * seconds:9.1f}{args.batch_size / seconds:10.2f}")
+    for name in ("draw_over_plain", "read_over_clip", "read_latents_over_clip"):
+        print(f"  {name:<40}{result[name]:7.3f}")
+    print(f"  most memory of this process: {result['peak_memory_gib']:.1f} GiB")
+    print(f"  expected, if one device takes {1000 * result['scale'][0]['seconds']:.0f} ms per step "
+          f"({'assumed' if args.tflops else 'measured'}):  devices: images/s (share of perfect scaling)")
+    print("  " + "  ".join(f"{row['devices']}: {row['images_per_s']:.1f} ({100 * row['efficiency']:.0f} %)"
+                           for row in result["scale"]))
+
+
+def speed_model(args: argparse.Namespace) -> DiffDis:
+    """--ckpt's model, or the preset's with random weights."""
+    if args.ckpt is not None:
+        model = models.load(args.ckpt, args.device, weights="raw")
+        kinds = [name for name, preset in models.PRESETS.items() if preset.unet == model.config.unet]
+        args.preset = kinds[0] if kinds else args.preset
+        return model
+    config = models.PRESETS[args.preset]
+    merges = [f"{i} {i}" for i in range(config.text.vocab_size - 514)]      # no words, but as many as it has
+    torch.manual_seed(0)
+    model = DiffDis(config, Tokenizer(merges, config.text.context_length))
+    return model.to(args.device, memory_format=torch.channels_last)
+
+
 # ---------------------------------------------------------------- command line
 def print_table(title: str, result: dict, metrics: tuple[str, ...]) -> None:
     print(f"{title}  (n = {result['n']})")
@@ -304,7 +543,44 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             help="stop when more than this share of samples is unusable")
         if name == "zeroshot":
             add("--templates", metavar="FILE", help="text file, a template per line, {} for the class name")
+    add_speed_flags(tasks.add_parser("speed", help=speed.__doc__.split("\n")[0]).add_argument)
     return parser.parse_args(argv)
+
+
+def add_speed_flags(add: Callable) -> None:
+    switch = dict(action=argparse.BooleanOptionalAction)
+    add("--preset", choices=tuple(models.PRESETS), default="tiny", help="whose networks, with random weights")
+    add("--ckpt", help="a checkpoint's networks instead")
+    add("--batch-size", type=positive, help="pairs per step, 2 or more; without it the preset's, sd-v1: 2")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on CUDA")
+    add("--compile", **switch, help="torch.compile; without it: on CUDA")
+    add("--recompute", **switch, default=False, help="activation checkpointing")
+    add("--optimizer", **switch, default=True, help="AdamW and averages as part of the step")
+    add("--rounds", type=positive, default=10, help="measured steps of each kind in a row, the median counts")
+    add("--warm-up", type=natural, default=2, help="steps before them")
+    add("--repeats", type=positive, default=3, help="times that all kinds take their turn")
+    add("--tflops", type=finite, help="for the table of devices: assume that one does this many TFLOP/s")
+    add("--link-gb-s", type=finite, nargs=2, default=(450.0, 50.0), metavar=("NODE", "NETWORK"),
+        help="GB/s one way between devices of a machine (up to 8), and per device between machines")
+    add("--seed", type=natural, default=0, help="of the weights' and inputs' random numbers")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    add("--json", metavar="FILE", help="also write the numbers here")
+
+
+def run_speed(args: argparse.Namespace) -> dict:
+    """Settle what the flags leave open, measure, print -> the numbers."""
+    args.device = pick_device(args.device)
+    cuda = args.device.type == "cuda"
+    args.precision = args.precision if args.precision != "auto" else "bf16" if cuda else "fp32"
+    args.compile = cuda if args.compile is None else args.compile
+    model = speed_model(args)
+    args.batch_size = args.batch_size or {"tiny": 32, "small": 16, "sd-v1": 2}[args.preset]
+    if args.batch_size < 2:
+        raise ValueError("--batch-size is 1, but the alignment loss compares pairs: 2 or more")
+    result = speed(model, args)
+    print_speed(result, args)
+    settings = {k: v for k, v in vars(args).items() if k not in ("json", "device", "task", "seed")}
+    return {"task": "speed", "seed": args.seed, "settings": settings, **result}
 
 
 def read_templates(path: str | None) -> list[str] | None:
@@ -330,11 +606,27 @@ def report(task: str, model: DiffDis, source: Source | None, args: argparse.Name
     return {"task": task, "data": name, "control": control, "seed": args.seed, **result}
 
 
+def write_json(args: argparse.Namespace, result: dict, argv: list[str] | None, path: str,
+               device: torch.device) -> None:
+    """--json: the printed numbers, and what they are of."""
+    if args.json:
+        given = sys.argv[1:] if argv is None else argv
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        settings = {"command": " ".join(["python evaluate.py", *given]), "date": date.today().isoformat(),
+                    "checkpoint": path, "torch": torch.__version__, "device": f"{device} ({name})",
+                    "threads": torch.get_num_threads()}
+        Path(args.json).write_text(json.dumps({**result, **settings}, indent=1) + "\n")
+        print(f"wrote {args.json}")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         if args.json and not Path(args.json).resolve().parent.is_dir():
             raise ValueError(f"--json is {args.json!r}, expected a file in an existing folder")
+        if args.task == "speed":
+            write_json(args, run_speed(args), argv, str(args.ckpt or args.preset), args.device)
+            return
         path, source = find_checkpoint(args.ckpt), None
         model = models.load(path, pick_device(args.device), args.weights)
         if args.task == "zeroshot":
@@ -344,13 +636,7 @@ def main(argv: list[str] | None = None) -> None:
                 args.data, "classes" if (args.task, args.data) == ("zeroshot", "shapes") else "val")
             source = evenly_spaced(source, args.limit)
         result = report(args.task, model, source, args)
-        if args.json:
-            given = sys.argv[1:] if argv is None else argv
-            settings = {"command": " ".join(["python evaluate.py", *given]),
-                        "date": date.today().isoformat(), "checkpoint": str(path),
-                        "torch": torch.__version__, "device": str(model.device)}
-            Path(args.json).write_text(json.dumps({**result, **settings}, indent=1) + "\n")
-            print(f"wrote {args.json}")
+        write_json(args, result, argv, str(path), model.device)
     except (ValueError, OSError) as error:
         fail(error)
 

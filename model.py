@@ -70,6 +70,18 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class ClipConfig:
+    """CLIP's two towers; the defaults are ViT-L/14's."""
+    width: int = 1024            # of the image tower
+    layers: int = 24
+    heads: int = 16
+    patch: int = 14              # px
+    image_size: int = 224        # px
+    embedding: int = 768         # what the two towers share
+    text: TextConfig = TextConfig()
+
+
+@dataclass(frozen=True)
 class AutoencoderConfig:
     """`kl`: Stable Diffusion's autoencoder.
     `patch`: a pixel-unshuffle, which has no weights and loses nothing."""
@@ -162,6 +174,12 @@ PRESETS = {
         guidance_scale=2.0),
     "sd-v1": Config(FusionConfig(query_width=768)),
 }
+
+
+# The CLIP that a preset's alignment is compared with: the paper's own, and two of like size for the others.
+CLIPS = {"tiny": ClipConfig(128, 4, 4, 4, 32, 128, PRESETS["tiny"].text),
+         "small": ClipConfig(384, 12, 6, 8, 64, 384, PRESETS["small"].text),
+         "sd-v1": ClipConfig()}
 
 
 # ---------------------------------------------------------------- shared parts
@@ -359,12 +377,13 @@ def make_autoencoder(config: AutoencoderConfig) -> KLAutoencoder | PatchAutoenco
 
 
 # ---------------------------------------------------------------- text encoder
-class TextLayer(nn.Module):
-    """CLIP's transformer layer: causal self-attention and a quick-GELU MLP, each pre-norm and residual."""
+class ClipLayer(nn.Module):
+    """CLIP's transformer layer: self-attention (of texts: causal) and a quick-GELU MLP, each pre-norm and
+    residual."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.self_attn = nn.ModuleDict({
             f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
@@ -373,7 +392,7 @@ class TextLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h, attn = self.layer_norm1(x), self.self_attn
         q, k, v = (attn[f"{name}_proj"](h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in "qkv")
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + attn["out_proj"](h.transpose(1, 2).flatten(2))
         h = self.mlp["fc1"](self.layer_norm2(x))
         return x + self.mlp["fc2"](h * torch.sigmoid(1.702 * h))   # quick GELU: CLIP's, not PyTorch's
@@ -388,7 +407,8 @@ class TextEncoder(nn.Module):
             "token_embedding": nn.Embedding(config.vocab_size, config.width),
             "position_embedding": nn.Embedding(config.context_length, config.width)})
         self.encoder = nn.ModuleDict({
-            "layers": nn.ModuleList(TextLayer(config.width, config.heads) for _ in range(config.layers))})
+            "layers": nn.ModuleList(
+                ClipLayer(config.width, config.heads, causal=True) for _ in range(config.layers))})
         self.final_layer_norm = nn.LayerNorm(config.width)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -404,6 +424,52 @@ class TextEncoder(nn.Module):
         context = self.final_layer_norm(x)
         ends = context[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)]
         return context, F.normalize(ends.float(), dim=-1)
+
+
+# ---------------------------------------------------------------- CLIP, to compare with
+class ClipImageEncoder(nn.Module):
+    """CLIP's vision transformer (Radford et al. 2021), names as in transformers: an image to a vector."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        width, tokens = config.width, (config.image_size // config.patch) ** 2 + 1
+        self.embeddings = nn.ModuleDict({
+            "patch_embedding": nn.Conv2d(3, width, config.patch, stride=config.patch, bias=False),
+            "position_embedding": nn.Embedding(tokens, width)})
+        self.embeddings.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
+        # The slip in the first name is the published key's own.
+        self.pre_layrnorm, self.post_layernorm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
+            ClipLayer(width, config.heads, causal=False) for _ in range(config.layers))})
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, S, S], of CLIP's mean and deviation -> the class token's output [B, width]."""
+        patches = self.embeddings["patch_embedding"](images).flatten(2).transpose(1, 2)       # [B, N, width]
+        first = self.embeddings.class_embedding.expand(len(images), 1, -1)
+        x = torch.cat([first, patches], dim=1) + self.embeddings["position_embedding"].weight
+        x = self.pre_layrnorm(x)
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        return self.post_layernorm(x[:, 0])
+
+
+class Clip(nn.Module):
+    """Two towers and a temperature: what DiffDis's alignment is compared with (the paper's Table 1)."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.vision_model, self.text_model = ClipImageEncoder(config), TextEncoder(config.text)
+        self.visual_projection = nn.Linear(config.width, config.embedding, bias=False)
+        self.text_projection = nn.Linear(config.text.width, config.embedding, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images [B, 3, S, S] -> [B, embedding], unit norm, float32."""
+        return F.normalize(self.visual_projection(self.vision_model(images)).float(), dim=-1)
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """tokens [B, L] -> [B, embedding], unit norm, float32."""
+        return F.normalize(self.text_projection(self.text_model(tokens)[1]).float(), dim=-1)
 
 
 # ---------------------------------------------------------------- UNet
@@ -1046,11 +1112,15 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     return model.eval().requires_grad_(False)
 
 
-def drop_reading_parts(model: DiffDis) -> None:
-    """Take away the modules that drawing never runs."""
-    for module in list(model.modules()):
+def drop_query_stream(network: nn.Module) -> None:
+    for module in list(network.modules()):
         for name in [name for name, _ in module.named_children() if name.startswith("query_")]:
             setattr(module, name, None)
+
+
+def drop_reading_parts(model: DiffDis) -> None:
+    """Take away the modules that drawing never runs."""
+    drop_query_stream(model)
     if model.config.autoencoder.kind == "kl":
         model.autoencoder.encoder = model.autoencoder.quant_conv = None
 
