@@ -304,7 +304,7 @@ class Steps:
         """Of one pair, one step."""
         self.run.tasks = tasks
         return self.train.count_flops(self.model.config, self.model.tokenizer, self.run, self.trains_text,
-                                      cached)
+                                      self.args.batch_size, cached)
 
     def measure(self, tasks: tuple[str, ...], cached: bool) -> dict:
         """Seconds of a step with these tasks, and the device memory that it took."""
@@ -337,7 +337,7 @@ class ClipSteps:
     """The same for CLIP: what the alignment task would cost as a network of its own."""
 
     def __init__(self, config: ClipConfig, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, count = args, args.batch_size
+        self.args, self.config, count = args, config, args.batch_size
         self.model = Clip(config).to(device)
         self.images = torch.randn(count, 3, config.image_size, config.image_size, device=device)
         self.tokens = torch.randint(config.text.vocab_size, (count, config.text.context_length),
@@ -347,24 +347,21 @@ class ClipSteps:
         if args.compile:
             self.encoders = tuple(map(torch.compile, self.encoders))
 
-    def backward(self) -> None:
+    def step(self) -> None:
         with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             ours, texts = self.encoders[0](self.images), self.encoders[1](self.tokens)
         alignment_loss(ours, texts, self.model.logit_scale)[0].mean().backward()
-
-    def step(self) -> None:
-        self.backward()
         if self.args.optimizer:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
 
     def flops(self) -> float:
-        """Of one pair, one training step."""
-        self.model.zero_grad(set_to_none=True)
+        """Of one pair, one training step, counted on tensors without storage as train.count_flops does."""
+        model = Clip(self.config).to("meta")
         with FlopCounterMode(display=False) as counter:
-            self.backward()
-        self.model.zero_grad(set_to_none=True)
+            ours = model.encode_image(self.images.to("meta"))
+            (ours + model.encode_tokens(self.tokens.to("meta"))).sum().backward()
         return counter.get_total_flops() / len(self.images)
 
 

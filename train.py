@@ -402,25 +402,24 @@ class Averages:
 
 # ---------------------------------------------------------------- what a step costs
 def count_flops(config: Config, tokenizer: Tokenizer, args: argparse.Namespace, train_text: bool,
-                cached: bool = False) -> float:
-    """FLOPs per pair of one training step, forward and backward, two per multiply-add, counted by running it
-    on tensors without storage; recomputed activations do not count, as in "model FLOPs"."""
+                pairs: int, cached: bool = False) -> float:
+    """FLOPs per pair of one training step on so many, forward and backward, two per multiply-add, counted by
+    running it on tensors without storage. Recomputed activations do not count: "model FLOPs"."""
     plain = argparse.Namespace(**{**vars(args), "compile": False, "recompute": False, "precision": "fp32"})
     with torch.device("meta"):
         model = DiffDis(config, tokenizer)
-        model.null_tokens = torch.zeros(1, config.text.context_length, dtype=torch.int64)
         freeze_unused(model, args.tasks, train_text)
         joint, shape = JointLoss(model, plain), model.latent_shape(config.image_size, config.image_size)
-        images = (torch.empty(2, 2 * shape[0], *shape[1:], dtype=torch.float16) if cached else
-                  torch.empty(2, config.image_size, config.image_size, 3, dtype=torch.uint8))
-        t, noise = torch.zeros(2, dtype=torch.int64), torch.empty(2, *shape)
-        drawn = {"t_image": t, "t_text": t, "u": torch.empty(2, 2), "noise": noise,
-                 "query_noise": torch.empty(2, config.text.width), "posterior_noise": noise}
+        images = (torch.empty(pairs, 2 * shape[0], *shape[1:], dtype=torch.float16) if cached else
+                  torch.empty(pairs, config.image_size, config.image_size, 3, dtype=torch.uint8))
+        t, noise = torch.zeros(pairs, dtype=torch.int64), torch.empty(pairs, *shape)
+        drawn = {"t_image": t, "t_text": t, "u": torch.empty(pairs, 2), "noise": noise,
+                 "query_noise": torch.empty(pairs, config.text.width), "posterior_noise": noise}
         with FlopCounterMode(display=False) as counter:
-            tokens = torch.zeros(2, config.text.context_length, dtype=torch.int64)
+            tokens = torch.zeros(pairs, config.text.context_length, dtype=torch.int64)
             out = joint(joint.encode(images, noise), tokens, drawn)
             sum(value.sum() for value in out.values() if value.requires_grad).backward()
-    return counter.get_total_flops() / 2
+    return counter.get_total_flops() / pairs
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -700,7 +699,7 @@ class Trainer:
         self.lists_words = self.model.known_words is not None
         self.words |= self.model.known_words or set()
         self.flops = count_flops(self.model.config, self.model.tokenizer, args, self.trains_text,
-                                 self.source.cache is not None)
+                                 args.batch_size // world, self.source.cache is not None)
         self.joint = self.loss = JointLoss(self.model, args).to(device)
         if world > 1:
             self.loss = DistributedDataParallel(

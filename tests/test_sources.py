@@ -13,8 +13,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from data import (BadSample, Shapes, SkipReport, TarSource, check_index, decode_image,
-                  evaluation_batches, hold_out, open_source, to_square, training_batches)
+import data
+from data import (BadSample, Shapes, SkipReport, TarSource, Tokenizer, TrainingBatches, check_index,
+                  decode_image, evaluation_batches, hold_out, open_source, to_square, training_batches)
 
 # Broken shards with a list of what a careful loader makes of them; too large to be kept here.
 HOSTILE = Path(os.environ.get("DIFFDIS_DATA", ROOT.parent / "shared" / "data")) / "hostile"
@@ -289,6 +290,83 @@ def test_batches_depend_on_the_step_alone(tars) -> None:
         assert batch.captions[0::2] == both[0].captions and batch.captions[1::2] == both[1].captions
         assert torch.equal(batch.images, workers[k].images), "the number of workers must not change the data"
     assert [b.keys for b in late] == [b.keys for b in alone[4:]], "resuming must go on in the same stream"
+
+
+def uneven(folder: Path, sizes: list[int]):
+    for shard, size in enumerate(sizes):
+        write_tar(folder / f"{shard}.tar", [
+            (f"{shard}_{i}.{kind}", body) for i in range(size) for kind, body in (
+                ("jpg", picture(size=(20, 20))), ("txt", f"caption {shard} {i}".encode()))])
+    return open_source(str(folder))
+
+
+@pytest.mark.parametrize("sizes", [[50], [1, 40, 9], [8, 3, 20, 1, 6, 2, 10]])
+def test_any_shards_serve_any_ranks_and_workers(tmp_path, sizes: list[int]) -> None:
+    """One shard for six consumers, or shards of one sample: the stream is the same, and never ends."""
+    source, options = uneven(tmp_path, sizes), dict(shuffle_buffer=12)
+    alone = take(source, 20, **options)                       # more than three epochs
+    for world, workers in ((2, 3), (4, 1)):
+        options |= dict(world=world, workers=workers)
+        ranks = [take(source, 20, rank=rank, **options) for rank in range(world)]
+        for k, batch in enumerate(alone):
+            for rank in range(world):
+                assert ranks[rank][k].keys == batch.keys[rank::world]
+    stream = [key for batch in alone for key in batch.keys]
+    for epoch in range(3):
+        assert len(set(stream[50 * epoch:50 * epoch + 50])) == 50, "an epoch is every sample once"
+    assert stream[:50] != stream[50:100], "every epoch has an order of its own"
+
+
+def test_the_shuffle_buffer_reads_shard_after_shard(tmp_path) -> None:
+    source = uneven(tmp_path, [20] * 10)
+    batches = TrainingBatches(source, 16, 8, 3, 0, 1, shuffle_buffer=40)
+    orders = [batches.epoch_order(epoch) for epoch in range(2)]
+    for order in orders:
+        assert sorted(order) == list(range(200))
+        for first in range(0, 200, 40):
+            assert len(set(order[first:first + 40] // 20)) == 2, "40 samples are those of two shards of 20"
+            assert list(order[first:first + 40]) != sorted(order[first:first + 40]), "mixed with each other"
+    assert list(orders[0][:40] // 20) != list(orders[1][:40] // 20), "shards change places every epoch"
+    assert list(orders[0]) == list(TrainingBatches(source, 16, 8, 3, 0, 1, None, 40).epoch_order(0))
+    assert list(orders[0]) != list(TrainingBatches(source, 16, 8, 4, 0, 1, None, 40).epoch_order(0))
+
+
+def test_a_slow_index_is_kept_and_forgotten_when_a_shard_changes(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(data, "SLOW_INDEX", -1)
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars/9.tar").write_bytes(b"")
+    first, said = uneven(tmp_path / "tars", [3, 4]), capsys.readouterr().err
+    monkeypatch.setattr(TarSource, "index", None)             # a second reading would fail
+    again = open_source(str(tmp_path / "tars"))
+    assert [again.key(i) for i in range(7)] == [first.key(i) for i in range(7)]
+    assert again.captions(6) == first.captions(6) == ["caption 1 3"] and again.skipped == first.skipped
+    assert capsys.readouterr().err == said and "9.tar: empty shard" in said
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    assert len(uneven(tmp_path / "tars", [3, 5])) == 8
+    (tmp_path / "cache").chmod(0o500)
+    assert len(uneven(tmp_path / "tars", [3, 6])) == 9, "an index that cannot be kept costs only its use"
+
+
+def test_large_jpegs_are_decoded_small(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((640, 480), Image.BICUBIC)
+    file = io.BytesIO()
+    smooth.save(file, "JPEG", quality=92)
+    whole, small = decode_image(file.getvalue()), decode_image(file.getvalue(), side=60)
+    assert whole.size == (640, 480) and small.size == (160, 120), "the smallest of twice the need or more"
+    difference = to_square(whole, 64).astype(int) - to_square(small, 64)
+    assert np.abs(difference).mean() < 1 and np.abs(difference).max() < 16
+    assert decode_image(file.getvalue(), side=256).size == (640, 480)
+
+
+def test_workers_tokenise_and_draw(tars) -> None:
+    options = dict(tokenizer=Tokenizer.learn(["caption 0 1"], 520, 16), draw=lambda k: {"step": k})
+    for workers in (0, 2):
+        batch = take(tars, 2, workers=workers, **options)[1]
+        assert torch.equal(batch.tokens, options["tokenizer"](batch.captions))
+        assert batch.drawn["step"] == 1 and "caption" in batch.words
 
 
 def test_an_epoch_shows_every_sample_once_and_replaces_bad_ones(tars) -> None:

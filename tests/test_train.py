@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, build, tiny_config
+from conftest import ROOT, build, randomise, tiny_config
 from PIL import Image
 from torch.nn import functional as F
 
@@ -112,6 +112,60 @@ def test_both_tasks_alone(tmp_path) -> None:
             task == "alignment", task == "generation"), "validation must measure what was trained"
 
 
+@pytest.mark.parametrize("ranks, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, ranks: int, number: int) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = ["--steps", "40", "--save-every", "1000", "--eval-every", "40", "--workers", "1"]
+    finish(start(whole, *flags, ranks=ranks))
+    processes = start(stopped, *flags, ranks=ranks)
+    while not (stopped / "log.jsonl").exists() or len((stopped / "log.jsonl").read_text().splitlines()) < 5:
+        time.sleep(0.002)
+    processes[-1].send_signal(number)            # one rank is enough: they agree
+    said = finish(processes)
+    step = log_of(stopped)[-1]["step"]
+    assert step < 40 and f"after step {step} of 40" in said and "--resume" in said, said
+    assert "validation" not in said
+    finish(start(stopped, *flags, "--resume", ranks=ranks))
+    assert log_of(stopped) == log_of(whole), "the signal must have cost nothing"
+    expected, got = weights_of(whole), weights_of(stopped)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(word) for word in found.split()]
+
+
+def test_torchrun_recovers_from_a_killed_rank(tmp_path) -> None:
+    flags = ["--steps", "30", "--save-every", "5", "--eval-every", "30"]
+    finish(start(tmp_path / "whole", *flags, ranks=2))
+    folder = tmp_path / "killed"
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3",
+         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "tests/small_run.py"),
+         *SMALL, *flags, "--out", str(folder)], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (folder / "log.jsonl").exists() or len((folder / "log.jsonl").read_text().splitlines()) < 8:
+        assert agent.poll() is None, agent.communicate()[0]
+        time.sleep(0.002)
+    os.kill(children(agent.pid)[-1], signal.SIGKILL)
+    said = finish([agent])
+    assert "step: 5 of 30" in said or "step: 10 of 30" in said, f"it must go on from a checkpoint: {said}"
+    assert log_of(folder) == log_of(tmp_path / "whole")
+    expected, got = weights_of(tmp_path / "whole"), weights_of(folder)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_micro_batches_on_two_ranks_are_the_whole_batch_at_once(tmp_path) -> None:
+    flags = ["--steps", "4", "--grad-clip", "0", "--batch-size", "16"]
+    finish(start(tmp_path / "whole", *flags))
+    finish(start(tmp_path / "parts", *flags, "--micro-batch", "2", ranks=2))
+    for a, b in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "parts"), strict=True):
+        for name in ("loss", "loss_generation", "loss_alignment", "accuracy"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), f"step {a['step']}: {name}"
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5 if a["step"] == 1 else 1e-4)
+
+
 # ---------------------------------------------------------------- in this process
 @pytest.fixture()
 def small(monkeypatch, tmp_path):
@@ -152,6 +206,193 @@ def test_every_ablation_reaches_the_network_and_trains_all_of_it(small, flags: s
     frozen = [name for name, p in trainer.model.named_parameters() if not p.requires_grad]
     if "tasks" not in flags and "text-encoder" not in flags:
         assert not frozen, "joint training from scratch trains everything"
+
+
+def gradients_of(model, args, parts) -> tuple[dict, dict]:
+    """Losses and gradients of one batch in these parts."""
+    model.zero_grad()
+    losses = train.backward(train.JointLoss(model, args), parts, 0.7)
+    return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("tasks", ["generation,alignment", "generation", "alignment"])
+@pytest.mark.parametrize("dtype, sizes, limit", [(torch.float64, [3, 3, 2], 1e-10),
+                                                 (torch.float32, [4, 4], 1e-5)])
+def test_parts_and_recomputed_activations_change_nothing(small, tasks, dtype, sizes, limit) -> None:
+    """The alignment loss is over the whole batch, however it is cut; the largest error of a gradient in
+    shares of the norm of all."""
+    args = small("--tasks", tasks)
+    train.settle(args, torch.device("cpu"))
+    model = build().to(dtype).requires_grad_(True)
+    train.freeze_unused(model, args.tasks, True)
+    drawn = train.draw(model.config, model.latent_shape(32, 32), 0, 0, range(8))
+    latents = model.encode_image(to_tensor([to_square(Shapes().read(i).image, 32) for i in range(8)]))
+    tokens = model.tokenizer([Shapes().captions(i)[0] for i in range(8)])
+    whole, expected = gradients_of(model, args, [(latents, tokens, drawn)])
+    cut = {name: value.split(sizes) for name, value in drawn.items()}
+    parts = [(latents.split(sizes)[i], tokens.split(sizes)[i], {name: value[i] for name, value in cut.items()})
+             for i in range(len(sizes))]
+    args.recompute = True
+    for case in ([(latents, tokens, drawn)], parts):
+        losses, got = gradients_of(model, args, case)
+        assert losses.keys() == whole.keys() and got.keys() == expected.keys()
+        for name, value in whole.items():
+            assert torch.allclose(value.float(), losses[name].float(), atol=1e-5), name
+        size = torch.stack([g.norm() for g in expected.values()]).norm()
+        worst = max((got[name] - expected[name]).norm() / size for name in expected)
+        assert worst < limit, f"a gradient is off by {worst} of the whole"
+    if "alignment" in whole:
+        alone, _ = gradients_of(model, args, parts[:1])
+        assert not torch.allclose(alone["alignment"], whole["alignment"][:sizes[0]], atol=1e-2), \
+            "a part's own InfoNCE is another loss: else this test would show nothing"
+
+
+def test_recomputing_keeps_a_fraction_of_the_activations() -> None:
+    model, kept = build(), {}
+    drawn = train.draw(model.config, model.latent_shape(32, 32), 0, 0, range(4))
+    for recompute in (False, True):
+        if recompute:
+            model.unet.recompute_activations()
+        total = 0
+
+        def pack(tensor):
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.requires_grad_(True).denoise_image(drawn["noise"], drawn["t_image"],
+                                                     model.encode_text(["a"] * 4)[0])
+        kept[recompute] = total
+    assert kept[True] < 0.5 * kept[False], kept
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_compiled_networks_have_no_graph_breaks(small, recompute: bool) -> None:
+    """One graph each, fixed shapes, compiled once (with the compiler's tracing, not its code generation)."""
+    from torch._dynamo.testing import CompileCounter
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    args, model = small(), build().requires_grad_(True)
+    train.settle(args, torch.device("cpu"))
+    args.recompute, counter = recompute, CompileCounter()
+    joint = train.JointLoss(model, args)
+    plain = [joint.denoise_image, joint.denoise_query, joint.encode_text, joint.encode_image]
+    joint.denoise_image, joint.denoise_query, joint.encode_text, joint.encode_image = (
+        torch.compile(function, backend=counter, dynamic=False, fullgraph=True) for function in plain)
+    for step in range(3):
+        drawn = train.draw(model.config, model.latent_shape(32, 32), 0, step, range(4))
+        pixels = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
+        latents = joint.encode(pixels, drawn["posterior_noise"])
+        train.backward(joint, [(latents, model.tokenizer(["a red circle"] * 4), drawn)], 1.0)
+    assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
+    assert counter.frame_count == 4, f"{counter.frame_count} compilations for four networks"
+    torch._dynamo.reset()
+
+
+def test_bfloat16_is_for_products_only(small) -> None:
+    args = small("--precision", "bf16")
+    train.settle(args, torch.device("cpu"))
+    trainer = train.Trainer(args, 0, 1, torch.device("cpu"))
+    randomise(trainer.model)
+    batch, losses = next(trainer.batches()), {}
+    for bf16 in (True, False):
+        trainer.joint.bf16 = bf16
+        losses[bf16] = train.backward(trainer.joint, trainer.split(batch), 1.0)
+        assert all(losses[bf16][task].dtype == torch.float32 for task in train.TASKS)
+    for task in train.TASKS:
+        assert not torch.equal(losses[True][task], losses[False][task]), "bf16 was not used"
+        assert torch.allclose(losses[True][task], losses[False][task], rtol=0.05, atol=0.05), task
+    trainer.joint.bf16 = True
+    trainer.train_step(batch)
+    kept = [*trainer.averages.live.values(), *trainer.averages.values.values(),
+            *(p.grad for p in trainer.averages.live.values()),
+            *(v for state in trainer.optimizer.state.values() for v in state.values())]
+    assert all(value.dtype == torch.float32 for value in kept), \
+        "weights, gradients, moments and averages are float32"
+
+
+def test_the_flops_of_a_step_are_those_of_running_it(small) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    for tasks in ("generation,alignment", "generation", "alignment"):
+        args = small("--tasks", tasks)
+        train.settle(args, torch.device("cpu"))
+        trainer = train.Trainer(args, 0, 1, torch.device("cpu"))
+        batch = next(trainer.batches())
+        # The counter knows attention by its parts, not the processor's fused kernel.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            train.backward(trainer.joint, trainer.split(batch), 1.0)
+        assert counter.get_total_flops() / 8 == pytest.approx(trainer.flops, rel=0.02), tasks
+        (Path("run") / "checkpoint.pt").unlink()
+
+
+def test_peaks_are_known_by_name_or_not_at_all(monkeypatch) -> None:
+    cuda = torch.device("cuda")
+    for name, peak in (("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12),
+                       ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12),
+                       ("NVIDIA L40S", 362e12), ("Radeon", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert train.peak_flops(cuda) == peak, name
+    assert train.peak_flops(torch.device("cpu")) is None, "no guess where the table has no number"
+
+
+def test_the_log_tells_what_an_owner_asks(small) -> None:
+    train.main([*SMALL, "--steps", "4", "--log-every", "2", "--eval-every", "2", "--out", "run"])
+    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        assert {"loss", "loss_generation", "loss_alignment", "accuracy", "logit_scale", "grad_norm", "lr",
+                "images_per_s", "data_wait", "memory_gib", "mfu", "skipped", "skipped_by_cause", "val_i2t_r1",
+                "val_t2i_r1"} <= line.keys()
+        assert 0 <= line["data_wait"] <= 1 and line["mfu"] is None and line["memory_gib"] > 0
+        for task in train.TASKS:
+            assert len(line[f"loss_{task}_by_t"]) == train.BINS
+    picture = Image.open("run/log.png")
+    assert picture.width > 300 and len(picture.convert("RGB").getcolors(100000)) > 3
+    models.load("run/best.pt")
+
+
+def test_losses_are_binned_by_their_timesteps() -> None:
+    meter = train.Meter(torch.device("cpu"))
+    t = torch.tensor([0, 249, 250, 999])
+    meter.add_losses({"generation": torch.tensor([1.0, 2.0, 5.0, 7.0])}, {"t_image": t}, 1000)
+    meter.add_losses({"generation": torch.tensor([1.0, 2.0, 5.0, 7.0])}, {"t_image": t}, 1000)
+    read = meter.read(4, 1e9)
+    assert read["generation_sums"].tolist() == [6, 10, 0, 14]
+    assert read["generation_counts"].tolist() == [4, 2, 0, 2]
+    assert meter.read(4, 1e9)["generation_counts"].sum() == 0, "every line starts anew"
+
+
+def test_older_checkpoints_are_kept_as_told_and_the_best(small) -> None:
+    train.main([*SMALL, "--steps", "10", "--save-every", "2", "--keep", "3", "--eval-every", "5",
+                "--out", "run"])
+    kept = {path.name: torch.load(path, weights_only=True)["training"]["step"]
+            for path in Path("run").glob("*.pt")}
+    best = kept.pop("best.pt")
+    assert best in (5, 10)
+    assert len(kept) == 3 and kept.pop("checkpoint.pt") == 10
+    assert all(name == f"checkpoint-{step:06d}.pt" for name, step in kept.items()), kept
+    assert not list(Path("run").glob("*.part"))
+
+
+def test_what_cannot_be_written_is_found_before_training(small, monkeypatch, capsys, tmp_path) -> None:
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SMALL, "--out", "run", "--steps", "2"])
+    assert stop.value.code == 2 and "make room" in capsys.readouterr().err
+    assert not Path("run/log.jsonl").read_text() and not Path("run/checkpoint.pt").exists()
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SMALL, "--out", str(tmp_path / "file/run"), "--steps", "2"])
+    assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+def test_micro_batches_that_do_not_fit_are_refused(small, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SMALL, "--out", "run", "--micro-batch", "3"])
+    assert stop.value.code == 2 and "--micro-batch 3" in capsys.readouterr().err
 
 
 def slow_losses(model, args, images, tokens, drawn) -> tuple[list, list]:
