@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--sampling", action="store_true",
                         help="no backward; each image twice, as guidance needs it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="also write the figures here")
     args = parser.parse_args()
@@ -60,13 +61,16 @@ def main() -> None:
     latents = torch.randn(batch, config.autoencoder.latent_channels, side, side, **make)
     t = torch.randint(config.timesteps, (batch,), device=args.device)
     context = torch.randn(batch, config.text.context_length, config.text.width, **make)
+    forward = {"ours": ours.denoise_image, "diffusers": theirs}
+    if args.compile:
+        forward = {name: torch.compile(function, dynamic=False) for name, function in forward.items()}
     runs = {}
     for layout in (torch.contiguous_format, torch.channels_last):
         for name, network in (("ours", ours), ("diffusers", theirs)):
-            def step(network=network, layout=layout, ours=network is ours) -> None:
+            def step(network=network, layout=layout, run=forward[name], ours=network is ours) -> None:
                 network.to(args.device, memory_format=layout)
                 x = latents.contiguous(memory_format=layout)
-                pred = network.denoise_image(x, t, context) if ours else network(x, t, context).sample
+                pred = run(x, t, context) if ours else run(x, t, context).sample
                 if not args.sampling:
                     pred.square().mean().backward()
                     network.zero_grad(set_to_none=True)

@@ -2,12 +2,16 @@
 import inspect
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import build
+from conftest import ROOT, build, tiny_config
 from PIL import Image
 from torch.nn import functional as F
 
@@ -15,6 +19,7 @@ import evaluate
 import model as models
 from data import Sample, Source, evenly_spaced
 from evaluate import chance_of_hit, fill, parse_args, ranks_of_best_match, score, wilson
+from model import AutoencoderConfig, ClipConfig
 from sample import draw_queries
 
 
@@ -250,3 +255,83 @@ def test_mistakes_end_in_one_line_and_status_2(base, tmp_path, monkeypatch, caps
         evaluate.main(["retrieval", "--device", "cpu", *flags])
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and message in error and "\n" not in error
+
+
+# ---------------------------------------------------------------- several ranks
+RANKS = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, {tests!r})
+from conftest import build, randomise
+from test_evaluate import Numbered
+import evaluate
+torch.set_num_threads(1)
+if int(os.environ["WORLD_SIZE"]) > 1:
+    dist.init_process_group("gloo")
+model = build()
+found = []
+for task in ("retrieval", "zeroshot"):
+    for control in ("none", "shuffle-images"):
+        args = evaluate.parse_args([task, "--control", control, "--batch-size", "4", "--draws", "2"])
+        found.append(evaluate.TASKS[task][0](model, Numbered(23), args))
+if int(os.environ["RANK"]) == 0:
+    print(json.dumps(found))
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+def test_any_number_of_ranks_gives_the_same_scores(tmp_path) -> None:
+    (tmp_path / "ranks.py").write_text(RANKS.format(tests=str(ROOT / "tests")))
+    said = []
+    for world in (1, 2, 3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        env = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes = [subprocess.Popen([sys.executable, str(tmp_path / "ranks.py")], stdout=subprocess.PIPE,
+                                      env={**env, "RANK": str(rank)}, text=True) for rank in range(world)]
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        assert all(process.returncode == 0 for process in processes)
+        said.append(json.loads(outputs[0]))
+    assert said[0] == said[1] == said[2]
+    assert said[0][0]["n"] == 23
+
+
+# ---------------------------------------------------------------- speed
+def test_speed_measures_every_kind_of_step(monkeypatch, tmp_path, capsys) -> None:
+    config = tiny_config(autoencoder=AutoencoderConfig("kl", 4, 2, 0.5, (32, 32)))
+    monkeypatch.setitem(models.PRESETS, "tiny", config)
+    monkeypatch.setitem(evaluate.CLIPS, "tiny", ClipConfig(32, 1, 2, 16, 32, 32, config.text))
+    flags = ["--batch-size", "2", "--rounds", "1", "--repeats", "1", "--warm-up", "0", "--device", "cpu"]
+    evaluate.main(["speed", "--preset", "tiny", *flags, "--json", str(tmp_path / "speed.json")])
+    result = json.loads((tmp_path / "speed.json").read_text())
+    steps = result["steps"]
+    assert result["task"] == "speed" and result["n"] == 2 and result["seed"] == 0
+    assert set(steps) == {"generation", "alignment", "joint", "generation_cached", "alignment_cached",
+                          "joint_cached", "clip"}
+    for name in ("joint_over_sum", "joint_over_sum_cached"):
+        assert result[name] > 0 and 0.5 < result[f"{name}_limit"] < 1
+    expected = steps["joint"]["seconds"] / (steps["generation"]["seconds"] + steps["alignment"]["seconds"])
+    assert result["joint_over_sum"] == pytest.approx(expected)
+    for tail in ("", "_cached"):
+        flops = [steps[name + tail]["gflops_per_image"] for name in ("generation", "alignment", "joint")]
+        assert max(flops[:2]) < flops[2] < sum(flops[:2]), "joint training must share something"
+    assert steps["joint_cached"]["gflops_per_image"] < steps["joint"]["gflops_per_image"]
+    scale = result["scale"]
+    assert [row["devices"] for row in scale] == [1, 2, 4, 8, 16, 32, 64]
+    assert all(a["images_per_s"] < b["images_per_s"] for a, b in zip(scale, scale[1:]))
+    assert "joint_over_sum" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["speed", "--batch-size", "1", "--device", "cpu"])
+    assert stop.value.code == 2
+
+
+def test_scaling_follows_its_formula() -> None:
+    args = evaluate.parse_args(["speed", "--link-gb-s", "100", "10"])
+    rows = {row["devices"]: row for row in evaluate.scale_up(0.3, 32, 10 ** 9, 1.0, args)}
+    assert rows[8]["all_reduce_seconds"] == pytest.approx(2 * 7 / 8 * 4e9 / 100e9)
+    assert rows[8]["efficiency"] == 1.0, "0.07 s hide behind 0.2 s of backward pass"
+    assert rows[16]["seconds"] == pytest.approx(0.3 + 2 * 15 / 16 * 4e9 / 10e9 - 0.2)
+    assert rows[16]["images_per_s"] == pytest.approx(16 * 32 / rows[16]["seconds"])
