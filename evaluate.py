@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -306,6 +307,28 @@ class Steps:
         return self.train.count_flops(self.model.config, self.model.tokenizer, self.run, self.trains_text,
                                       self.args.batch_size, cached)
 
+    def activations_gib(self, tasks: tuple[str, ...], pairs: int, recompute: bool) -> float:
+        """What a forward pass keeps for the backward pass besides the weights, counted without running it."""
+        self.run.tasks, config = tasks, self.model.config
+        plain = argparse.Namespace(**{**vars(self.run), "compile": False, "recompute": recompute})
+        kept: dict[int, Tensor] = {}            # by storage: views of one count once
+
+        def keep(value: Tensor) -> Tensor:
+            kept[value.untyped_storage()._cdata] = value
+            return value
+        with FakeTensorMode():                  # shapes, types and storages, but no numbers
+            model = DiffDis(config, self.model.tokenizer)
+            self.train.freeze_unused(model, tasks, self.trains_text)
+            joint, shape = self.train.JointLoss(model, plain), self.drawn["noise"].shape[1:]
+            drawn = {name: torch.zeros(pairs, *value.shape[1:], dtype=value.dtype)
+                     for name, value in self.drawn.items()}
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+                joint(torch.zeros(pairs, *shape),
+                      torch.zeros(pairs, self.tokens.shape[1], dtype=torch.int64), drawn)
+            weights = {p.untyped_storage()._cdata for p in model.parameters()}
+            return sum(value.untyped_storage().nbytes() for place, value in kept.items()
+                       if place not in weights) / 2 ** 30
+
     def measure(self, tasks: tuple[str, ...], cached: bool) -> dict:
         """Seconds of a step with these tasks, and the device memory that it took."""
         self.run.tasks, device, args = tasks, self.model.device, self.args
@@ -391,7 +414,7 @@ def inference_seconds(model: DiffDis, steps: Steps, clip: ClipSteps, args: argpa
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def scale_up(seconds: float, batch: int, parameters: int, fixed_gib: float, args) -> list[dict]:
+def scale_up(seconds: float, batch: int, parameters: int, args: argparse.Namespace) -> list[dict]:
     """What 1 … 64 devices would do, from one device's step: t(N) = t + max(0, c(N) − ⅔ t), where the ring
     all-reduce takes c(N) = 2 (N−1)/N · gradient bytes / link, and the backward pass, two thirds of a step,
     hides as much of it."""
@@ -401,7 +424,7 @@ def scale_up(seconds: float, batch: int, parameters: int, fixed_gib: float, args
         wait = 2 * (count - 1) / count * 4 * parameters / (link * 1e9)
         took = seconds + max(0.0, wait - 2 / 3 * seconds)
         rows.append({"devices": count, "images_per_s": count * batch / took, "seconds": took,
-                     "all_reduce_seconds": wait, "efficiency": seconds / took, "fixed_gib": fixed_gib})
+                     "all_reduce_seconds": wait, "efficiency": seconds / took})
     return rows
 
 
@@ -445,8 +468,12 @@ def speed(model: DiffDis, args: argparse.Namespace) -> dict:
     if args.tflops:
         step = flops["joint"] * args.batch_size / (args.tflops * 1e12)
     # Weights, and for what is trained gradients, two moments and the average, all in float32.
+    result["scale"] = scale_up(step, args.batch_size, parameters, args)
     fixed = 4 * (whole + 4 * parameters) / 2 ** 30
-    result["scale"] = scale_up(step, args.batch_size, parameters, fixed, args)
+    result["memory_gib"] = {"fixed": fixed, "fixed_ema_on_cpu": fixed - 4 * parameters / 2 ** 30}
+    for name, recompute in (("", False), ("_recompute", True)):
+        one, two = (steps.activations_gib(("generation", "alignment"), n, recompute) for n in (1, 2))
+        result["memory_gib"] |= {f"per_pair{name}": two - one, f"per_pass{name}": 2 * one - two}
     result["peak_memory_gib"] = steps.train.memory_gib(device)
     return result
 
@@ -468,7 +495,12 @@ def print_speed(result: dict, args: argparse.Namespace) -> None:
         print(f"  {name:<19}{1000 * seconds:9.1f}{args.batch_size / seconds:10.2f}")
     for name in ("draw_over_plain", "read_over_clip", "read_latents_over_clip"):
         print(f"  {name:<40}{result[name]:7.3f}")
-    print(f"  most memory of this process: {result['peak_memory_gib']:.1f} GiB")
+    memory = result["memory_gib"]
+    print(f"  most memory of this process: {result['peak_memory_gib']:.1f} GiB; counted for joint training: "
+          f"weights, gradients, moments, averages {memory['fixed']:.1f} "
+          f"({memory['fixed_ema_on_cpu']:.1f} with --ema-on-cpu), a forward pass "
+          f"{memory['per_pass']:.2f} + {memory['per_pair']:.3f} per pair "
+          f"({memory['per_pass_recompute']:.2f} + {memory['per_pair_recompute']:.3f} with --recompute)")
     print(f"  expected, if one device takes {1000 * result['scale'][0]['seconds']:.0f} ms per step "
           f"({'assumed' if args.tflops else 'measured'}):  devices: images/s (share of perfect scaling)")
     print("  " + "  ".join(f"{row['devices']}: {row['images_per_s']:.1f} ({100 * row['efficiency']:.0f} %)"

@@ -43,6 +43,7 @@ TIMINGS = ("images_per_s", "data_wait", "memory_gib", "mfu")
 LOSSES = ("loss", "loss_generation", "loss_alignment")
 EXACT = (*LOSSES, "accuracy", "grad_norm")
 NEVER = 10 ** 9           # steps
+FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"      # torchrun's, given to `kill` from outside or not
 MAX_DIFFERENCE = 1e-4     # relative: sums in another order, which Adam's division then amplifies
 SAMPLES = 200             # of `ranks`: 8 are held out, and 12 steps of 16 pairs are the other 192 once
 
@@ -161,8 +162,8 @@ def wait_until_gone(folder: Path, seconds: float = 60) -> None:
 
 
 def torchrun(ranks: int, *more: str) -> list[str]:
-    # Standalone, not torchrun's default of a fixed port: there (torch 2.13) ranks that were started again find
-    # the addresses of the dead in the store they share, and fail, or wait until the time limit.
+    # Standalone: on a free port. Where FRESH_STORE is set, ranks that were started again also get a new store;
+    # torch 2.13 otherwise lets them find the addresses of the dead in the old one.
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1",
             "--nproc_per_node", str(ranks), *more]
 
@@ -575,7 +576,8 @@ def parse_args() -> argparse.Namespace:
 
 def command_line() -> str:
     """As it was given, without places on this machine."""
-    return " ".join(["python tests/soak.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
+    before = [f"{FRESH_STORE}={os.environ[FRESH_STORE]}"] if FRESH_STORE in os.environ else []
+    return " ".join([*before, "python tests/soak.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
 
 
 def main() -> None:

@@ -322,6 +322,8 @@ def test_speed_measures_every_kind_of_step(monkeypatch, tmp_path, capsys) -> Non
     scale = result["scale"]
     assert [row["devices"] for row in scale] == [1, 2, 4, 8, 16, 32, 64]
     assert all(a["images_per_s"] < b["images_per_s"] for a, b in zip(scale, scale[1:]))
+    memory = result["memory_gib"]
+    assert 0 < memory["per_pair_recompute"] < memory["per_pair"] and memory["fixed"] > 0
     assert "joint_over_sum" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["speed", "--batch-size", "1", "--device", "cpu"])
@@ -330,7 +332,7 @@ def test_speed_measures_every_kind_of_step(monkeypatch, tmp_path, capsys) -> Non
 
 def test_scaling_follows_its_formula() -> None:
     args = evaluate.parse_args(["speed", "--link-gb-s", "100", "10"])
-    rows = {row["devices"]: row for row in evaluate.scale_up(0.3, 32, 10 ** 9, 1.0, args)}
+    rows = {row["devices"]: row for row in evaluate.scale_up(0.3, 32, 10 ** 9, args)}
     assert rows[8]["all_reduce_seconds"] == pytest.approx(2 * 7 / 8 * 4e9 / 100e9)
     assert rows[8]["efficiency"] == 1.0, "0.07 s hide behind 0.2 s of backward pass"
     assert rows[16]["seconds"] == pytest.approx(0.3 + 2 * 15 / 16 * 4e9 / 10e9 - 0.2)

@@ -230,8 +230,8 @@ def test_parts_and_recomputed_activations_change_nothing(small, tasks, dtype, si
     tokens = model.tokenizer([Shapes().captions(i)[0] for i in range(8)])
     whole, expected = gradients_of(model, args, [(latents, tokens, drawn)])
     cut = {name: value.split(sizes) for name, value in drawn.items()}
-    parts = [(latents.split(sizes)[i], tokens.split(sizes)[i], {name: value[i] for name, value in cut.items()})
-             for i in range(len(sizes))]
+    parts = [(some, words, {name: value[i] for name, value in cut.items()})
+             for i, (some, words) in enumerate(zip(latents.split(sizes), tokens.split(sizes)))]
     args.recompute = True
     for case in ([(latents, tokens, drawn)], parts):
         losses, got = gradients_of(model, args, case)
