@@ -635,8 +635,14 @@ def start_ranks(args: argparse.Namespace) -> tuple[int, int, torch.device]:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         # Long: one rank may index a large data set, or write a large checkpoint, while the others wait.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-        rank, world = dist.get_rank(), dist.get_world_size()
+        options: dict = {"timeout": timedelta(minutes=30)}
+        store, rank, world = next(dist.rendezvous("env://", **options))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            # torchrun keeps its store when it starts ranks again: without a name of their own for each try
+            # they would call at the addresses of the dead. (Between machines the counts may differ.)
+            store = dist.PrefixStore(f"try-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, **options)
     if args.batch_size % world:
         raise ValueError(f"--batch-size {args.batch_size} cannot be shared evenly by {world} ranks")
     if args.batch_size // world % (args.micro_batch or 1):
@@ -677,7 +683,8 @@ class Trainer:
         self.run = Run(args, rank)
         self.step, self.words, self.report = 0, set(), SkipReport(args.max_bad)
         self.total_report = self.report          # over all ranks, as of the last save
-        self.best, self.scores, self.stop_signal = -1.0, {}, 0
+        self.best, self.best_step, self.scores = -1.0, -1, {}
+        self.stop_signal, self.stopping, self.laid_out = 0, False, False
         checkpoint = models.read_checkpoint(self.run.checkpoint) if self.run.checkpoint.exists() else None
         if checkpoint is not None:
             check_resume(checkpoint, args)
@@ -715,7 +722,10 @@ class Trainer:
         self.optimizer.load_state_dict(training["optimizer"])
         for name, value in checkpoint["ema"].items():
             self.averages.values[name].copy_(value)
-        self.step, self.best = training["step"], training.get("best", -1.0)
+        self.step = training["step"]
+        self.best, self.best_step = training.get("best", (-1.0, -1))
+        if self.rank == 0 and self.best_step == self.step:       # killed before it had its second name?
+            self.run.keep_as(self.run.best)
         self.model.known_words = None if checkpoint["words"] is None else frozenset(checkpoint["words"])
         if self.rank == 0:       # the others count from 0: theirs is in the sum
             self.report.load(training["skipped"])
@@ -768,7 +778,8 @@ class Trainer:
                 self.run.keep_as(self.run.folder / f"checkpoint-{step:06d}.pt")
             with self.whole_model() as model:
                 models.save(self.run.checkpoint, model, self.averages.values, {
-                    "optimizer": self.optimizer.state_dict(), "step": self.step, "best": self.best,
+                    "optimizer": self.optimizer.state_dict(), "step": self.step,
+                    "best": (self.best, self.best_step),
                     "skipped": self.total_report.to_dict(), "args": run_flags(self.args)})
             if is_best:
                 self.run.keep_as(self.run.best)
@@ -796,7 +807,14 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
-        losses = backward(self.loss, self.split(batch), args.align_weight)
+        parts = self.split(batch)
+        if self.world > 2 and not self.laid_out:
+            # After its first backward pass DDP lays out its buckets anew, and sums over more than two ranks
+            # round by their layout: a pass for nothing, so that a resumed run's first step is as any other.
+            backward(self.loss, parts, args.align_weight)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.laid_out = True
+        losses = backward(self.loss, parts, args.align_weight)
         norm = nn.utils.clip_grad_norm_(self.averages.live.values(), args.grad_clip or math.inf)
         record = self.agree(losses, norm)
         if not all(map(math.isfinite, record.values())):
@@ -942,8 +960,10 @@ class Trainer:
         names = ["top1"] if task == "zeroshot" else ["i2t_r1", "t2i_r1"]
         self.scores = {f"val_{name}": round(result[name], 6) for name in names}
         score = sum(self.scores.values()) / len(names)
-        is_best, self.best = score > self.best, max(score, self.best)
-        return is_best
+        if score <= self.best:
+            return False
+        self.best, self.best_step = score, self.step
+        return True
 
     def draw_samples(self, count: int = 32) -> None:
         """A grid for the first validation captions, always the same prompts and noise,

@@ -146,7 +146,7 @@ class Job:
 
     def failure(self, what: str) -> Failure:
         lines = [line.split("\r")[-1] for line in self.words().splitlines()]
-        return Failure("\n    ".join([f"{what}; the last it said:", *lines[-25:]]))
+        return Failure("\n    ".join([f"{what}; the last it said:", *lines[-60:]]))
 
 
 def wait_until_gone(folder: Path, seconds: float = 60) -> None:
@@ -162,8 +162,8 @@ def wait_until_gone(folder: Path, seconds: float = 60) -> None:
 
 
 def torchrun(ranks: int, *more: str) -> list[str]:
-    # Standalone: on a free port. Where FRESH_STORE is set, ranks that were started again also get a new store;
-    # torch 2.13 otherwise lets them find the addresses of the dead in the old one.
+    # Standalone: on a free port. Where FRESH_STORE is set, ranks that were started again also get a new
+    # store; torch 2.13 otherwise lets them find the addresses of the dead in the old one.
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1",
             "--nproc_per_node", str(ranks), *more]
 
@@ -577,7 +577,8 @@ def parse_args() -> argparse.Namespace:
 def command_line() -> str:
     """As it was given, without places on this machine."""
     before = [f"{FRESH_STORE}={os.environ[FRESH_STORE]}"] if FRESH_STORE in os.environ else []
-    return " ".join([*before, "python tests/soak.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
+    named = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    return " ".join([*before, "python tests/soak.py", *named])
 
 
 def main() -> None:
