@@ -127,14 +127,19 @@ class TransformerBlock(nn.Module):
         return x + self.attn1.to_out[0](mixed[:, 1:]), query + self.query_attn.to_out[0](mixed[:, :1])
 
     def forward(self, x: Tensor, context: Tensor | None, query: Tensor | None = None):
-        """x [B, N, C], context [B or 1, L, D] or None, query [B, 1, C] or None (masked) -> x, query.
+        """x [B, N, C], context [B or 1, L, D] or None, query [B', 1, C] or None (masked) -> x, query.
 
-        With the query masked not one operation differs from Stable Diffusion's block.
+        The query belongs to the last B' ≤ B rows of x and is masked for those before: so both tasks can share
+        a pass. Where it is masked not one operation differs from Stable Diffusion's block.
         """
         if query is None:
             x = x + self.attn1(self.norm1(x))
-        else:
+        elif len(query) == len(x):
             x, query = self.joint_self_attention(x, query)
+        else:
+            alone, x = x.tensor_split([len(x) - len(query)])
+            x, query = self.joint_self_attention(x, query)
+            x = torch.cat([alone + self.attn1(self.norm1(alone)), x])
         if self.cross_attends:
             x = x + self.attn2(self.norm2(x), context)
         x = x + self.ff(self.norm3(x))
@@ -165,8 +170,8 @@ class SpatialTransformer(nn.Module):
             self.query_out = nn.Linear(width, fusion.query_width)
 
     def forward(self, x: Tensor, context: Tensor, query: Tensor | None = None, state: Tensor | None = None):
-        """x [B, C, H, W], context [B or 1, L, D], query = e_t + Embed(t_e) [B, D] or None, state h_e [B, D]
-        -> x [B, C, H, W], the query's next state [B, D] (None when the query is masked)."""
+        """x [B, C, H, W], context [B or 1, L, D], query = e_t + Embed(t_e) [B', D] of the last B' rows or
+        None, state h_e [B', D] -> x [B, C, H, W], the query's next state [B', D] (None when it is masked)."""
         height = x.shape[2]
         tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)        # [B, N, C]
         q = None if query is None else self.query_in(state + query).unsqueeze(1)   # [B, 1, C]

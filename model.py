@@ -595,7 +595,8 @@ class UNet(nn.Module):
 
     def encode(self, latents: Tensor, t_image: Tensor, context: Tensor, query: Tensor | None = None):
         """The encoder half: latents [B, C, H, W], t_image [B], context [B or 1, L, D], query [B, D] or None
-        -> middle features, the skips for the decoder half, timestep embedding, the query's last state."""
+        -> middle features, the skips for the decoder half, timestep embedding, the query's last state.
+        A query of fewer rows belongs to the last ones."""
         emb = self.time_embedding(t_image)
         x = self.conv_in(latents.to(self.conv_in.weight.dtype))
         skips, state = [x], None if query is None else torch.zeros_like(query)
@@ -608,6 +609,10 @@ class UNet(nn.Module):
         """Φ_u (Eq. 4), the text query masked: what Stable Diffusion computes
         -> prediction, as noisy_latents."""
         x, skips, emb, _ = self.encode(noisy_latents, t_image, context)
+        return self.decode(x, skips, emb, context)
+
+    def decode(self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor) -> Tensor:
+        """The decoder half: what `encode` returned -> prediction [B, C, H, W]."""
         for block in self.up_blocks:
             x = block(x, emb, context, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
@@ -621,6 +626,19 @@ class UNet(nn.Module):
         t_image = torch.full_like(t_text, self.condition_timestep)
         features, _, _, state = self.encode(latents, t_image, null_context, query if self.fused else None)
         return self.query_head(state if self.fused else query, features)
+
+    def denoise_both(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor, noisy_query: Tensor,
+                     t_text: Tensor, latents: Tensor, null_context: Tensor) -> tuple[Tensor, Tensor]:
+        """`denoise_image` and `denoise_query` of as many pairs each, the encoder half in one pass over all of
+        them: its weights are read, and their gradients written, once. -> what the two would return."""
+        count = len(noisy_latents)
+        query = noisy_query.to(self.conv_in.weight.dtype) + self.query_time_embedding(t_text)
+        times = torch.cat([t_image, torch.full_like(t_text, self.condition_timestep)])
+        both = torch.cat([context, null_context.expand(len(latents), -1, -1)])
+        x, skips, emb, state = self.encode(torch.cat([noisy_latents, latents]), times, both,
+                                           query if self.fused else None)
+        pred = self.decode(x[:count], [skip[:count] for skip in skips], emb[:count], context)
+        return pred, self.query_head(state if self.fused else query, x[count:])
 
     forward = denoise_image
 

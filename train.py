@@ -235,12 +235,11 @@ class JointLoss(nn.Module):
         if args.recompute:
             model.unet.recompute_activations()
         # Functions of a UNet, not methods bound to this one: a copy of the module must run its own weights.
-        self.denoise_image, self.denoise_query = UNet.denoise_image, UNet.denoise_query
-        self.encode_text, self.encode_image = TextEncoder.forward, DiffDis.read_batch
-        if args.compile:       # before DDP wraps it; shapes never change, so each is compiled once
-            self.denoise_image, self.denoise_query, self.encode_text, self.encode_image = (
-                torch.compile(function, dynamic=False) for function in (
-                    self.denoise_image, self.denoise_query, self.encode_text, self.encode_image))
+        for name, function in (("denoise_image", UNet.denoise_image), ("denoise_query", UNet.denoise_query),
+                               ("denoise_both", UNet.denoise_both), ("encode_text", TextEncoder.forward),
+                               ("encode_image", DiffDis.read_batch)):
+            # Compiled before DDP wraps it; shapes never change, so each is compiled once.
+            setattr(self, name, torch.compile(function, dynamic=False) if args.compile else function)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Products and convolutions in bfloat16; weights, their gradients and all losses in float32."""
@@ -253,39 +252,48 @@ class JointLoss(nn.Module):
         with self.autocast():
             return self.encode_image(self.model, images, posterior_noise).float()
 
-    def generation(self, latents: Tensor, context: Tensor, drawn: dict) -> Tensor:
-        """L_IG of each pair (Eq. 4), the text query masked."""
-        t, noise, kind = drawn["t_image"], drawn["noise"], self.model.config.image_target
-        a, s = signal_and_noise(t, latents, self.image_alphas)
+    def noise_image(self, latents: Tensor, context: Tensor, null_context: Tensor, drawn: dict):
+        """Eq. 4's z_t, t_z and c (the text query masked), and what the UNet should say."""
+        t, noise = drawn["t_image"], drawn["noise"]
+        context = torch.where((drawn["u"][:, 0] < self.p_uncond)[:, None, None], null_context, context)
         noisy_latents = q_sample(latents, t, noise, self.image_alphas)
-        pred = self.denoise_image(self.model.unet, noisy_latents, t, context)
-        return generation_loss(pred, make_target(kind, latents, noise, a, s))
+        a, s = signal_and_noise(t, latents, self.image_alphas)
+        return (noisy_latents, t, context), make_target(self.model.config.image_target, latents, noise, a, s)
 
-    def read(self, latents: Tensor, text_query: Tensor, null_context: Tensor, drawn: dict) -> Tensor:
-        """ê_0 of each pair (Eq. 6-7), the text condition masked, the image clean -> [B, D], float32."""
-        t, noise, config = drawn["t_text"], drawn["query_noise"], self.model.config
+    def noise_query(self, latents: Tensor, text_query: Tensor, null_context: Tensor, drawn: dict):
+        """Eq. 6's e_t and t_e, the clean image and the null prompt (the text condition masked)."""
         dropped = drawn["u"][:, 1] < self.p_drop_image
         latents = torch.where(dropped[:, None, None, None], 0.0, latents)
-        noisy_query = q_sample(text_query.detach(), t, noise, self.text_alphas, config.gamma)
-        pred = self.denoise_query(self.model.unet, noisy_query, t, latents, null_context)
-        a, s = signal_and_noise(t, noisy_query, self.text_alphas, config.gamma)
-        return read_prediction(config.text_target, pred.float(), noisy_query, a, s)[0]
+        noisy_query = q_sample(text_query.detach(), drawn["t_text"], drawn["query_noise"], self.text_alphas,
+                               self.model.config.gamma)
+        return noisy_query, drawn["t_text"], latents, null_context
 
     def forward(self, latents: Tensor, tokens: Tensor, drawn: dict[str, Tensor],
                 only_embeddings: bool = False) -> dict[str, Tensor]:
         """latents [B, C, h, w], tokens [B, L], what `draw` drew -> "generation": its loss per pair [B];
         "x0_pred", "text_query": the embeddings that InfoNCE compares [B, D]; "logit_scale"."""
-        model, out = self.model, {}
+        model, config, out = self.model, self.model.config, {}
+        draws, reads = "generation" in self.tasks and not only_embeddings, "alignment" in self.tasks
         with self.autocast():
             context, text_query = self.encode_text(model.text_encoder, tokens)
             null_context = model.text_encoder(model.null_tokens)[0]                          # [1, L, D]
-            if "generation" in self.tasks and not only_embeddings:
-                dropped = drawn["u"][:, 0] < self.p_uncond
-                context = torch.where(dropped[:, None, None], null_context, context)
-                out["generation"] = self.generation(latents, context, drawn)
-            if "alignment" in self.tasks:
-                out["x0_pred"] = self.read(latents, text_query, null_context, drawn)
-                out["text_query"], out["logit_scale"] = text_query, model.logit_scale
+            if draws:
+                image, target = self.noise_image(latents, context, null_context, drawn)
+            if reads:
+                query = self.noise_query(latents, text_query, null_context, drawn)
+            if draws and reads:
+                pred, query_pred = self.denoise_both(model.unet, *image, *query)
+            elif draws:
+                pred = self.denoise_image(model.unet, *image)
+            else:
+                query_pred = self.denoise_query(model.unet, *query)
+        if draws:
+            out["generation"] = generation_loss(pred, target)
+        if reads:
+            noisy_query, t = query[:2]
+            a, s = signal_and_noise(t, noisy_query, self.text_alphas, config.gamma)
+            out["x0_pred"] = read_prediction(config.text_target, query_pred.float(), noisy_query, a, s)[0]
+            out["text_query"], out["logit_scale"] = text_query, model.logit_scale
         return out
 
 

@@ -118,3 +118,23 @@ def test_the_condition_timestep_is_one_that_generation_never_draws() -> None:
     model.unet.time_embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
     model.denoise_query(torch.randn(2, 32), torch.tensor([0, 999]), torch.randn(2, 192, 4, 4))
     assert seen == [[1000, 1000]]
+
+
+@pytest.mark.parametrize("fusion", [dict(), dict(fusion=False), dict(shared_attention=False),
+                                    dict(own_ffn=False)])
+def test_one_pass_for_both_tasks_is_the_two_passes(fusion: dict) -> None:
+    """In float64, where only a real difference shows: outputs, and the gradients of all weights."""
+    model = build(tiny_config(fusion=FusionConfig(32, align_blocks=1, head_width=16, **fusion))).double()
+    unet, make = model.unet.requires_grad_(True), dict(dtype=torch.float64)
+    z, noisy = torch.randn(3, 192, 4, 4, **make), torch.randn(3, 192, 4, 4, **make)
+    query = torch.randn(3, 32, **make)
+    t, s = torch.tensor([1, 500, 999]), torch.tensor([7, 70, 700])
+    context, null = torch.randn(3, 24, 32, **make), torch.randn(1, 24, 32, **make)
+    two = unet.denoise_image(noisy, t, context), unet.denoise_query(query, s, z, null)
+    one = unet.denoise_both(noisy, t, context, query, s, z, null)
+    for a, b in zip(one, two):
+        assert a.shape == b.shape and b.abs().max() > 1e-3 and torch.allclose(a, b, atol=1e-9)
+    gradients = [torch.autograd.grad(pair[0].square().sum() + pair[1].square().sum(), list(unet.parameters()))
+                 for pair in (one, two)]
+    for (name, _), a, b in zip(unet.named_parameters(), *gradients):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-9), name
