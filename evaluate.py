@@ -353,7 +353,7 @@ class Steps:
             self.model.zero_grad(set_to_none=True)
         seconds = median_seconds(step, args.rounds, args.warm_up, device)
         memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-        return {"seconds": seconds, "memory_gib": memory, "parameters": sum(p.numel() for p in live)}
+        return {"seconds": seconds, "memory_gib": memory}
 
 
 class ClipSteps:
@@ -414,97 +414,124 @@ def inference_seconds(model: DiffDis, steps: Steps, clip: ClipSteps, args: argpa
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def scale_up(seconds: float, batch: int, parameters: int, args: argparse.Namespace) -> list[dict]:
+def scale_up(seconds: float, batch: int, gradient_bytes: float, args: argparse.Namespace) -> list[dict]:
     """What 1 … 64 devices would do, from one device's step: t(N) = t + max(0, c(N) − ⅔ t), where the ring
     all-reduce takes c(N) = 2 (N−1)/N · gradient bytes / link, and the backward pass, two thirds of a step,
     hides as much of it."""
     rows = []
     for count in (1, 2, 4, 8, 16, 32, 64):
         link = args.link_gb_s[0] if count <= 8 else args.link_gb_s[-1]
-        wait = 2 * (count - 1) / count * 4 * parameters / (link * 1e9)
+        wait = 2 * (count - 1) / count * gradient_bytes / (link * 1e9)
         took = seconds + max(0.0, wait - 2 / 3 * seconds)
         rows.append({"devices": count, "images_per_s": count * batch / took, "seconds": took,
                      "all_reduce_seconds": wait, "efficiency": seconds / took})
     return rows
 
 
-def speed(model: DiffDis, args: argparse.Namespace) -> dict:
-    """The paper's Table 6: joint training beside its two parts, and what either task costs after."""
-    device = model.device
-    steps = Steps(model, args)
-    cases = {name: (tasks, cached) for cached in (False, True) for name, tasks in (
-        ("generation" + "_cached" * cached, ("generation",)),
-        ("alignment" + "_cached" * cached, ("alignment",)),
-        ("joint" + "_cached" * cached, ("generation", "alignment")))
-        if not cached or model.config.autoencoder.kind == "kl"}
-    runs: dict[str, list[dict]] = {name: [] for name in (*cases, "clip")}
+def kinds_of_step(model: DiffDis) -> dict[str, tuple[tuple[str, ...], bool]]:
+    """name -> tasks, from cached latents (where there is an autoencoder to be spared)."""
+    tasks = {"generation": ("generation",), "alignment": ("alignment",), "joint": ("generation", "alignment")}
+    return {name + "_cached" * cached: (some, cached) for cached in (False, True)
+            if not cached or model.config.autoencoder.kind == "kl" for name, some in tasks.items()}
+
+
+def measure_steps(steps: Steps, clip: Callable[[], ClipSteps], flops: dict, args: argparse.Namespace) -> dict:
+    """Every kind of training step and CLIP's, several times, the median of each -> a row per kind."""
+    runs: dict[str, list[dict]] = {name: [] for name in (*kinds_of_step(steps.model), "clip")}
     for _ in tqdm(range(args.repeats), unit="repeat", disable=None):
-        for name, case in cases.items():
+        for name, case in kinds_of_step(steps.model).items():
             runs[name].append(steps.measure(*case))
-    clip = ClipSteps(CLIPS[args.preset], args, device)       # now: the two at once might not fit in memory
+    step = clip().step            # only now: the two at once might not fit in memory
     for _ in range(args.repeats):
-        runs["clip"].append({"seconds": median_seconds(clip.step, args.rounds, args.warm_up, device)})
-    peak = matmul_flops(device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
-    flops = {name: steps.flops(*case) for name, case in cases.items()} | {"clip": clip.flops()}
-    result: dict = {"n": args.batch_size, "chance": None, "steps": {}, "matmul_tflops": peak / 1e12}
+        runs["clip"].append({"seconds": median_seconds(step, args.rounds, args.warm_up, args.device)})
+    peak = matmul_flops(args.device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    rows = {}
     for name, found in runs.items():
         seconds = statistics.median(run["seconds"] for run in found)
-        result["steps"][name] = {
-            "seconds": seconds, "images_per_s": args.batch_size / seconds,
-            "gflops_per_image": flops[name] / 1e9,
-            "share_of_matmul_peak": flops[name] * args.batch_size / seconds / peak,
-            "memory_gib": found[-1].get("memory_gib")}
-    measured = {name: row["seconds"] for name, row in result["steps"].items()}
-    for tail in ("", "_cached") if "joint_cached" in cases else ("",):
-        for name, other in (("joint_over_sum", "alignment" + tail),
-                            ("joint_over_generation_plus_clip", "clip")):
-            for key, cost in (("", measured), ("_limit", flops)):
-                result[name + tail + key] = cost["joint" + tail] / (cost["generation" + tail] + cost[other])
-    seconds = result["inference_seconds"] = inference_seconds(model, steps, clip, args)
-    result["draw_over_plain"] = seconds["draw_step"] / seconds["draw_step_plain"]
-    result["read_over_clip"] = seconds["read_pixels"] / seconds["clip_image"]
-    result["read_latents_over_clip"] = seconds["read_latents"] / seconds["clip_image"]
-    parameters = runs["joint"][-1]["parameters"]
-    whole = sum(p.numel() for p in model.parameters())
-    step = result["steps"]["joint"]["seconds"]
-    if args.tflops:
-        step = flops["joint"] * args.batch_size / (args.tflops * 1e12)
-    # Weights, and for what is trained gradients, two moments and the average, all in float32.
-    result["scale"] = scale_up(step, args.batch_size, parameters, args)
-    fixed = 4 * (whole + 4 * parameters) / 2 ** 30
-    result["memory_gib"] = {"fixed": fixed, "fixed_ema_on_cpu": fixed - 4 * parameters / 2 ** 30}
+        rows[name] = {"seconds": seconds, "images_per_s": args.batch_size / seconds,
+                      "gflops_per_image": flops[name] / 1e9,
+                      "share_of_matmul_peak": flops[name] * args.batch_size / seconds / peak,
+                      "memory_gib": found[-1].get("memory_gib")}
+    return {"matmul_tflops": peak / 1e12, "steps": rows}
+
+
+def ratios(cost: dict[str, float], ending: str) -> dict[str, float]:
+    """What joint training costs, over its two parts, and over generation and a CLIP of its own."""
+    return {name + tail + ending: cost["joint" + tail] / (cost["generation" + tail] + cost[other])
+            for tail in ("", "_cached") if "joint" + tail in cost
+            for name, other in (("joint_over_sum", "alignment" + tail),
+                                ("joint_over_generation_plus_clip", "clip"))}
+
+
+def count_memory(steps: Steps, args: argparse.Namespace) -> dict:
+    """GiB of joint training: weights, and for what is trained gradients, two moments and the average, in
+    float32; and what a forward pass keeps, once and per pair."""
+    steps.run.tasks = ("generation", "alignment")
+    steps.model.requires_grad_(True)
+    steps.train.freeze_unused(steps.model, steps.run.tasks, steps.trains_text)
+    trained = sum(p.numel() for p in steps.model.parameters() if p.requires_grad) * 4 / 2 ** 30
+    fixed = sum(p.numel() for p in steps.model.parameters()) * 4 / 2 ** 30 + 4 * trained
+    memory = {"gradients": trained, "fixed": fixed, "fixed_ema_on_cpu": fixed - trained}
     for name, recompute in (("", False), ("_recompute", True)):
-        one, two = (steps.activations_gib(("generation", "alignment"), n, recompute) for n in (1, 2))
-        result["memory_gib"] |= {f"per_pair{name}": two - one, f"per_pass{name}": 2 * one - two}
-    result["peak_memory_gib"] = steps.train.memory_gib(device)
-    return result
+        one, two = (steps.activations_gib(steps.run.tasks, n, recompute) for n in (1, 2))
+        memory |= {f"per_pair{name}": two - one, f"per_pass{name}": 2 * one - two}
+    return memory
+
+
+def speed(model: DiffDis, args: argparse.Namespace) -> dict:
+    """The paper's Table 6: joint training beside its two parts, and what either task costs after."""
+    steps, clips = Steps(model, args), []
+
+    def clip() -> ClipSteps:
+        if not clips:
+            clips.append(ClipSteps(CLIPS[args.preset], args, args.device))
+        return clips[0]
+    flops = {name: steps.flops(*case) for name, case in kinds_of_step(model).items()}
+    flops["clip"] = ClipSteps(CLIPS[args.preset], args, torch.device("meta")).flops()
+    result: dict = {"n": args.batch_size, "chance": None, "memory_gib": count_memory(steps, args),
+                    "gflops": {name: value / 1e9 for name, value in flops.items()}}
+    if args.tflops:
+        seconds = flops["joint"] * args.batch_size / (args.tflops * 1e12)
+    else:
+        result |= measure_steps(steps, clip, flops, args)
+        result |= ratios({name: row["seconds"] for name, row in result["steps"].items()}, "")
+        seconds = result["steps"]["joint"]["seconds"]
+        took = result["inference_seconds"] = inference_seconds(model, steps, clip(), args)
+        for name, a, b in (("draw_over_plain", "draw_step", "draw_step_plain"),
+                           ("read_over_clip", "read_pixels", "clip_image"),
+                           ("read_latents_over_clip", "read_latents", "clip_image")):
+            result[name] = took[a] / took[b]
+    result |= ratios(flops, "_limit")
+    gradient_bytes = result["memory_gib"]["gradients"] * 2 ** 30
+    result["scale"] = scale_up(seconds, args.batch_size, gradient_bytes, args)
+    return {**result, "peak_memory_gib": steps.train.memory_gib(args.device)}
 
 
 def print_speed(result: dict, args: argparse.Namespace) -> None:
     print(f"{args.preset}, batch {args.batch_size}, {args.precision}, "
           f"{'' if args.compile else 'not '}compiled, "
-          f"optimiser {'included' if args.optimizer else 'left out'}; "
-          f"a large matrix product: {result['matmul_tflops']:.2f} TFLOP/s")
-    print(f"  {'training step':<19}{'ms':>9}{'images/s':>10}{'GFLOP/image':>13}{'of product':>12}{'GiB':>7}")
-    for name, row in result["steps"].items():
-        memory = "n/a" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
-        print(f"  {name:<19}{1000 * row['seconds']:9.1f}{row['images_per_s']:10.2f}"
-              f"{row['gflops_per_image']:13.1f}{100 * row['share_of_matmul_peak']:11.0f}%{memory:>7}")
-    for name in result:
-        if name.startswith("joint_over") and not name.endswith("_limit"):
-            print(f"  {name:<40}{result[name]:7.3f}   by FLOPs {result[name + '_limit']:.3f}")
-    for name, seconds in result["inference_seconds"].items():
-        print(f"  {name:<19}{1000 * seconds:9.1f}{args.batch_size / seconds:10.2f}")
-    for name in ("draw_over_plain", "read_over_clip", "read_latents_over_clip"):
-        print(f"  {name:<40}{result[name]:7.3f}")
+          f"optimiser {'included' if args.optimizer else 'left out'}")
+    if "steps" in result:
+        print(f"  {'training step':<19}{'ms':>9}{'images/s':>10}{'GFLOP/image':>13}"
+              f"{'of product':>12}{'GiB':>7}")
+        for name, row in result["steps"].items():
+            memory = "n/a" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
+            print(f"  {name:<19}{1000 * row['seconds']:9.1f}{row['images_per_s']:10.2f}"
+                  f"{row['gflops_per_image']:13.1f}{100 * row['share_of_matmul_peak']:11.0f}%{memory:>7}")
+        print(f"  (product: a large matrix product does {result['matmul_tflops']:.2f} TFLOP/s)")
+        for name, seconds in result["inference_seconds"].items():
+            print(f"  {name:<19}{1000 * seconds:9.1f}{args.batch_size / seconds:10.2f}")
+    for name, value in result.items():
+        if "_over_" in name and not name.endswith("_limit"):
+            limit = result.get(f"{name}_limit")
+            print(f"  {name:<40}{value:7.3f}" + (f"   by FLOPs {limit:.3f}" if limit else ""))
     memory = result["memory_gib"]
-    print(f"  most memory of this process: {result['peak_memory_gib']:.1f} GiB; counted for joint training: "
-          f"weights, gradients, moments, averages {memory['fixed']:.1f} "
+    print(f"  counted for joint training: weights, gradients, moments, averages {memory['fixed']:.1f} GiB "
           f"({memory['fixed_ema_on_cpu']:.1f} with --ema-on-cpu), a forward pass "
           f"{memory['per_pass']:.2f} + {memory['per_pair']:.3f} per pair "
           f"({memory['per_pass_recompute']:.2f} + {memory['per_pair_recompute']:.3f} with --recompute)")
-    print(f"  expected, if one device takes {1000 * result['scale'][0]['seconds']:.0f} ms per step "
-          f"({'assumed' if args.tflops else 'measured'}):  devices: images/s (share of perfect scaling)")
+    print(f"  expected, where one device takes {1000 * result['scale'][0]['seconds']:.0f} ms per step "
+          f"({'assumed' if args.tflops else 'measured'}); devices: images/s (share of perfect scaling)")
     print("  " + "  ".join(f"{row['devices']}: {row['images_per_s']:.1f} ({100 * row['efficiency']:.0f} %)"
                            for row in result["scale"]))
 
@@ -518,7 +545,7 @@ def speed_model(args: argparse.Namespace) -> DiffDis:
         return model
     config = models.PRESETS[args.preset]
     merges = [f"{i} {i}" for i in range(config.text.vocab_size - 514)]      # no words, but as many as it has
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     model = DiffDis(config, Tokenizer(merges, config.text.context_length))
     return model.to(args.device, memory_format=torch.channels_last)
 
@@ -590,7 +617,7 @@ def add_speed_flags(add: Callable) -> None:
     add("--rounds", type=positive, default=10, help="measured steps of each kind in a row, the median counts")
     add("--warm-up", type=natural, default=2, help="steps before them")
     add("--repeats", type=positive, default=3, help="times that all kinds take their turn")
-    add("--tflops", type=finite, help="for the table of devices: assume that one does this many TFLOP/s")
+    add("--tflops", type=finite, help="measure nothing: expect a device to do so many TFLOP/s, and count")
     add("--link-gb-s", type=finite, nargs=2, default=(450.0, 50.0), metavar=("NODE", "NETWORK"),
         help="GB/s one way between devices of a machine (up to 8), and per device between machines")
     add("--seed", type=natural, default=0, help="of the weights' and inputs' random numbers")

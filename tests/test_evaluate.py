@@ -325,6 +325,10 @@ def test_speed_measures_every_kind_of_step(monkeypatch, tmp_path, capsys) -> Non
     memory = result["memory_gib"]
     assert 0 < memory["per_pair_recompute"] < memory["per_pair"] and memory["fixed"] > 0
     assert "joint_over_sum" in capsys.readouterr().out
+    evaluate.main(["speed", "--preset", "tiny", *flags, "--tflops", "2", "--json", str(tmp_path / "s.json")])
+    counted = json.loads((tmp_path / "s.json").read_text())
+    assert "steps" not in counted and counted["gflops"] == result["gflops"]
+    assert counted["scale"][0]["seconds"] == pytest.approx(2 * result["gflops"]["joint"] / 2000)
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["speed", "--batch-size", "1", "--device", "cpu"])
     assert stop.value.code == 2
@@ -332,7 +336,7 @@ def test_speed_measures_every_kind_of_step(monkeypatch, tmp_path, capsys) -> Non
 
 def test_scaling_follows_its_formula() -> None:
     args = evaluate.parse_args(["speed", "--link-gb-s", "100", "10"])
-    rows = {row["devices"]: row for row in evaluate.scale_up(0.3, 32, 10 ** 9, args)}
+    rows = {row["devices"]: row for row in evaluate.scale_up(0.3, 32, 4e9, args)}
     assert rows[8]["all_reduce_seconds"] == pytest.approx(2 * 7 / 8 * 4e9 / 100e9)
     assert rows[8]["efficiency"] == 1.0, "0.07 s hide behind 0.2 s of backward pass"
     assert rows[16]["seconds"] == pytest.approx(0.3 + 2 * 15 / 16 * 4e9 / 10e9 - 0.2)
