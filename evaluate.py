@@ -619,7 +619,7 @@ def add_speed_flags(add: Callable) -> None:
     add("--repeats", type=positive, default=3, help="times that all kinds take their turn")
     add("--tflops", type=finite, help="measure nothing: expect a device to do so many TFLOP/s, and count")
     add("--link-gb-s", type=finite, nargs=2, default=(450.0, 50.0), metavar=("NODE", "NETWORK"),
-        help="GB/s one way between devices of a machine (up to 8), and per device between machines")
+        help="GB/s one way: between the devices of a machine (up to 8), and of a machine's network")
     add("--seed", type=natural, default=0, help="of the weights' and inputs' random numbers")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     add("--json", metavar="FILE", help="also write the numbers here")
