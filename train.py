@@ -717,8 +717,11 @@ class Trainer:
                                  args.batch_size // world, self.source.cache is not None)
         self.joint = self.loss = JointLoss(self.model, args).to(device)
         if world > 1:
+            # Every parameter is used in every step, the buffers never change, and gradients need no second
+            # copy beside the buckets they are sent in.
             self.loss = DistributedDataParallel(
-                self.loss, device_ids=[device.index] if device.type == "cuda" else None)
+                self.loss, device_ids=[device.index] if device.type == "cuda" else None,
+                find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.meter = Meter(device)
         self.run.start_log(self.step)
         if checkpoint is None:
