@@ -85,6 +85,8 @@ def together(count: int, rows_of: Callable[[range], Tensor]) -> Tensor:
 def read_latents(model: DiffDis, source: Source, args: argparse.Namespace):
     """All usable images, read by all ranks together
     -> latents [N, C, h, w] on the CPU, captions [N] of lists, labels [N], the report on what was left out."""
+    if source.cache is not None and model.autoencoder is not None:      # None while training on it: checked
+        models.check_latents(source.cache, model, source.name)
     rank, world = rank_and_world()
     mine = Subset(source, np.arange(rank, len(source), world)) if world > 1 else source
     skips, found = SkipReport(args.max_bad), []

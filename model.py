@@ -736,6 +736,21 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_latents(notes: dict, model: DiffDis, name: str) -> None:
+    """Latents belong to the autoencoder that made them. notes: what a latent cache says of itself.
+
+    Raises ValueError if the model has another autoencoder, or is for images of another size.
+    """
+    found, size = fingerprint(model.autoencoder), model.config.image_size
+    if notes["autoencoder"] != found:
+        raise ValueError(f"the latents in {name} are of another autoencoder (fingerprint "
+                         f"{notes['autoencoder']}, the model's is {found}): take the weights that data.py "
+                         "cache was given, or make the cache anew with these")
+    if notes["image_size"] != size:
+        raise ValueError(f"the latents in {name} are of {notes['image_size']} px, the model is for {size} px: "
+                         f"train with --image-size {notes['image_size']}, or make a cache of that size")
+
+
 def is_new(name: str) -> bool:
     """Whether the parameter of this name is DiffDis's own, rather than one Stable Diffusion has."""
     return "query_" in name or name == "logit_scale"

@@ -671,18 +671,6 @@ def open_in_turn(args: argparse.Namespace, world: int) -> Source:
     return source
 
 
-def check_cache(source: Source, model: DiffDis, data: str) -> None:
-    """Latents belong to the autoencoder that made them. Raises ValueError if the model has another one."""
-    found, size = models.fingerprint(model.autoencoder), model.config.image_size
-    if source.cache["autoencoder"] != found:
-        raise ValueError(f"the latents in {data} are of another autoencoder (fingerprint "
-                         f"{source.cache['autoencoder']}, the model's is {found}): give --init the weights "
-                         "that data.py cache was given, or make the cache anew with these")
-    if source.cache["image_size"] != size:
-        raise ValueError(f"the latents in {data} are of {source.cache['image_size']} px, the model is for "
-                         f"{size} px: add --image-size {source.cache['image_size']}")
-
-
 class Trainer:
     """Everything a run holds, so that saving and resuming are each one method."""
 
@@ -703,7 +691,7 @@ class Trainer:
         if checkpoint is not None:
             self.model.load_state_dict(checkpoint["model"])
         if self.source.cache is not None:
-            check_cache(self.source, self.model, args.data)
+            models.check_latents(self.source.cache, self.model, args.data)
             self.park_autoencoder()
         self.model.to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, args, pretrained=args.init is not None)

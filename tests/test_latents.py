@@ -13,6 +13,7 @@ from conftest import ROOT, build, tiny_config
 from test_sources import picture, write_tar
 
 import data
+import evaluate
 import model as models
 import train
 from fusion import FusionConfig
@@ -163,3 +164,17 @@ def test_the_command_runs_as_the_readme_says(world) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=120)
     assert done.returncode == 0 and "wrote 3 of 3 shards" in done.stdout, done.stderr
     assert "python train.py --data latents" in done.stdout
+
+
+def test_scores_from_latents_are_those_from_pictures(world) -> None:
+    cache()
+    results = []
+    for source in ("pictures", "latents"):
+        args = evaluate.parse_args(["retrieval", "--data", source, "--batch-size", "7"])
+        results.append(evaluate.retrieval(world, data.open_source(source), args))
+    assert results[0]["n"] == results[1]["n"] == 50 and results[0]["n_texts"] == results[1]["n_texts"]
+    for name in ("i2t_r1", "t2i_r1", "i2t_r10"):
+        assert results[0][name] == pytest.approx(results[1][name], abs=0.05), "half precision, no more"
+    other = build(world.config, seed=1)
+    with pytest.raises(ValueError, match="another autoencoder"):
+        evaluate.retrieval(other, data.open_source("latents"), args)
