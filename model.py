@@ -747,7 +747,7 @@ def check_latents(notes: dict, model: DiffDis, name: str) -> None:
                          f"{notes['autoencoder']}, the model's is {found}): take the weights that data.py "
                          "cache was given, or make the cache anew with these")
     if notes["image_size"] != size:
-        raise ValueError(f"the latents in {name} are of {notes['image_size']} px, the model is for {size} px: "
+        raise ValueError(f"the latents in {name} are of {notes['image_size']} px, the model is for {size}: "
                          f"train with --image-size {notes['image_size']}, or make a cache of that size")
 
 

@@ -712,6 +712,7 @@ class Trainer:
                 find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.meter = Meter(device)
         self.run.start_log(self.step)
+        self.tensorboard = self.open_tensorboard()
         if checkpoint is None:
             self.check_disk()
             self.save()          # what cannot be written is found now, not after hours
@@ -898,6 +899,8 @@ class Trainer:
         finally:
             batches.close()       # its processes ignore signals: they end when told to
             bar.close()
+            if self.tensorboard:
+                self.tensorboard.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
         return self.step == args.steps
@@ -924,18 +927,19 @@ class Trainer:
                   **self.scores}
         self.scores = {}
         self.run.write(record)
-        if self.args.tensorboard:
-            self.to_tensorboard(record)
+        for name, value in record.items() if self.tensorboard else ():
+            if isinstance(value, (int, float)) and name != "step":
+                self.tensorboard.add_scalar(name, value, self.step)
         bar.set_postfix({name.removeprefix("loss_"): f"{record[name]:.3f}" for name in
                          ("loss_generation", "loss_alignment") if name in record}
                         | {"images/s": f"{record['images_per_s']:.0f}"})
 
-    def to_tensorboard(self, record: dict) -> None:
+    def open_tensorboard(self):
+        """A writer whose lines after this step, about to be written again, are taken back; or None."""
+        if self.rank or not self.args.tensorboard:
+            return None
         from torch.utils.tensorboard import SummaryWriter       # here: it needs a package of its own
-        with SummaryWriter(str(self.run.folder / "tensorboard")) as writer:
-            for name, value in record.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    writer.add_scalar(name, value, record["step"])
+        return SummaryWriter(str(self.run.folder / "tensorboard"), purge_step=self.step + 1)
 
     @contextlib.contextmanager
     def averaged(self):
@@ -993,7 +997,9 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_args(argv)
         rank, world, device = start_ranks(args)
         settle(args, device)
-        torch.set_float32_matmul_precision("high")       # TF32 for what stays in float32 on CUDA
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")       # TF32 for what stays in float32
+            torch.backends.cudnn.benchmark = True            # shapes never change: try, then take the fastest
         trainer = Trainer(args, rank, world, device)
         if rank == 0:
             count = sum(p.numel() for p in trainer.averages.live.values())
