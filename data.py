@@ -1,13 +1,16 @@
 """Captions to tokens, files to images, and a world of coloured shapes that needs no files at all.
 
 What it is, top to bottom: CLIP's tokenizer, which can also learn a vocabulary; reading images that may be
-broken; the sources that `--data` names; batches that are a pure function of the step; and the built-in data
-`shapes` with its checker, which judges a picture against its caption from the pixels alone.
-What it is not: latents or noise. This file imports no other of the project.
+broken; the sources that `--data` names; batches that are a pure function of the step; the built-in data
+`shapes` with its checker, which judges a picture against its caption from the pixels alone; and a command
+that encodes a data set's images once:
+    python data.py cache --data cc3m --init sd-v1-5 --out cc3m-latents
+What it is not: noise, or a network. It imports no other file of the project but for that command.
 
 Bad samples are never fatal and never silent: they are counted by cause, and too many of them stop the run.
 Read next: fusion.py and model.py.
 """
+import contextlib
 import gzip
 import hashlib
 import heapq
@@ -15,6 +18,7 @@ import html
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import sys
@@ -364,11 +368,13 @@ class TarSource(Source):
 
     def __init__(self, tars: list[Path], name: str, cache: dict | None = None) -> None:
         self.name, self.tars, self.cache, self.skipped = name, tars, cache, Counter()
+        self.classes = None if cache is None else cache["classes"]
         self.lost = 0                 # bytes of shards that could not be read
         self.warnings: list[str] = []
         self.files: dict[tuple[int, int], int] = {}
         stamp = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in tars]
-        kept = CACHE / f"index-{hashlib.sha256(json.dumps([self.KINDS, stamp]).encode()).hexdigest()[:16]}"
+        stamp = json.dumps([self.KINDS, cache is None, stamp])
+        kept = CACHE / f"index-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}"
         started = time.monotonic()
         if not self.load_index(kept):
             self.table = self.build_index()
@@ -407,9 +413,9 @@ class TarSource(Source):
         try:
             self.table = np.load(kept / "table.npy", mmap_mode="r")
             notes = json.loads((kept / "notes.json").read_text())
-        except (OSError, ValueError):
+            self.skipped, self.warnings = Counter(notes["skipped"]), list(notes["warnings"])
+        except (OSError, ValueError, KeyError, TypeError):
             return False
-        self.skipped, self.warnings = Counter(notes["skipped"]), notes["warnings"]
         return True
 
     def keep_index(self, kept: Path) -> None:
@@ -420,7 +426,9 @@ class TarSource(Source):
             np.save(folder / "table.npy", self.table)
             notes = {"skipped": self.skipped, "warnings": self.warnings}
             (folder / "notes.json").write_text(json.dumps(notes))
-            os.rename(folder, kept)
+            with contextlib.suppress(OSError):       # another process was quicker
+                os.rename(folder, kept)
+            shutil.rmtree(folder, ignore_errors=True)
         except OSError as error:
             self.warnings.append(f"the index is not kept for the next run ({error})")
 
@@ -486,14 +494,17 @@ class TarSource(Source):
             self.files[place] = os.open(self.tars[shard], os.O_RDONLY)
         return os.pread(self.files[place], size, offset)
 
-    def captions(self, index: int) -> list[str]:
-        text, meta = self.member(index, "txt"), self.member(index, "json")
-        first = [] if text is None else [text.decode("utf-8-sig", errors="replace")]
+    def fields(self, index: int) -> dict:
+        meta = self.member(index, "json")
         try:
             fields = json.loads(meta) if meta else {}
         except (ValueError, RecursionError):
-            fields = {}      # not JSON, not Unicode, or absurdly nested: the .txt may still do
-        fields = fields if isinstance(fields, dict) else {}
+            return {}        # not JSON, not Unicode, or absurdly nested: the .txt may still do
+        return fields if isinstance(fields, dict) else {}
+
+    def captions(self, index: int, fields: dict | None = None) -> list[str]:
+        text, fields = self.member(index, "txt"), self.fields(index) if fields is None else fields
+        first = [] if text is None else [text.decode("utf-8-sig", errors="replace")]
         listed = fields.get("captions") or [fields.get("caption")]
         listed = [c for c in listed if isinstance(c, str)] if isinstance(listed, list) else []
         # .txt wins: the list is used only where it agrees with it.
@@ -511,13 +522,14 @@ class TarSource(Source):
             raise BadSample(f"unreadable {kind}", self.key(index)) from None
 
     def read(self, index: int, side: int | None = None) -> Sample:
-        captions, key = self.captions(index), self.key(index)
+        fields, key = self.fields(index), self.key(index)
+        captions = self.captions(index, fields)
         if self.cache is None:
             return Sample(decode_image(self.member(index, "image"), key, side), captions, key)
         moments, tokens = self.array(index, "latent.npy"), self.array(index, "tokens.npy")
         if list(moments.shape) != self.cache["shape"] or len(tokens) != len(captions):
             raise BadSample("unfit latent", key)
-        return Sample(None, captions, key, None, moments, tokens)
+        return Sample(None, captions, str(fields.get("key", key)), fields.get("label"), moments, tokens)
 
 
 class FileSource(Source):
@@ -621,8 +633,8 @@ def open_source(name: str, split: str = "train") -> Source:
         if split == "train" and any(p.is_relative_to(path / "val") for p in tars):
             print(f"warning: training on every tar below {path}, {path / 'val'} included, which evaluation "
                   f"would use: if there is one, name {path / 'train'} instead", file=sys.stderr)
-        notes = next((p for p in files if p.name == CACHE_NOTES), None)
-        source = TarSource(tars, path.name, None if notes is None else read_cache_notes(notes, len(tars)))
+        notes = path / CACHE_NOTES
+        source = open_cache(notes, tars, path.name) if notes.is_file() else TarSource(tars, path.name)
         if not len(source):
             raise ValueError(f"{name}: {len(tars)} tars but no usable sample ({dict(source.skipped)}): "
                              "expected KEY.jpg with KEY.txt or KEY.json")
@@ -1144,17 +1156,40 @@ def check(image: np.ndarray, caption: str) -> dict[str, bool]:
 CACHE_FORMAT = "diffdis-latents-1"
 
 
-def read_cache_notes(path: Path, shards: int) -> dict:
-    """What a latent cache says of itself. Raises ValueError unless it is whole."""
+def read_cache_notes(path: Path) -> dict:
+    """What a latent cache says of itself. Raises ValueError where it says too little."""
+    kinds = {"format": str, "shards": int, "shape": list, "image_size": int, "autoencoder": str,
+             "tokenizer": str, "classes": (list, type(None))}
     try:
         notes = json.loads(path.read_text())
-        said = notes["format"], notes["shards"], list(notes["shape"]), notes["tokenizer"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not describe a latent cache ({error}): make the cache again") from None
-    if said[0] != CACHE_FORMAT or said[1] != shards:
-        raise ValueError(f"{path.parent} is a latent cache of format {said[0]!r} with {shards} of {said[1]} "
-                         f"shards, expected {CACHE_FORMAT!r} and all: give the command that made it again")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): make the cache again") from None
+    wrong = [name for name, kind in kinds.items()
+             if not isinstance(notes, dict) or not isinstance(notes.get(name, 0.0), kind)]
+    if wrong or notes["format"] != CACHE_FORMAT:
+        raise ValueError(f"{path} does not describe a latent cache of format {CACHE_FORMAT!r} (look at "
+                         f"{', '.join(wrong) or 'format'}): make the cache again")
     return notes
+
+
+def open_cache(notes: Path, tars: list[Path], name: str) -> TarSource:
+    """A latent cache as a source; what was lost in making it counts as skipped. Raises ValueError."""
+    cache = read_cache_notes(notes)
+    if cache["shards"] != len(tars):
+        raise ValueError(f"{notes.parent} is a latent cache with {len(tars)} of {cache['shards']} shards: "
+                         "give the command that made it again, it goes on where it was")
+    source = TarSource(tars, name, cache)
+    for path in tars:
+        source.skipped.update(read_shard_report(path)["skipped"])
+    return source
+
+
+def read_shard_report(path: Path) -> dict:
+    """What was read and skipped for one shard of a cache, kept beside it."""
+    try:
+        return json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return {"visited": 0, "skipped": {}}
 
 
 def cache_units(source: Source) -> list[np.ndarray]:
@@ -1164,34 +1199,52 @@ def cache_units(source: Source) -> list[np.ndarray]:
     return np.split(np.arange(len(source)), np.flatnonzero(np.diff(where)) + 1)
 
 
-def cache_shard(source: Source, model, path: Path, args, report: SkipReport, bar: tqdm) -> None:
+def cache_shard(source: Subset, model, path: Path, args, bar: tqdm) -> SkipReport:
     """Encode a source's samples into one tar: moments, tokens and captions of each. Raises OSError."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with tarfile.open(part, "w") as tar:
-            def add(name: str, body: bytes) -> None:
-                info = tarfile.TarInfo(name)
-                info.size = len(body)
-                tar.addfile(info, io.BytesIO(body))
-            for batch in evaluation_batches(source, args.image_size, args.batch_size, args.workers):
-                report.add(batch.skipped, batch.visited)
-                bar.update(batch.visited)
-                if not batch.captions:
-                    continue
-                with torch.no_grad():
-                    moments = torch.cat(model.autoencoder.moments(to_float(batch.images.to(model.device))), 1)
-                for key, captions, values in zip(batch.keys, batch.captions, moments.half().cpu().numpy()):
-                    tokens = model.tokenizer(captions).numpy().astype(np.uint16)
-                    for kind, array_ in (("latent", values), ("tokens", tokens)):
-                        file = io.BytesIO()
-                        np.lib.format.write_array(file, array_, allow_pickle=False)
-                        add(f"{key}.{kind}.npy", file.getvalue())
-                    add(f"{key}.json", json.dumps({"captions": captions}).encode())
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    part, report = path.with_name(path.name + ".part"), SkipReport(1.0)
+    with tarfile.open(part, "w") as tar:
+        def add(name: str, body: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+        for batch in evaluation_batches(source, args.image_size, args.batch_size, args.workers):
+            report.add(batch.skipped, batch.visited)
+            bar.update(batch.visited)
+            if not batch.captions:
+                continue
+            with torch.no_grad():
+                moments = torch.cat(model.autoencoder.moments(to_float(batch.images.to(model.device))), 1)
+            for row, values in enumerate(moments.half().cpu().numpy()):
+                # A name of our own: keys may be paths, hold dots, or occur twice.
+                name, captions = f"{source.indices[batch.places[row]]:09d}", batch.captions[row]
+                tokens = model.tokenizer(captions).numpy().astype(np.uint16)
+                for kind, numbers in (("latent", values), ("tokens", tokens)):
+                    file = io.BytesIO()
+                    np.lib.format.write_array(file, numbers, allow_pickle=False)
+                    add(f"{name}.{kind}.npy", file.getvalue())
+                add(f"{name}.json", json.dumps({"key": batch.keys[row], "captions": captions,
+                                                "label": batch.labels[row]}).encode())
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    path.with_suffix(".json").write_text(json.dumps(report.to_dict()))
+    os.replace(part, path)
+    return report
+
+
+def start_cache(source: Source, out: Path, notes: dict) -> None:
+    """Make the folder and say in it what it holds, or find that it holds this already. Raises ValueError."""
+    if (out / CACHE_NOTES).exists():
+        before = read_cache_notes(out / CACHE_NOTES)
+        differ = [f"{k} was {before.get(k)}, is {v}" for k, v in notes.items() if before.get(k) != v]
+        if differ:
+            raise ValueError(f"{out} holds another cache ({'; '.join(differ)}): choose another --out")
+        return
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and no latent cache: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / f".{CACHE_NOTES}.{os.getpid()}"             # several ranks may write it, all the same
+    part.write_text(json.dumps(notes))
+    os.replace(part, out / CACHE_NOTES)
 
 
 def write_cache(args) -> None:
@@ -1201,6 +1254,10 @@ def write_cache(args) -> None:
     where it was; the ranks of torchrun share the shards. Raises ValueError or OSError.
     """
     import model as models       # here, not above: model.py imports this file
+    out, data = Path(args.out).resolve(), Path(args.data).resolve()
+    if out == data or out in data.parents or data in out.parents:
+        raise ValueError(f"--out {args.out} and --data {args.data} lie one in the other: the latents would "
+                         "be taken for part of the data, choose another --out")
     model = models.load(args.init, args.device, weights="raw")
     if args.image_size is None:      # Stable Diffusion's own files say 512, its fine-tuning here takes 256
         args.image_size = (model.config if model.can_read else models.PRESETS["sd-v1"]).image_size
@@ -1208,28 +1265,35 @@ def write_cache(args) -> None:
     check_index(source, args.max_bad)
     if source.cache is not None:
         raise ValueError(f"{args.data} is a latent cache already: expected images")
-    units, out, report = cache_units(source), Path(args.out), SkipReport(args.max_bad)
+    units = cache_units(source)
     channels, height, width = model.latent_shape(args.image_size, args.image_size)
-    notes = {"format": CACHE_FORMAT, "source": source.name, "samples": len(source), "shards": len(units),
-             "shape": [2 * channels, height, width], "image_size": args.image_size,
-             "autoencoder": models.fingerprint(model.autoencoder), "tokenizer": model.tokenizer.fingerprint()}
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / CACHE_NOTES).exists():
-        before = json.loads((out / CACHE_NOTES).read_text())
-        if before != notes:
-            differ = [f"{k} was {before.get(k)}, is {v}" for k, v in notes.items() if before.get(k) != v]
-            raise ValueError(f"{out} holds another cache ({'; '.join(differ)}): choose another --out")
-    else:
-        models.write_atomically(out / CACHE_NOTES, lambda file: file.write(json.dumps(notes).encode()))
+    start_cache(source, out, {
+        "format": CACHE_FORMAT, "source": source.name, "samples": len(source), "shards": len(units),
+        "shape": [2 * channels, height, width], "image_size": args.image_size, "classes": source.classes,
+        "autoencoder": models.fingerprint(model.autoencoder), "tokenizer": model.tokenizer.fingerprint()})
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    todo = [i for i in range(rank, len(units), world) if not (out / f"{i:05d}.tar").exists()]
+    paths, report = [out / f"{i:05d}.tar" for i in range(len(units))], SkipReport(args.max_bad)
+    mine = range(rank, len(units), world)
+    todo = [i for i in mine if not paths[i].exists()]
+    for i in set(mine) - set(todo):
+        before = read_shard_report(paths[i])
+        report.add(Counter(before["skipped"]), before["visited"])
     with tqdm(total=sum(len(units[i]) for i in todo), unit="image", disable=None) as bar:
         for i in todo:
-            cache_shard(Subset(source, units[i]), model, out / f"{i:05d}.tar", args, report, bar)
+            try:
+                found = cache_shard(Subset(source, units[i]), model, paths[i], args, bar)
+            except OSError as error:
+                raise OSError(f"cannot write {paths[i]}: {error.strerror or error}; the shards before it are "
+                              "kept") from None
+            finally:
+                paths[i].with_name(paths[i].name + ".part").unlink(missing_ok=True)
+            report.add(found.skipped, found.visited)
             report.check()
     report.check(final=True)
-    print(f"{report}\nwrote {len(todo)} of {len(units)} shards to {out}; train on them with "
-          f"python train.py --data {out} --init {args.init} --image-size {args.image_size}")
+    print(f"{report}\nwrote {len(todo)} of {len(units)} shards to {args.out}"
+          + (f" (rank {rank} of {world}; the others may still be at work)" if world > 1 else "")
+          + f"; train with: python train.py --data {args.out} --init {args.init} "
+          f"--image-size {args.image_size}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1255,6 +1319,8 @@ def main(argv: list[str] | None = None) -> None:
         write_cache(args)
     except (ValueError, OSError) as error:
         sample.fail(error)
+    except KeyboardInterrupt:
+        sample.fail("stopped by Ctrl-C: the same command goes on with the shards that are left", 130)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ What it is: Algorithm 3 (sample.py) turned into the field's numbers.
     python evaluate.py retrieval --data shapes        R@1/5/10, image -> text and text -> image
     python evaluate.py zeroshot  --data cifar10       top-1, top-5, mean per class over class folders
     python evaluate.py checker   --best-of 4          pictures for held-out prompts, judged from their pixels
+    python evaluate.py speed     --preset tiny        what a training step of either task, and of both, costs
 What it is not: training. What predicts is `sample.draw_queries`, which is handed clean latents and nothing
 else; its text queries are compared with those of all candidate texts, and only then with the truth.
-Every task has controls (`--control`) in which a sound evaluation must fall to chance.
+Retrieval and zeroshot have controls (`--control`) in which a sound evaluation must fall to chance.
 """
 import argparse
 import copy
@@ -492,7 +493,7 @@ def speed(model: DiffDis, args: argparse.Namespace) -> dict:
     flops["clip"] = ClipSteps(CLIPS[args.preset], args, torch.device("meta")).flops()
     result: dict = {"n": args.batch_size, "chance": None, "memory_gib": count_memory(steps, args),
                     "gflops": {name: value / 1e9 for name, value in flops.items()}}
-    if args.tflops:
+    if args.tflops is not None:
         seconds = flops["joint"] * args.batch_size / (args.tflops * 1e12)
     else:
         result |= measure_steps(steps, clip, flops, args)
@@ -635,6 +636,8 @@ def run_speed(args: argparse.Namespace) -> dict:
     args.compile = cuda if args.compile is None else args.compile
     model = speed_model(args)
     args.batch_size = args.batch_size or {"tiny": 32, "small": 16, "sd-v1": 2}[args.preset]
+    if min(*args.link_gb_s, 1.0 if args.tflops is None else args.tflops) <= 0:
+        raise ValueError("--link-gb-s and --tflops are rates: expected more than 0")
     if args.batch_size < 2:
         raise ValueError("--batch-size is 1, but the alignment loss compares pairs: 2 or more")
     result = speed(model, args)
@@ -699,6 +702,8 @@ def main(argv: list[str] | None = None) -> None:
         write_json(args, result, argv, str(path), model.device)
     except (ValueError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C", 130)
 
 
 if __name__ == "__main__":

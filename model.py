@@ -728,9 +728,9 @@ class DiffDis(nn.Module):
         return self.config.autoencoder.latent_channels, height // side, width // side
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Equal for modules of equal weights: the first 16 digits of their SHA-256."""
-    digest = hashlib.sha256()
+def fingerprint(module: KLAutoencoder | PatchAutoencoder) -> str:
+    """Equal for autoencoders of equal configuration and weights: the first 16 digits of their SHA-256."""
+    digest = hashlib.sha256(repr(module.config).encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

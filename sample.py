@@ -138,10 +138,10 @@ def make_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Ima
 
 
 # ---------------------------------------------------------------- what the scripts share
-def fail(error: Exception | str) -> None:
-    """End the program for a user's mistake: one line, exit status 2."""
+def fail(error: Exception | str, status: int = 2) -> None:
+    """End the program in one line: for a user's mistake with status 2, for Ctrl-C with 130."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -334,6 +334,8 @@ def main(argv: list[str] | None = None) -> None:
         save_png(images, notes, args, fingerprint(path))
     except (ValueError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C: nothing was written", 130)
     for note in notes:
         print("  ".join(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}"
                         for key, value in note.items()))

@@ -97,9 +97,11 @@ def contents(folder: str) -> dict:
 def test_a_stopped_cache_goes_on_and_ranks_share_it(world, monkeypatch) -> None:
     cache(out="whole")
     whole = contents("whole")
-    assert sorted(whole) == ["00000.tar", "00001.tar", "00002.tar", data.CACHE_NOTES]
+    shards = [f"0000{i}.{end}" for i in range(3) for end in ("json", "tar")]
+    assert sorted(whole) == [*shards, data.CACHE_NOTES]
     with tarfile.open("whole/00000.tar") as tar:
-        assert [member.name for member in tar][:3] == ["0000.latent.npy", "0000.tokens.npy", "0000.json"]
+        names = [member.name for member in tar][:3]
+    assert names == ["000000000.latent.npy", "000000000.tokens.npy", "000000000.json"]
     cache(out="stopped")
     (Path("stopped") / "00001.tar").unlink()
     (Path("stopped") / "00002.tar.part").write_bytes(b"killed here")
@@ -118,11 +120,15 @@ def test_a_stopped_cache_goes_on_and_ranks_share_it(world, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--image-size 16", "another cache"), ("--data latents", "already"), ("--image-size 15", "multiple"),
+    ("--image-size 16", "another cache"), ("--data latents --out other", "already"),
+    ("--image-size 15", "multiple"),
     ("--data nowhere", "no data"), ("--init nowhere.pt", "nowhere.pt"), ("--batch-size 0", "batch-size"),
-    ("--out start.pt/below", "start.pt")])
+    ("--out start.pt/below", "start.pt"), ("--out pictures/latents", "one in the other"),
+    ("--out .", "one in the other"), ("--out full", "not empty")])
 def test_mistakes_end_in_one_line_and_status_2(world, capsys, flags: str, message: str) -> None:
     cache()
+    Path("full").mkdir()
+    write_tar(Path("full/00000.tar"), [("a.jpg", picture()), ("a.txt", b"a")])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         cache(*flags.split())
@@ -178,3 +184,41 @@ def test_scores_from_latents_are_those_from_pictures(world) -> None:
     other = build(world.config, seed=1)
     with pytest.raises(ValueError, match="another autoencoder"):
         evaluate.retrieval(other, data.open_source("latents"), args)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_folders_of_pictures_can_be_cached(world, tmp_path, labelled: bool) -> None:
+    for i in range(12):
+        folder = tmp_path / "folders" / (f"kind.{i % 2}" if labelled else "all")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"my.photo {i}.png").write_bytes(picture((20 * i, 90, 90), (40, 40), "PNG"))
+        if not labelled:
+            (folder / f"my.photo {i}.txt").write_text(f"photo {i}")
+    cache("--data", "folders")
+    before, after = data.open_source("folders"), data.open_source("latents")
+    assert len(after) == 12 and after.classes == before.classes
+    for i in range(12):
+        a, b = before.read(i), after.read(i)
+        assert (a.captions, a.key, a.label) == (b.captions, b.key, b.label)
+    trainer("latents", "run").train()
+
+
+def test_what_a_cache_lost_is_remembered_and_judged(world, capsys) -> None:
+    members = [(f"{i}.{kind}", body) for i in range(20) for kind, body in (
+        ("jpg", picture() if i % 2 else b"broken"), ("txt", f"picture {i}".encode()))]
+    for shard in "34":
+        write_tar(Path(f"pictures/{shard}.tar"), members)
+    for attempt in range(4):
+        with pytest.raises(SystemExit):
+            cache()
+        assert "20 unreadable image" in capsys.readouterr().err or attempt == 0
+    cache("--max-bad", "0.5")
+    assert data.open_source("latents").skipped["unreadable image"] == 20
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"format": "diffdis-latents-1", "shards": 3}'])
+def test_a_damaged_description_is_said(world, text: str) -> None:
+    cache()
+    (Path("latents") / data.CACHE_NOTES).write_text(text)
+    with pytest.raises(ValueError, match="latents.json"):
+        data.open_source("latents")
