@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -62,9 +63,10 @@ FREE_ON_RESUME = ("resume", "out", "device", "workers", "log_every", "save_every
                   "eval_every", "keep", "tensorboard", "ema_on_cpu", "micro_batch", "recompute")
 BINS = 4                  # equal stretches of timesteps by which the logged losses are also told apart
 # Dense bfloat16 FLOP/s of one device, from its data sheet, by a part of the name that CUDA gives it.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H20": 148e12, "A100": 312e12,
-              "A800": 312e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A6000": 155e12,
-              "V100": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12}
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12,
+              "A100": 312e12, "A800": 312e12, "B200": 2250e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+              "A10G": 70e12, "A6000": 155e12, "V100": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+              "T4": 65e12}
 
 
 # ---------------------------------------------------------------- command line
@@ -238,7 +240,8 @@ class JointLoss(nn.Module):
         for name, function in (("denoise_image", UNet.denoise_image), ("denoise_query", UNet.denoise_query),
                                ("denoise_both", UNet.denoise_both), ("encode_text", TextEncoder.forward),
                                ("encode_image", DiffDis.read_batch)):
-            # Compiled before DDP wraps it; shapes never change, so each is compiled once.
+            # Compiled before DDP wraps it; shapes never change: once with gradients, with --micro-batch also
+            # once without.
             setattr(self, name, torch.compile(function, dynamic=False) if args.compile else function)
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -433,7 +436,7 @@ def count_flops(config: Config, tokenizer: Tokenizer, args: argparse.Namespace, 
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bfloat16 peak, None where this table does not know it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def memory_gib(device: torch.device) -> float:
@@ -445,13 +448,18 @@ def memory_gib(device: torch.device) -> float:
 
 
 # ---------------------------------------------------------------- run folder, log
+def restarts() -> int:
+    """How often torchrun has started these ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 class Run:
     """The run's folder: checkpoint, log, pictures. Only rank 0 writes."""
 
     def __init__(self, args: argparse.Namespace, rank: int) -> None:
         # torchrun starts a failed run's processes again with the command they had: then they are to go on.
-        args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        self.rank, self.started = rank, time.monotonic()
+        args.resume = args.resume or restarts() > 0
+        self.rank = rank
         folder = [self.claim_folder(args) if rank == 0 else None]
         if dist.is_initialized():
             dist.broadcast_object_list(folder)
@@ -470,22 +478,38 @@ class Run:
         names = [Path("runs") / f"{data}-{args.preset}{number}"
                  for number in ("", *(f"-{k}" for k in range(2, 1000)))]
         started = [path for path in names if (path / "checkpoint.pt").exists()]
+        # One torchrun's ranks have one parent however often it starts them: again, they take its folder.
+        agent = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
+        ours = [path for path in names if (path / ".torchrun").is_file()
+                and (path / ".torchrun").read_text() == agent]
         if args.out:
             folder = Path(args.out)
-        elif args.resume and started:
+        elif restarts() and ours:
+            folder = ours[-1]
+        elif args.resume and started and not restarts():
             folder = max(started, key=lambda path: (path / "checkpoint.pt").stat().st_mtime)
         else:
             folder = next(path for path in names if not path.exists())
             folder.mkdir(parents=True)             # fails, rather than share, if another run was quicker
         (folder / "samples").mkdir(parents=True, exist_ok=True)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            (folder / ".torchrun").write_text(agent)
         return folder
+
+    def abandon(self) -> None:
+        """Take the folder away again if nothing but its beginnings is in it."""
+        if self.rank == 0 and not self.checkpoint.exists():
+            with contextlib.suppress(OSError):
+                for name in ("log.jsonl", ".torchrun"):
+                    (self.folder / name).unlink(missing_ok=True)
+                (self.folder / "samples").rmdir()
+                self.folder.rmdir()
 
     def start_log(self, step: int) -> None:
         """Keep the log's lines up to this step: what came later is about to be done again."""
         if self.rank == 0:
-            lines = self.log.read_text().splitlines() if self.log.exists() and step else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            text = "".join(line + "\n" for line in kept)
+            kept = [line for line in read_log(self.log) if line["step"] <= step] if step else []
+            text = "".join(json.dumps(line) + "\n" for line in kept)
             models.write_atomically(self.log, lambda file: file.write(text.encode()))
 
     def write(self, record: dict) -> None:
@@ -505,7 +529,7 @@ class Run:
         part.unlink(missing_ok=True)       # still there if both were names of one file already
 
     def older(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoint-[0-9]*.pt"))
+        return sorted(self.folder.glob("checkpoint-[0-9]*.pt"), key=lambda path: int(path.stem.split("-")[1]))
 
 
 class Meter:
@@ -557,6 +581,16 @@ class Meter:
         return result
 
 
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log, those passed over that a killed process or a full disk left incomplete."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            lines += [line] if isinstance(line, dict) and isinstance(line.get("step"), int) else []
+    return lines
+
+
 def everybody(value):
     """What every rank passes, in rank order; with one rank a list of one."""
     if not dist.is_initialized():
@@ -568,7 +602,9 @@ def everybody(value):
 
 def draw_curves(log: Path, path: Path, size: tuple[int, int] = (480, 240)) -> None:
     """A run's log as a picture: a panel each for the losses, accuracy and held-out scores, over steps."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = read_log(log)
+    if not lines:
+        return
     panels = [[name] for name in ("loss_generation", "loss_alignment", "accuracy") if name in lines[-1]]
     scores = sorted({name for line in lines for name in line if name.startswith("val_")})
     panels += [scores] if scores else []
@@ -595,6 +631,15 @@ def draw_curves(log: Path, path: Path, size: tuple[int, int] = (480, 240)) -> No
 
 
 # ---------------------------------------------------------------- setting up
+def say_what_is_there(source: Source, args: argparse.Namespace) -> None:
+    """How many samples training has, how many it has lost already, and whether a batch fits."""
+    lost = ", ".join(f"{count} {cause}" for cause, count in sorted(source.skipped.items()) if count)
+    print(f"data: {len(source):,} samples of {args.data}; left out: {lost or 'none'}")
+    if "alignment" in args.tasks and args.batch_size > len(source):
+        print(f"warning: a batch of {args.batch_size} out of {len(source)} samples holds some twice, which "
+              "the alignment loss takes for different ones: lower --batch-size", file=sys.stderr)
+
+
 def make_model(args: argparse.Namespace, source: Source, checkpoint: dict | None) -> DiffDis:
     """A model from scratch, from --init, or as the run's checkpoint describes it
     (weights are loaded later)."""
@@ -648,7 +693,7 @@ def start_ranks(args: argparse.Namespace) -> tuple[int, int, torch.device]:
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             # torchrun keeps its store when it starts ranks again: without a name of their own for each try
             # they would call at the addresses of the dead. (Between machines the counts may differ.)
-            store = dist.PrefixStore(f"try-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store = dist.PrefixStore(f"try-{restarts()}", store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world, **options)
     if args.batch_size % world:
@@ -659,16 +704,15 @@ def start_ranks(args: argparse.Namespace) -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
-def open_in_turn(args: argparse.Namespace, world: int) -> Source:
-    """The data set; the first rank of each machine opens it first, so that the others find its index kept."""
+def in_turn(world: int, do: Callable):
+    """`do`, by the first rank of each machine before the others: what it keeps or downloads they find."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if world > 1 and not first:
         dist.barrier()
-    source = open_source(args.data, "train")
+    result = do()
     if world > 1 and first:
         dist.barrier()
-    check_index(source, args.max_bad)
-    return source
+    return result
 
 
 class Trainer:
@@ -677,6 +721,15 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.run = Run(args, rank)
+        try:
+            self.set_up()
+        except (ValueError, OSError):
+            self.run.abandon()       # a mistake in the flags should not cost a name
+            raise
+
+    def set_up(self) -> None:
+        """All of it from the flags, or from the run's checkpoint. Raises ValueError or OSError."""
+        args, rank, world, device = self.args, self.rank, self.world, self.device
         self.step, self.words, self.report = 0, set(), SkipReport(args.max_bad)
         self.total_report = self.report          # over all ranks, as of the last save
         self.best, self.best_step, self.scores = -1.0, -1, {}
@@ -684,7 +737,13 @@ class Trainer:
         checkpoint = models.read_checkpoint(self.run.checkpoint) if self.run.checkpoint.exists() else None
         if checkpoint is not None:
             check_resume(checkpoint, args)
-        self.source, self.val = hold_out(open_in_turn(args, world), args.val)
+        source = in_turn(world, lambda: open_source(args.data, "train"))
+        check_index(source, args.max_bad)
+        if rank == 0:
+            say_what_is_there(source, args)
+        self.source, self.val = hold_out(source, args.val)
+        if args.init is not None:
+            in_turn(world, lambda: models.locate(args.init))
         self.model = make_model(args, self.source, checkpoint)
         self.trains_text = args.init is None if args.train_text_encoder is None else args.train_text_encoder
         freeze_unused(self.model, args.tasks, self.trains_text)
@@ -1022,6 +1081,8 @@ def main(argv: list[str] | None = None) -> None:
                       f"--out {trainer.run.folder}")
     except (ValueError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:       # before or after the steps, which have their own way to stop
+        fail("stopped by Ctrl-C", 130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -42,7 +42,11 @@ def start(folder: Path, *flags: str, ranks: int = 1) -> list[subprocess.Popen]:
 
 
 def finish(processes: list[subprocess.Popen]) -> str:
-    said = [process.communicate(timeout=300)[0] for process in processes]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:      # one that waits for another would wait for ever
+            process.kill()
     assert all(process.returncode == 0 for process in processes), said
     return said[0]
 
@@ -61,10 +65,10 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 # ---------------------------------------------------------------- whole runs
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 3])          # three: what more than two sum up rounds by its layout
 def test_killed_at_any_step_and_resumed_is_never_stopped(tmp_path, ranks: int) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = ["--steps", "30", "--save-every", "4"]
+    flags = ["--steps", "30", "--save-every", "4", "--batch-size", "12"]
     said = finish(start(whole, *flags, ranks=ranks))
     assert said.index("retrieval on shapes") < said.index("checker on shapes"), \
         "validation must be the last word"
@@ -331,7 +335,8 @@ def test_peaks_are_known_by_name_or_not_at_all(monkeypatch) -> None:
     cuda = torch.device("cuda")
     for name, peak in (("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12),
                        ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12),
-                       ("NVIDIA L40S", 362e12), ("Radeon", None)):
+                       ("NVIDIA L40S", 362e12), ("Radeon", None), ("NVIDIA T400", None),
+                       ("NVIDIA H100 NVL", 835e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert train.peak_flops(cuda) == peak, name
     assert train.peak_flops(torch.device("cpu")) is None, "no guess where the table has no number"
@@ -376,13 +381,71 @@ def test_older_checkpoints_are_kept_as_told_and_the_best(small) -> None:
     assert not list(Path("run").glob("*.part"))
 
 
+def test_a_resumed_run_knows_its_best(small) -> None:
+    flags = [*SMALL, "--steps", "6", "--save-every", "3", "--eval-every", "3", "--out", "run"]
+    train.main(flags)
+    trained = torch.load("run/checkpoint.pt", weights_only=True)["training"]
+    args = train.parse_args([*flags, "--resume"])
+    train.settle(args, torch.device("cpu"))
+    os.remove("run/best.pt")
+    trainer = train.Trainer(args, 0, 1, torch.device("cpu"))
+    assert [trainer.best, trainer.best_step] == list(trained["best"]) and trainer.best >= 0
+    assert Path("run/best.pt").exists() == (trainer.best_step == 6), "killed before the best got its name"
+
+
+@pytest.mark.parametrize("log", ["", "{oops\n", '{"a": 1}\n[]\n'])
+def test_a_damaged_log_stops_nothing(small, log: str) -> None:
+    flags = [*SMALL, "--steps", "2", "--out", "run"]
+    train.main(flags)
+    Path("run/log.jsonl").write_text(log)
+    train.main([*flags, "--resume"])
+
+
+def test_a_mistake_costs_no_name(small, capsys) -> None:
+    for flags in (["--data", "nowhere"], ["--image-size", "33"]):
+        with pytest.raises(SystemExit):
+            train.main([*SMALL, "--steps", "2", *flags])
+    assert not Path("runs").exists() or not list(Path("runs").iterdir())
+
+
+def test_a_restart_by_torchrun_goes_on_with_its_own_run(small, monkeypatch) -> None:
+    def run(name: str, count: int) -> Path:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        args = small()
+        args.out = None
+        return train.Run(args, 0).folder
+    first, second = run("a", 0), run("b", 0)
+    assert first != second
+    models.save(second / "checkpoint.pt", build())
+    assert run("a", 1) == first, "another run's checkpoint is not this one's"
+    assert run("b", 1) == second and run("c", 1) not in (first, second)
+
+
+def test_what_is_there_and_what_is_lost_is_said_first(small, tmp_path, capsys) -> None:
+    for i in range(6):
+        Image.new("RGB", (40, 40), (4 * i, 90, 90)).save(tmp_path / f"{i}.jpg")
+        (tmp_path / f"{i}.txt").write_text(f"picture {i}") if i else None
+    train.main([*SMALL, "--data", str(tmp_path), "--steps", "1", "--workers", "0", "--max-bad", "0.5",
+                "--out", "run"])
+    said = capsys.readouterr()
+    assert "5 samples" in said.out and "1 no caption" in said.out and "holds some twice" in said.err
+
+
+def test_older_checkpoints_are_sorted_by_number(small) -> None:
+    run = train.Run(small(), 0)
+    for step in (999_500, 1_000_000, 2):
+        (run.folder / f"checkpoint-{step:06d}.pt").touch()
+    assert [path.name for path in run.older()][-1] == "checkpoint-1000000.pt"
+
+
 def test_what_cannot_be_written_is_found_before_training(small, monkeypatch, capsys, tmp_path) -> None:
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(SystemExit) as stop:
         train.main([*SMALL, "--out", "run", "--steps", "2"])
     assert stop.value.code == 2 and "make room" in capsys.readouterr().err
-    assert not Path("run/log.jsonl").read_text() and not Path("run/checkpoint.pt").exists()
+    assert not Path("run").exists()
     monkeypatch.undo()
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stop:
