@@ -1187,8 +1187,9 @@ def open_cache(notes: Path, tars: list[Path], name: str) -> TarSource:
 def read_shard_report(path: Path) -> dict:
     """What was read and skipped for one shard of a cache, kept beside it."""
     try:
-        return json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+        report = json.loads(path.with_suffix(".json").read_text())
+        return {"visited": int(report["visited"]), "skipped": dict(report["skipped"])}
+    except (OSError, ValueError, KeyError, TypeError):
         return {"visited": 0, "skipped": {}}
 
 
@@ -1231,16 +1232,17 @@ def cache_shard(source: Subset, model, path: Path, args, bar: tqdm) -> SkipRepor
     return report
 
 
-def start_cache(source: Source, out: Path, notes: dict) -> None:
+def start_cache(out: Path, notes: dict) -> None:
     """Make the folder and say in it what it holds, or find that it holds this already. Raises ValueError."""
+    holds_tars = out.is_dir() and any(out.glob("*.tar"))     # looked up first: another rank may begin between
     if (out / CACHE_NOTES).exists():
         before = read_cache_notes(out / CACHE_NOTES)
         differ = [f"{k} was {before.get(k)}, is {v}" for k, v in notes.items() if before.get(k) != v]
         if differ:
             raise ValueError(f"{out} holds another cache ({'; '.join(differ)}): choose another --out")
         return
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and no latent cache: choose another --out")
+    if holds_tars:
+        raise ValueError(f"{out} holds tars that are no latent cache: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     part = out / f".{CACHE_NOTES}.{os.getpid()}"             # several ranks may write it, all the same
     part.write_text(json.dumps(notes))
@@ -1267,7 +1269,7 @@ def write_cache(args) -> None:
         raise ValueError(f"{args.data} is a latent cache already: expected images")
     units = cache_units(source)
     channels, height, width = model.latent_shape(args.image_size, args.image_size)
-    start_cache(source, out, {
+    start_cache(out, {
         "format": CACHE_FORMAT, "source": source.name, "samples": len(source), "shards": len(units),
         "shape": [2 * channels, height, width], "image_size": args.image_size, "classes": source.classes,
         "autoencoder": models.fingerprint(model.autoencoder), "tokenizer": model.tokenizer.fingerprint()})

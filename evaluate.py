@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -363,7 +364,7 @@ class ClipSteps:
     """The same for CLIP: what the alignment task would cost as a network of its own."""
 
     def __init__(self, config: ClipConfig, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.config, count = args, config, args.batch_size
+        self.args, count = args, args.batch_size
         self.model = Clip(config).to(device)
         self.images = torch.randn(count, 3, config.image_size, config.image_size, device=device)
         self.tokens = torch.randint(config.text.vocab_size, (count, config.text.context_length),
@@ -382,13 +383,15 @@ class ClipSteps:
             self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
 
-    def flops(self) -> float:
-        """Of one pair, one training step, counted on tensors without storage as train.count_flops does."""
-        model = Clip(self.config).to("meta")
-        with FlopCounterMode(display=False) as counter:
-            ours = model.encode_image(self.images.to("meta"))
-            (ours + model.encode_tokens(self.tokens.to("meta"))).sum().backward()
-        return counter.get_total_flops() / len(self.images)
+
+def clip_flops(config: ClipConfig, pairs: int) -> float:
+    """Of one pair, one training step of CLIP, counted as train.count_flops counts."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = Clip(config)
+        ours = model.encode_image(torch.empty(pairs, 3, config.image_size, config.image_size))
+        texts = model.encode_tokens(torch.zeros(pairs, config.text.context_length, dtype=torch.int64))
+        (ours + texts).sum().backward()
+    return counter.get_total_flops() / pairs
 
 
 def inference_seconds(model: DiffDis, steps: Steps, clip: ClipSteps, args: argparse.Namespace) -> dict:
@@ -466,7 +469,7 @@ def ratios(cost: dict[str, float], ending: str) -> dict[str, float]:
                                 ("joint_over_generation_plus_clip", "clip"))}
 
 
-def count_memory(steps: Steps, args: argparse.Namespace) -> dict:
+def count_memory(steps: Steps) -> dict:
     """GiB of joint training: weights, and for what is trained gradients, two moments and the average, in
     float32; and what a forward pass keeps, once and per pair."""
     steps.run.tasks = ("generation", "alignment")
@@ -483,15 +486,10 @@ def count_memory(steps: Steps, args: argparse.Namespace) -> dict:
 
 def speed(model: DiffDis, args: argparse.Namespace) -> dict:
     """The paper's Table 6: joint training beside its two parts, and what either task costs after."""
-    steps, clips = Steps(model, args), []
-
-    def clip() -> ClipSteps:
-        if not clips:
-            clips.append(ClipSteps(CLIPS[args.preset], args, args.device))
-        return clips[0]
+    steps, clip = Steps(model, args), cache(lambda: ClipSteps(CLIPS[args.preset], args, args.device))
     flops = {name: steps.flops(*case) for name, case in kinds_of_step(model).items()}
-    flops["clip"] = ClipSteps(CLIPS[args.preset], args, torch.device("meta")).flops()
-    result: dict = {"n": args.batch_size, "chance": None, "memory_gib": count_memory(steps, args),
+    flops["clip"] = clip_flops(CLIPS[args.preset], args.batch_size)
+    result: dict = {"n": args.batch_size, "chance": None, "memory_gib": count_memory(steps),
                     "gflops": {name: value / 1e9 for name, value in flops.items()}}
     if args.tflops is not None:
         seconds = flops["joint"] * args.batch_size / (args.tflops * 1e12)
@@ -532,7 +530,8 @@ def print_speed(result: dict, args: argparse.Namespace) -> None:
     print(f"  counted for joint training: weights, gradients, moments, averages {memory['fixed']:.1f} GiB "
           f"({memory['fixed_ema_on_cpu']:.1f} with --ema-on-cpu), a forward pass "
           f"{memory['per_pass']:.2f} + {memory['per_pair']:.3f} per pair "
-          f"({memory['per_pass_recompute']:.2f} + {memory['per_pair_recompute']:.3f} with --recompute)")
+          f"({memory['per_pass_recompute']:.2f} + {memory['per_pair_recompute']:.3f} with --recompute)\n"
+          f"  most memory of this process: {result['peak_memory_gib']:.1f} GiB")
     print(f"  expected, where one device takes {1000 * result['scale'][0]['seconds']:.0f} ms per step "
           f"({'assumed' if args.tflops else 'measured'}); devices: images/s (share of perfect scaling)")
     print("  " + "  ".join(f"{row['devices']}: {row['images_per_s']:.1f} ({100 * row['efficiency']:.0f} %)"

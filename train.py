@@ -739,7 +739,7 @@ class Trainer:
             check_resume(checkpoint, args)
         source = in_turn(world, lambda: open_source(args.data, "train"))
         check_index(source, args.max_bad)
-        if rank == 0:
+        if rank == 0 and args.data != "shapes":       # which is made as it is needed
             say_what_is_there(source, args)
         self.source, self.val = hold_out(source, args.val)
         if args.init is not None:

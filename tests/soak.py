@@ -43,7 +43,6 @@ TIMINGS = ("images_per_s", "data_wait", "memory_gib", "mfu")
 LOSSES = ("loss", "loss_generation", "loss_alignment")
 EXACT = (*LOSSES, "accuracy", "grad_norm")
 NEVER = 10 ** 9           # steps
-FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"      # torchrun's, given to `kill` from outside or not
 MAX_DIFFERENCE = 1e-4     # relative: sums in another order, which Adam's division then amplifies
 SAMPLES = 200             # of `ranks`: 8 are held out, and 12 steps of 16 pairs are the other 192 once
 
@@ -162,8 +161,7 @@ def wait_until_gone(folder: Path, seconds: float = 60) -> None:
 
 
 def torchrun(ranks: int, *more: str) -> list[str]:
-    # Standalone: on a free port. Where FRESH_STORE is set, ranks that were started again also get a new
-    # store; torch 2.13 otherwise lets them find the addresses of the dead in the old one.
+    # Standalone: on a free port.
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1",
             "--nproc_per_node", str(ranks), *more]
 
@@ -576,9 +574,8 @@ def parse_args() -> argparse.Namespace:
 
 def command_line() -> str:
     """As it was given, without places on this machine."""
-    before = [f"{FRESH_STORE}={os.environ[FRESH_STORE]}"] if FRESH_STORE in os.environ else []
     named = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    return " ".join([*before, "python tests/soak.py", *named])
+    return " ".join(["python tests/soak.py", *named])
 
 
 def main() -> None:

@@ -124,7 +124,7 @@ def test_a_stopped_cache_goes_on_and_ranks_share_it(world, monkeypatch) -> None:
     ("--image-size 15", "multiple"),
     ("--data nowhere", "no data"), ("--init nowhere.pt", "nowhere.pt"), ("--batch-size 0", "batch-size"),
     ("--out start.pt/below", "start.pt"), ("--out pictures/latents", "one in the other"),
-    ("--out .", "one in the other"), ("--out full", "not empty")])
+    ("--out .", "one in the other"), ("--out full", "no latent cache")])
 def test_mistakes_end_in_one_line_and_status_2(world, capsys, flags: str, message: str) -> None:
     cache()
     Path("full").mkdir()

@@ -102,8 +102,7 @@ def test_clip_equals_transformers() -> None:
                          max_position_embeddings=16),
         vision_config=dict(common, hidden_size=48, intermediate_size=192, image_size=32, patch_size=8),
         projection_dim=24)).eval()
-    missing, unknown = theirs.load_state_dict(ours.state_dict(), strict=False)
-    assert not unknown and not [name for name in missing if "position_ids" not in name]
+    theirs.load_state_dict(ours.state_dict())
     images, tokens = torch.randn(3, 3, 32, 32), torch.randint(0, 599, (3, 16))
     tokens[:, -1] = 599
     expected = theirs(input_ids=tokens, pixel_values=images)

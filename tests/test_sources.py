@@ -351,6 +351,16 @@ def test_a_slow_index_is_kept_and_forgotten_when_a_shard_changes(tmp_path, monke
     assert len(uneven(tmp_path / "tars", [3, 6])) == 9, "an index that cannot be kept costs only its use"
 
 
+def test_every_epoch_chooses_among_the_captions_anew(tmp_path) -> None:
+    captions = [f"caption {k}" for k in range(5)]
+    source = TarSource([write_tar(tmp_path / "0.tar", [
+        (f"{i}.{kind}", body) for i in range(8) for kind, body in (
+            ("jpg", picture()), ("json", json.dumps({"captions": captions}).encode()))])], "test")
+    seen = [dict(zip(batch.keys, batch.captions)) for batch in take(source, 6)]       # an epoch each
+    assert set().union(*(epoch.values() for epoch in seen)) == set(captions)
+    assert all(len({epoch[key] for epoch in seen}) > 1 for key in seen[0]), "a picture keeps one caption"
+
+
 def test_large_jpegs_are_decoded_small(tmp_path) -> None:
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((640, 480), Image.BICUBIC)
