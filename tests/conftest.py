@@ -1,11 +1,19 @@
 """What the tests share: the import path, one thread per test process,
 and a model small enough to build anywhere."""
+import atexit
+import os
+import shutil
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
+# Downloads and indices of the tests stay out of the user's cache, also those of the processes they start.
+os.environ["TORCH_HOME"] = tempfile.mkdtemp(prefix="diffdis-tests-")
+atexit.register(shutil.rmtree, os.environ["TORCH_HOME"], ignore_errors=True)
+
+import pytest  # noqa: E402  (the environment comes first)
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -361,7 +361,7 @@ def server(tmp_path, monkeypatch):
     served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     served.files, served.asked = {}, []
     threading.Thread(target=served.serve_forever, daemon=True).start()
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setattr(models, "CACHE", tmp_path / "hub")
     for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
     yield served
