@@ -1261,8 +1261,11 @@ def write_cache(args) -> None:
         raise ValueError(f"--out {args.out} and --data {args.data} lie one in the other: the latents would "
                          "be taken for part of the data, choose another --out")
     model = models.load(args.init, args.device, weights="raw")
+    if isinstance(model, models.Clip):
+        raise ValueError(f"--init {args.init} is a CLIP, which reads pixels: it has no latents to keep")
     if args.image_size is None:      # Stable Diffusion's own files say 512, its fine-tuning here takes 256
-        args.image_size = (model.config if model.can_read else models.PRESETS["sd-v1"]).image_size
+        theirs = model.tasks == ("generation",) and model.config.autoencoder.kind == "kl"
+        args.image_size = (models.PRESETS["sd-v1"] if theirs else model.config).image_size
     source = open_source(args.data)
     check_index(source, args.max_bad)
     if source.cache is not None:

@@ -10,21 +10,29 @@ else; its text queries are compared with those of all candidate texts, and only 
 Retrieval and zeroshot have controls (`--control`) in which a sound evaluation must fall to chance.
 """
 import argparse
+import contextlib
 import copy
+import hashlib
+import io
 import json
 import math
+import os
 import platform
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from datetime import date
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from datetime import date, timedelta
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -32,19 +40,186 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import model as models
-from data import (SIDE, SkipReport, Source, Subset, Tokenizer, check, evaluation_batches, evenly_spaced,
-                  held_out_captions, open_source)
-from diffusion import alignment_loss
-from model import CLIPS, Clip, ClipConfig, DiffDis
-from sample import (CKPT_HELP, Parser, best_of, draw_images, draw_queries, fail, find_checkpoint, finite,
-                    natural, pick_device, positive, to_pil)
+from data import (CACHE, IMAGE_SUFFIXES, SIDE, FileSource, Sample, Shapes, SkipReport, Source, Subset,
+                  Tokenizer, check, evaluation_batches, evenly_spaced, files_below, held_out_captions,
+                  open_source, to_square, words)
+from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
+                       q_sample, signal_and_noise)
+from model import CLIPS, LIKE, Clip, ClipConfig, DiffDis
+from sample import (CKPT_HELP, SAMPLERS, Parser, best_of, draw_images, draw_queries, fail, find_checkpoint,
+                    fingerprint, finite, natural, pick_device, positive, to_pil)
 
 CONTROLS = ("none", "shuffle-images", "no-image", "shuffle-labels")
 
 
-# ---------------------------------------------------------------- scoring
+# ---------------------------------------------------------------- ranks
+def restarts() -> int:
+    """How often torchrun has started these ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def join_ranks(name: str) -> tuple[int, int, torch.device]:
+    """Join the process group that torchrun describes, if it does; name: of the device, or auto
+    -> rank, number of ranks, device."""
+    device, rank, world = pick_device(name), 0, 1
+    if "RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        # Long: one rank may index a large data set, or write a large checkpoint, while the others wait.
+        options: dict = {"timeout": timedelta(minutes=30)}
+        store, rank, world = next(dist.rendezvous("env://", **options))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            # torchrun keeps its store when it starts ranks again: without a name of their own for each try
+            # they would call at the addresses of the dead. (Between machines the counts may differ.)
+            store = dist.PrefixStore(f"try-{restarts()}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, **options)
+    return rank, world, device
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def everybody(value):
+    """What every rank passes, in rank order; with one rank a list of one."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def in_turn(do: Callable):
+    """`do`, by the first rank of each machine before the others: what it keeps or downloads they find."""
+    first, world = int(os.environ.get("LOCAL_RANK", 0)) == 0, rank_and_world()[1]
+    if world > 1 and not first:
+        dist.barrier()
+    result = do()
+    if world > 1 and first:
+        dist.barrier()
+    return result
+
+
+def together(count: int, rows_of: Callable[[range], Tensor]) -> Tensor:
+    """Rows 0 … count-1 of something, computed by all ranks: rank r computes r, r + N, … -> all of them."""
+    rank, world = rank_and_world()
+    mine = rows_of(range(rank, count, world)) if rank < count else None
+    if world == 1:
+        return mine
+    parts = [part for part in everybody(None if mine is None else mine.cpu()) if part is not None]
+    whole = parts[0].new_empty(count, *parts[0].shape[1:])
+    for r, part in enumerate(parts):
+        whole[r::world] = part
+    return whole.to(mine.device) if mine is not None else whole
+
+
+def kept(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `make` returns, from the cache's file of this name if all ranks can read it; else it is made, and
+    kept there. name: must tell apart whatever makes a difference."""
+    path, found = CACHE / f"{name}.pt", None
+    with contextlib.suppress(ValueError, OSError):
+        found = models.read_torch(path)
+    if all(everybody(found is not None)):
+        return found
+    found = make()
+    if rank_and_world()[0] == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            models.write_atomically(path, lambda file: torch.save(found, file))
+        except OSError as error:
+            print(f"warning: not kept for next time: {error}", file=sys.stderr)
+    return found
+
+
+# ---------------------------------------------------------------- reading images
+class Mismatched(Source):
+    """Every sample with the image of another: the control "shuffle-images"."""
+
+    def __init__(self, source: Source, seed: int) -> None:
+        self.source, self.others = source, shuffled(len(source), seed).tolist()
+        self.name, self.classes, self.cache = source.name, source.classes, source.cache
+        self.skipped, self.separate_captions = source.skipped, source.separate_captions
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int, side: int | None = None) -> Sample:
+        own, other = self.source.read(index, side), self.source.read(self.others[index], side)
+        return replace(own, image=other.image, moments=other.moments)
+
+
+class Read(NamedTuple):
+    """What `over_images` found; rows are the usable samples in the source's order."""
+    values: Tensor                # [N, ...], on the CPU
+    captions: list[list[str]]
+    labels: list
+    skips: SkipReport
+    seconds: float                # per image and device, decoding included
+
+
 @torch.no_grad()
-def encode_texts(model: DiffDis, texts: list[str], batch: int = 256) -> Tensor:
+def over_images(model: DiffDis | Clip, source: Source, args: argparse.Namespace,
+                values_of: Callable[[Tensor, list[int]], Tensor]) -> Read:
+    """values_of(inputs [B, ...], numbers of the images [B]) -> [B, ...], for all usable images, each once; the
+    ranks share them. inputs: clean latents, of a CLIP normalised pixels.
+
+    The controls that concern images act here, before anything is predicted: "no-image" zeroes the inputs,
+    "shuffle-images" gives each sample the image of another.
+    """
+    if source.cache is not None:
+        if isinstance(model, Clip):
+            raise ValueError(f"{source.name} holds latents, and a CLIP reads pixels: name the images")
+        if model.autoencoder is not None:      # None while training on it: checked then
+            models.check_latents(source.cache, model, source.name)
+    if args.control == "shuffle-images":
+        source = Mismatched(source, args.seed)
+    rank, world = rank_and_world()
+    mine = Subset(source, np.arange(rank, len(source), world)) if world > 1 else source
+    skips, found, began = SkipReport(args.max_bad), [], time.perf_counter()
+    with tqdm(total=len(mine), unit="image", desc="read", disable=None if rank == 0 else True,
+              leave=False) as bar:
+        for batch in evaluation_batches(mine, model.config.image_size, args.batch_size, args.workers or 0):
+            skips.add(batch.skipped, batch.visited)
+            if batch.captions:
+                inputs, places = model.read_batch(batch.images.to(model.device)), [
+                    i * world + rank for i in batch.places]
+                inputs = torch.zeros_like(inputs) if args.control == "no-image" else inputs
+                found += zip(places, values_of(inputs, places).cpu(), batch.captions, batch.labels)
+            bar.update(batch.visited)
+    seconds = time.perf_counter() - began
+    if world > 1:
+        parts, skips = everybody((found, skips)), SkipReport(args.max_bad)
+        for _, report in parts:
+            skips.add(report.skipped, report.visited)
+        found = sorted((row for part, _ in parts for row in part), key=lambda row: row[0])
+    skips.add(source.skipped, sum(source.skipped.values()))
+    skips.check(final=True)
+    if not found:
+        raise ValueError(f"{source.name} has no usable sample ({skips})")
+    _, values, captions, labels = zip(*found)
+    return Read(torch.stack(values), list(captions), list(labels), skips, seconds * world / len(found))
+
+
+def read_queries(model: DiffDis | Clip, inputs: Tensor, places: list[int], args: argparse.Namespace) -> Tensor:
+    """What the model reads from images, comparable with texts [B, D], unit norm: a denoised text query
+    (Algorithm 3), of a CLIP the image's embedding."""
+    if isinstance(model, Clip):
+        return model.encode_image(inputs)
+    return draw_queries(model, inputs, places, args.text_steps, args.draws, args.guidance_scale, args.seed)
+
+
+def image_queries(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> Read:
+    """`read_queries` of all usable images. Raises ValueError where they are not finite."""
+    read = over_images(model, source, args, lambda inputs, places: read_queries(model, inputs, places, args))
+    if not torch.isfinite(read.values).all():
+        raise ValueError("the model's text queries are not finite: its weights are not usable")
+    return read
+
+
+@torch.no_grad()
+def encode_texts(model: DiffDis | Clip, texts: list[str], batch: int = 256) -> Tensor:
     """Texts -> text queries e [K, D], unit norm, float32; shared by all ranks."""
     def rows_of(places: range) -> Tensor:
         mine = [texts[i] for i in places]
@@ -65,79 +240,6 @@ def score(model: DiffDis, images: Tensor, texts: list[str], text_steps: int = 1,
     return queries @ encode_texts(model, texts).T
 
 
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def together(count: int, rows_of: Callable[[range], Tensor]) -> Tensor:
-    """Rows 0 … count-1 of something, computed by all ranks: rank r computes r, r + N, … -> all of them."""
-    rank, world = rank_and_world()
-    mine = rows_of(range(rank, count, world)) if rank < count else None
-    if world == 1:
-        return mine
-    parts = [None] * world
-    dist.all_gather_object(parts, None if mine is None else mine.cpu())
-    parts = [part for part in parts if part is not None]
-    whole = parts[0].new_empty(count, *parts[0].shape[1:])
-    for r, part in enumerate(parts):
-        whole[r::world] = part
-    return whole.to(mine.device) if mine is not None else whole
-
-
-def read_latents(model: DiffDis, source: Source, args: argparse.Namespace):
-    """All usable images, read by all ranks together
-    -> latents [N, C, h, w] on the CPU, captions [N] of lists, labels [N], the report on what was left out."""
-    if source.cache is not None and model.autoencoder is not None:      # None while training on it: checked
-        models.check_latents(source.cache, model, source.name)
-    rank, world = rank_and_world()
-    mine = Subset(source, np.arange(rank, len(source), world)) if world > 1 else source
-    skips, found = SkipReport(args.max_bad), []
-    with tqdm(total=len(mine), unit="image", desc="read", disable=None, leave=False) as bar:
-        for batch in evaluation_batches(mine, model.config.image_size, args.batch_size):
-            skips.add(batch.skipped, batch.visited)
-            if batch.captions:
-                latents = model.read_batch(batch.images.to(model.device)).float().cpu()
-                found += zip((i * world + rank for i in batch.places), latents, batch.captions, batch.labels)
-            bar.update(batch.visited)
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, (found, skips.skipped, skips.visited))
-        skips = SkipReport(args.max_bad)
-        for _, skipped, visited in parts:
-            skips.add(skipped, visited)
-        found = sorted((row for part, _, _ in parts for row in part), key=lambda row: row[0])
-    skips.add(source.skipped, sum(source.skipped.values()))
-    skips.check(final=True)
-    if not found:
-        raise ValueError(f"{source.name} has no usable sample ({skips})")
-    _, latents, captions, labels = zip(*found)
-    return torch.stack(latents), list(captions), list(labels), skips
-
-
-def image_queries(model: DiffDis, latents: Tensor, args: argparse.Namespace) -> Tensor:
-    """latents [N, C, h, w] of all images -> their denoised text queries [N, D].
-
-    The controls that concern images act here, before anything is predicted: "no-image" zeroes the condition,
-    "shuffle-images" gives each place the latents of another.
-    """
-    if args.control == "no-image":
-        latents = torch.zeros_like(latents)
-    elif args.control == "shuffle-images":
-        latents = latents[shuffled(len(latents), args.seed)]
-
-    def rows_of(places: range) -> Tensor:
-        queries = []
-        for first in tqdm(range(0, len(places), args.batch_size), unit="batch", disable=None, leave=False):
-            some = places[first:first + args.batch_size]
-            queries.append(draw_queries(model, latents[some].to(model.device), list(some), args.text_steps,
-                                        args.draws, args.guidance_scale, args.seed))
-        return torch.cat(queries)
-    queries = together(len(latents), rows_of)
-    if not torch.isfinite(queries).all():
-        raise ValueError("the model's text queries are not finite: its weights are not usable")
-    return queries
-
-
 def shuffled(n: int, seed: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
@@ -153,18 +255,22 @@ def ranks_of_best_match(queries: Tensor, candidates: Tensor, matches: list[list[
                         block: int = 1024) -> Tensor:
     """How many wrong candidates are at least as similar as the best right one; 0 is a hit at R@1.
 
-    queries [N, D], candidates [K, D], matches: N lists of right candidates -> [N] int64. Memory is block · K.
+    queries [N, D], candidates [K, D], matches: N lists of right candidates -> [N] int64. Memory is block · K;
+    the ranks share the rows.
     Ties count against the model: one that gives every candidate the same score must not look perfect.
     """
-    ranks = []
-    for start in range(0, len(queries), block):
-        similarity = queries[start:start + block] @ candidates.T
-        right = torch.zeros_like(similarity, dtype=torch.bool)
-        for row, columns in enumerate(matches[start:start + block]):
-            right[row, columns] = True
-        best = similarity.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-        ranks.append((~(similarity < best) & ~right).sum(dim=1))       # so written, NaN counts against it too
-    return torch.cat(ranks).cpu()
+    def ranks_of(places: range) -> Tensor:
+        ranks, places = [], list(places)
+        for start in range(0, len(places), block):
+            some = places[start:start + block]
+            similarity = queries[some] @ candidates.T
+            right = torch.zeros_like(similarity, dtype=torch.bool)
+            for row, place in enumerate(some):
+                right[row, matches[place]] = True
+            best = similarity.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
+            ranks.append((~(similarity < best) & ~right).sum(dim=1))   # so written, NaN counts against it too
+        return torch.cat(ranks).cpu()
+    return together(len(queries), ranks_of)
 
 
 def chance_of_hit(k: int, candidates: int, right: int) -> float:
@@ -175,23 +281,30 @@ def chance_of_hit(k: int, candidates: int, right: int) -> float:
 
 # ---------------------------------------------------------------- tasks
 def retrieval(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
-    """R@1/5/10 both ways over all captions of all images; equal captions are one text.
+    """R@1/5/10 both ways over all captions of all images.
 
-    Image -> text is a hit if any caption of the image is among the k most similar texts;
-    text -> image if any image with that caption is.
+    Image -> text is a hit if any caption of the image is among the k most similar texts; text -> image if any
+    image with that caption is. Equal captions are one text; with Karpathy's files each is its own, as in the
+    field's protocol.
     """
-    latents, captions, _, skips = read_latents(model, source, args)
-    queries = image_queries(model, latents, args)
+    read = image_queries(model, source, args)
+    queries, captions = read.values, read.captions
     if args.control == "shuffle-labels":
         captions = [captions[i] for i in shuffled(len(captions), args.seed).tolist()]
-    column = {text: i for i, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
-    texts_of = [[column[text] for text in texts] for texts in captions]
-    images_of = [[] for _ in column]
+    if source.separate_captions:
+        texts = [text for found in captions for text in found]
+        ends = np.cumsum([len(found) for found in captions]).tolist()
+        texts_of = [list(range(end - len(found), end)) for end, found in zip(ends, captions)]
+    else:
+        texts = list(dict.fromkeys(text for found in captions for text in found))
+        column = {text: i for i, text in enumerate(texts)}
+        texts_of = [[column[text] for text in found] for found in captions]
+    images_of = [[] for _ in texts]
     for image, columns in enumerate(texts_of):
         for j in columns:
             images_of[j].append(image)
-    texts = encode_texts(model, list(column))
-    result = {"n": len(queries), "n_texts": len(column)}
+    result = {"n": len(queries), "n_texts": len(texts)}
+    texts = encode_texts(model, texts).cpu()
     for name, ranks, matches, pool in (
             ("i2t", ranks_of_best_match(queries, texts, texts_of), texts_of, len(texts)),
             ("t2i", ranks_of_best_match(texts, queries, images_of), images_of, len(queries))):
@@ -202,7 +315,8 @@ def retrieval(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
             result[f"{name}_r{k}_interval"] = wilson(rate, min(len(ranks), len(queries)))
             result[f"{name}_r{k}_chance"] = sum(
                 chance_of_hit(k, pool, len(set(m))) for m in matches) / len(matches)
-    return {**result, "chance": result["i2t_r1_chance"], "skipped": skips.to_dict()}
+    return {**result, "mean_r1": (result["i2t_r1"] + result["t2i_r1"]) / 2, "chance": result["i2t_r1_chance"],
+            "seconds_per_image": read.seconds, "skipped": read.skips.to_dict()}
 
 
 def fill(template: str, name: str) -> str:
@@ -210,27 +324,187 @@ def fill(template: str, name: str) -> str:
     return (template.replace("a {}", "an {}") if name[0].lower() in "aeiou" else template).replace("{}", name)
 
 
-def zeroshot(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
-    """Zero-shot classification: a class's text query is the normalised mean of its templates' queries."""
+ENSEMBLE = ("a photo of a {}", "a picture of a {}", "an image of a {}", "a close-up photo of a {}",
+            "a blurry photo of a {}", "a bright photo of a {}", "a dark photo of a {}", "a photo of a small {}",
+            "a photo of a large {}", "a photo of one {}", "a cropped photo of a {}", "a drawing of a {}",
+            "a {} outdoors", "a {} on a plain background", "this is a {}", "there is a {} in this picture")
+# Data sets for which the field quotes the mean of the classes' accuracies, by a part of the folder's name.
+MEAN_PER_CLASS = re.compile("aircraft|pets|caltech|flowers", re.IGNORECASE)
+
+
+def pick_templates(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> list[str]:
+    """--templates, or what is built in, less templates with words that no training caption had."""
+    if args.templates:
+        return args.templates
+    if source.name == "shapes":
+        return ["a {}"]
+    known = model.known_words
+    some = [t for t in ENSEMBLE if known is None or set(words(t.replace("{}", " "))) <= known]
+    return some or [ENSEMBLE[0]]
+
+
+def class_queries(model: DiffDis | Clip, names: list[str], templates: list[str]) -> Tensor:
+    """Names of K classes -> the normalised mean of each one's prompts [K, D]. Where prompts are many they are
+    kept, by text encoder and prompts, for the next evaluation."""
+    prompts = [fill(template, name) for name in names for template in templates]
+
+    def make() -> dict[str, Tensor]:
+        queries = encode_texts(model, prompts).unflatten(0, (len(names), -1))
+        return {"classes": F.normalize(queries.mean(dim=1), dim=-1).cpu()}
+    if len(prompts) < 2000:
+        return make()["classes"]
+    digest = hashlib.sha256(json.dumps([prompts, model.tokenizer.merges]).encode())
+    for name, value in model.state_dict().items():
+        if name.startswith("text_"):
+            digest.update(value.float().cpu().contiguous().numpy().tobytes())
+    return kept(f"classes-{digest.hexdigest()[:16]}", make)["classes"]
+
+
+@torch.no_grad()
+def classify_by_loss(model: DiffDis, latents: Tensor, places: list[int], contexts: Tensor,
+                     args: argparse.Namespace) -> Tensor:
+    """Diffusion Classifier (Li et al. 2023): the class under whose prompt the UNet denoises an image best.
+
+    latents: clean z [B, C, h, w]; places: numbers that name the images: noise is a function of (seed, place,
+    draw); contexts: the classes' text conditions [K, L, D] -> scores [B, K]: minus the mean generation loss
+    (Eq. 4) over timesteps and noise that an image's classes share. In stages: after so many draws in all
+    (--dc-samples) only so many classes (--dc-keep) go on, and those behind rank below them.
+    """
+    config, (count, classes) = model.config, (len(latents), len(contexts))
+    alphas = make_alphas_cumprod(config.image_schedule, config.timesteps).to(model.device)
+    total, drawn = args.dc_samples[-1], []
+    losses, scores = latents.new_zeros(2, count, classes)
+    alive = torch.arange(classes, device=model.device).repeat(count, 1)               # [B, classes left]
+    for stage, samples in enumerate(args.dc_samples):
+        left = alive.shape[1]
+        new = [j for j in ((2 * i + 1) * total // (2 * samples) for i in range(samples)) if j not in drawn]
+        for j in new:       # timesteps evenly spaced in every stage
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=generator_of(args.seed, place, j))
+                                 for place in places]).to(model.device)
+            t = torch.full((count,), (2 * j + 1) * config.timesteps // (2 * total), device=model.device)
+            a, s = signal_and_noise(t, latents, alphas)
+            target = make_target(config.image_target, latents, noise, a, s)
+            inputs = [q_sample(latents, t, noise, alphas), t, target]
+            rows = [x.repeat_interleave(left, dim=0).split(args.batch_size) for x in inputs]
+            found = [generation_loss(model.denoise_image(noisy, time, contexts[which]), aim) for
+                     noisy, time, aim, which in zip(*rows, alive.flatten().split(args.batch_size))]
+            losses.scatter_add_(1, alive, torch.cat(found).view(count, left))
+        drawn += new
+        mean = losses.gather(1, alive) / len(drawn)
+        scores.scatter_(1, alive, 1e4 * stage - mean)
+        if stage < len(args.dc_keep):
+            best = mean.topk(min(args.dc_keep[stage], left), largest=False).indices
+            alive = alive.gather(1, best.sort(dim=1).values)
+    return scores
+
+
+def zeroshot(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict:
+    """Zero-shot classification: top-1, top-5 and the mean of the classes' top-1.
+
+    A class's text query is the normalised mean of its templates' queries; with --method diffusion-classifier
+    a class is its first template's text condition, and the generation loss decides.
+    """
     if source.classes is None:
         raise ValueError(f"{source.name} has no classes: "
-                         "zeroshot needs a folder of class folders (DIR/CLASS/*.jpg)")
-    templates = args.templates or ["a {}" if source.name == "shapes" else "a photo of a {}"]
-    classes = torch.stack([encode_texts(model, [fill(t, name) for t in templates]).mean(dim=0)
-                           for name in source.classes])
-    latents, _, labels, skips = read_latents(model, source, args)
-    queries = image_queries(model, latents, args)
-    similarity, labels = (queries @ F.normalize(classes, dim=-1).T).cpu(), torch.tensor(labels)
+                         "zeroshot needs class folders (DIR/CLASS/*.jpg) or another layout of the README")
+    templates, names = pick_templates(model, source, args), source.classes
+    if args.method == "alignment":
+        classes, read = class_queries(model, names, templates), image_queries(model, source, args)
+        similarity = read.values @ classes.cpu().T
+    else:
+        templates = templates[:1]
+        with torch.no_grad():
+            contexts = model.encode_text([fill(templates[0], name) for name in names])[0]
+        read = over_images(model, source, args, lambda latents, places: classify_by_loss(
+            model, latents, places, contexts, args))
+        similarity = read.values
+    labels = torch.tensor(read.labels)
     if args.control == "shuffle-labels":
         labels = labels[shuffled(len(labels), args.seed)]
+    return {"method": args.method, "classes": len(names), "templates": templates,
+            **accuracies(similarity, labels), "seconds_per_image": read.seconds,
+            "quoted": "mean_per_class" if MEAN_PER_CLASS.search(source.name) else "top1",
+            "skipped": read.skips.to_dict()}
+
+
+def accuracies(similarity: Tensor, labels: Tensor) -> dict:
+    """similarity [N, K], labels [N] -> top-1 with its interval, top-5, mean per class, n, chance."""
     truth = similarity.gather(1, labels[:, None])
     ranks = (~(similarity < truth)).sum(dim=1) - 1        # ties count against the model, as above
     hits = (ranks == 0).float()
     per_class = [hits[labels == c].mean().item() for c in labels.unique()]
-    top1, count = hits.mean().item(), len(source.classes)
-    return {"n": len(labels), "classes": count, "templates": templates, "chance": 1 / count, "top1": top1,
+    top1 = hits.mean().item()
+    return {"n": len(labels), "chance": 1 / similarity.shape[1], "top1": top1,
             "top1_interval": wilson(top1, len(labels)), "top5": (ranks < 5).float().mean().item(),
-            "mean_per_class": sum(per_class) / len(per_class), "skipped": skips.to_dict()}
+            "mean_per_class": sum(per_class) / len(per_class)}
+
+
+# ---------------------------------------------------------------- features of images, kNN
+@torch.no_grad()
+def image_tokens(model: DiffDis | Clip, inputs: Tensor, places: list[int], seed: int) -> Tensor:
+    """inputs, places: as `over_images` hands them over -> the image tokens after the alignment transformer
+    (from t = T-1), of a CLIP after the last layer, averaged [B, D]."""
+    if isinstance(model, Clip):
+        return model.vision_model.tokens(inputs)[:, 1:].mean(dim=1)
+    noise = torch.stack([torch.randn(model.config.text.width, generator=generator_of(seed, place, 0))
+                         for place in places]).to(model.device)
+    t = torch.full((len(places),), model.config.timesteps - 1, device=model.device)
+    return model.image_features(noise, t, inputs)
+
+
+def vote(queries: Tensor, bank: Tensor, labels: Tensor, classes: int, k: int, temperature: float = 0.07,
+         block: int = 1024) -> Tensor:
+    """The k nearest of bank [M, D], whose labels are [M], by cosine, each voting with exp(cosine/temperature)
+    (Wu et al. 2018) -> votes [N, classes]. Memory is block · M."""
+    bank, votes = F.normalize(bank, dim=-1), []
+    for some in F.normalize(queries, dim=-1).split(block):
+        near = (some @ bank.T).topk(min(k, len(bank)))
+        weights = (near.values / temperature).exp()
+        votes.append(weights.new_zeros(len(some), classes).scatter_add_(1, labels[near.indices], weights))
+    return torch.cat(votes)
+
+
+def open_bank(args: argparse.Namespace) -> Source:
+    """The labelled images that knn looks in: --bank, else the training half of --data. Raises ValueError."""
+    if args.bank is None and args.data == "shapes":
+        return evenly_spaced(Shapes("classes", seed=1), args.bank_limit)
+    bank = open_source(args.bank or args.data, "train", args.bank_list)
+    if args.bank is None and Path(bank.read(0).key) == Path(open_source(args.data, "val", args.list).read(0).key):
+        raise ValueError(f"{args.data} has no training half: expected DIR/train and DIR/val, or --bank DIR")
+    return evenly_spaced(bank, args.bank_limit)
+
+
+def knn(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict:
+    """Classification by the nearest training images, on frozen features: the denoised text query, and (_tokens)
+    the alignment transformer's image tokens, averaged."""
+    bank = open_bank(args)
+    for name, some in (("--data", source), ("the bank", bank)):
+        if some.classes is None:
+            raise ValueError(f"{name} ({some.name}) has no classes: knn needs class folders, "
+                             "DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg")
+    if bank.classes != source.classes:
+        raise ValueError(f"the bank has classes {bank.classes[:3]}..., --data has {source.classes[:3]}...: "
+                         "expected the same ones")
+    # Other noise than the images': what is alike must be the pictures.
+    plain = argparse.Namespace(**{**vars(args), "control": "none", "seed": args.seed + 1})
+
+    def read_both(source: Source, args: argparse.Namespace) -> Read:
+        return over_images(model, source, args, lambda inputs, places: torch.cat(
+            [read_queries(model, inputs, places, args), image_tokens(model, inputs, places, args.seed)], dim=1))
+    known, read = read_both(bank, plain), read_both(source, args)
+    width = model.config.embedding if isinstance(model, Clip) else model.config.text.width
+    labels = torch.tensor(read.labels)
+    if args.control == "shuffle-labels":
+        labels = labels[shuffled(len(labels), args.seed)]
+    result: dict = {"k": args.k, "n_bank": len(known.labels), "classes": len(source.classes)}
+    for ending, some in (("", slice(width)), ("_tokens", slice(width, None))):
+        votes = vote(read.values[:, some], known.values[:, some], torch.tensor(known.labels),
+                     len(source.classes), args.k)
+        found = accuracies(votes, labels)
+        result |= {"n": found.pop("n"), "chance": found.pop("chance"),
+                   **{name.replace("top1", "top1" + ending) if "top1" in name else name + ending: value
+                      for name, value in found.items()}}
+    return {**result, "seconds_per_image": read.seconds, "skipped": read.skips.to_dict()}
 
 
 def checker(model: DiffDis, args: argparse.Namespace) -> dict:
@@ -262,6 +536,125 @@ def checker(model: DiffDis, args: argparse.Namespace) -> dict:
     return {"n": len(prompts), "best_of": args.best_of, "steps": args.steps,
             "guidance_scale": scale, "chance": 0.0, **rates,
             "all_interval": wilson(rates["all"], len(prompts)), "all_single": sum(singles) / len(singles)}
+
+
+class Features:
+    """Where images are compared: Inception's pool3 (FID), or the image tokens of a checkpoint, averaged."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args, self.device = args, device
+        if args.features is None:
+            self.network, self.width = in_turn(lambda: models.load_inception(args.inception, device)), 2048
+            self.name = f"Inception pool3, {args.resize} resize"
+        else:
+            self.network = models.load(args.features, device)
+            clip = isinstance(self.network, Clip)
+            self.width = self.network.config.width if clip else self.network.config.fusion.query_width
+            self.name = f"image tokens of {args.features} ({fingerprint(models.locate(args.features))})"
+        digest = hashlib.sha256(self.name.encode())
+        for value in self.network.state_dict().values():
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        self.hash = digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, places: list[int]) -> Tensor:
+        """pixels uint8 [B, H, W, 3] -> [B, width], float32."""
+        if self.args.features is None:
+            return self.network(inception_input(pixels.to(self.device), self.args.resize))
+        size = self.network.config.image_size
+        if pixels.shape[1] != size:
+            pixels = torch.from_numpy(np.stack([to_square(Image.fromarray(p.cpu().numpy()), size)
+                                                for p in pixels]))
+        inputs = self.network.read_batch(pixels.to(self.device))
+        return image_tokens(self.network, inputs, places, self.args.seed).float()
+
+
+def reference_statistics(features: Features, source: Source, size: int, args: argparse.Namespace
+                         ) -> tuple[Statistics, SkipReport]:
+    """Of the source's centre squares at `size` px, by all ranks; kept for the next time that the same files
+    are compared in the same features."""
+    skips = SkipReport(args.max_bad)
+    path = Path(args.data)
+    stamp = [str(path.resolve()), args.data == "shapes", len(source), size, features.hash, args.seed]
+    if path.exists():
+        stamp += [[str(file), (stat := file.stat()).st_size, stat.st_mtime_ns]
+                  for file in ([path] if path.is_file() else files_below(path))]
+
+    def make() -> dict[str, Tensor]:
+        rank, world = rank_and_world()
+        found, mine = Statistics(features.width), Subset(source, np.arange(rank, len(source), world))
+        for batch in tqdm(evaluation_batches(mine, size, args.batch_size, args.workers or 0), unit="batch",
+                          desc="reference", disable=None if rank == 0 else True, leave=False,
+                          total=-(-len(mine) // args.batch_size)):
+            skips.add(batch.skipped, batch.visited)
+            if batch.captions:
+                found.add(features(batch.images, [i * world + rank for i in batch.places]))
+        return found.gather().to_dict()
+    digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:16]
+    return Statistics.from_dict(kept(f"statistics-{digest}", make)), skips
+
+
+def drawn_statistics(features: Features, model: DiffDis, prompts: list[str], args: argparse.Namespace
+                     ) -> Statistics:
+    """Of one picture per prompt, drawn by all ranks; picture i comes from seed + i, whatever the batches."""
+    rank, world = rank_and_world()
+    found, mine = Statistics(features.width), range(rank, len(prompts), world)
+    for first in tqdm(range(0, len(mine), args.batch_size), unit="batch", desc="draw",
+                      disable=None if rank == 0 else True):
+        some = list(mine[first:first + args.batch_size])
+        images = draw_images(model, [prompts[i] for i in some], [args.seed + i for i in some], args.steps,
+                             args.guidance_scale, sampler=args.sampler)
+        pixels = np.stack([np.asarray(to_pil(image)) for image in images])
+        if args.out:
+            for i, picture in zip(some, pixels):
+                Image.fromarray(picture).save(Path(args.out) / f"{i:06d}.png")
+        found.add(features(torch.from_numpy(pixels), some))
+    return found.gather()
+
+
+def open_pictures(args: argparse.Namespace) -> Source:
+    """--images: all pictures below a folder, --n of them. Raises ValueError."""
+    found = [p for p in files_below(Path(args.images)) if p.suffix[1:].lower() in IMAGE_SUFFIXES]
+    if not found:
+        raise ValueError(f"--images {args.images} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
+    return evenly_spaced(FileSource(found, args.images, ["picture"], [0] * len(found)), args.n)
+
+
+def fid(model: DiffDis | None, source: Source, args: argparse.Namespace) -> dict:
+    """Fréchet distance between drawn pictures, or those of --images, and the images of --data, lower is better.
+
+    Drawn is one picture for each of --n samples' first captions. Both sets are compared at the same size.
+    """
+    if args.control != "none":
+        raise ValueError(f"--control {args.control}: fid has no right answers to break, leave it out")
+    size = args.image_size or (256 if model is None else model.config.image_size)
+    if model is None:
+        ours = open_pictures(args)
+        count = len(ours)
+    else:
+        some = evenly_spaced(source, args.n or 30000)
+        prompts = [captions[0] for captions in some.usable_captions(len(some))]
+        count = len(prompts)
+    for what, n in (("pictures", count), ("reference images", len(source))):
+        if n < 2048 and not args.allow_small:
+            raise ValueError(f"{n} {what}, and below 2048 the distance says more about their number than about "
+                             "the pictures: take more (--n, --limit), or --allow-small to see it anyway")
+    features = Features(args, args.device if model is None else model.device)
+    reference, skips = reference_statistics(features, source, size, args)
+    if model is None:
+        plain = argparse.Namespace(**{**vars(args), "data": args.images})
+        found, _ = reference_statistics(features, ours, size, plain)
+        protocol = {"pictures": args.images}
+    else:
+        found = drawn_statistics(features, model, prompts, args)
+        scale = model.config.guidance_scale if args.guidance_scale is None else args.guidance_scale
+        protocol = {"pictures": f"one per caption, seeds from {args.seed}", "sampler": args.sampler,
+                    "steps": args.steps, "guidance_scale": scale}
+    protocol |= {"features": features.name, "features_hash": features.hash, "image_size": size,
+                 "reference": f"{source.name}, centre squares, bicubic"}
+    skips.check(final=True)
+    return {"n": found.count, "n_reference": reference.count, "chance": None,
+            "fid": frechet_distance(found, reference), "protocol": protocol, "skipped": skips.to_dict()}
 
 
 # ---------------------------------------------------------------- speed (Table 6)
@@ -348,7 +741,7 @@ class Steps:
 
         def step() -> None:
             images = self.moments if cached else self.pixels
-            latents = joint.encode(images, self.drawn["posterior_noise"])
+            latents = joint.encode(images, self.drawn)
             self.train.backward(joint, [(latents, self.tokens, self.drawn)], self.run.align_weight)
             if args.optimizer:
                 torch.nn.utils.clip_grad_norm_(live, 1.0)
@@ -486,9 +879,9 @@ def count_memory(steps: Steps) -> dict:
 
 def speed(model: DiffDis, args: argparse.Namespace) -> dict:
     """The paper's Table 6: joint training beside its two parts, and what either task costs after."""
-    steps, clip = Steps(model, args), cache(lambda: ClipSteps(CLIPS[args.preset], args, args.device))
+    steps, clip = Steps(model, args), cache(lambda: ClipSteps(CLIPS[LIKE[args.preset]], args, args.device))
     flops = {name: steps.flops(*case) for name, case in kinds_of_step(model).items()}
-    flops["clip"] = clip_flops(CLIPS[args.preset], args.batch_size)
+    flops["clip"] = clip_flops(CLIPS[LIKE[args.preset]], args.batch_size)
     result: dict = {"n": args.batch_size, "chance": None, "memory_gib": count_memory(steps),
                     "gflops": {name: value / 1e9 for name, value in flops.items()}}
     if args.tflops is not None:
@@ -558,17 +951,24 @@ def print_table(title: str, result: dict, metrics: tuple[str, ...]) -> None:
     skipped = result.get("skipped", {"skipped": {}})["skipped"]
     if skipped:
         print(f"  left out: {', '.join(f'{count} {cause}' for cause, count in sorted(skipped.items()))}")
+    if "fid" in result:
+        print(f"  FID {result['fid']:.3f} against {result['n_reference']} images; "
+              + "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in result["protocol"].items()))
+    if "seconds_per_image" in result:
+        print(f"  {1000 * result['seconds_per_image']:.2f} ms per image and device")
     for name in metrics:
         low, high = result.get(f"{name}_interval", (None, None))
         interval = "" if low is None else f"   95 % interval {100 * low:5.1f} – {100 * high:5.1f}"
-        chance = result.get(f"{name}_chance", result["chance"] if name == "top1" else None)
+        chance = result.get(f"{name}_chance", result["chance"] if name.startswith("top1") else None)
         print(f"  {name:<15}{100 * result[name]:6.1f} %{interval}"
               + ("" if chance is None else f"   chance {100 * chance:.2f}"))
 
 
 TASKS: dict[str, tuple[Callable, tuple[str, ...]]] = {
-    "retrieval": (retrieval, ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")),
+    "retrieval": (retrieval, ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_r1")),
     "zeroshot": (zeroshot, ("top1", "top5", "mean_per_class")),
+    "knn": (knn, ("top1", "mean_per_class", "top1_tokens", "mean_per_class_tokens")),
+    "fid": (fid, ()),
     "checker": (checker, ("colour", "shape", "size", "relation", "all", "all_single")),
 }
 
@@ -584,27 +984,69 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         add("--json", metavar="FILE", help="also write the numbers here; rates are fractions")
         add("--seed", type=natural, default=0, help="seed of all noise and of the controls' shuffling")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+        if name in ("checker", "fid"):
+            add("--steps", type=positive, default=50, help="sampler steps")
+            add("--guidance-scale", type=finite, help="1 + w, 1: none; without it the checkpoint's own")
         if name == "checker":
             add("--n", type=positive, default=64, help="held-out prompts to draw")
             add("--best-of", type=positive, default=1, help="draw this many, keep the model's own favourite")
-            add("--steps", type=positive, default=50, help="sampler steps")
-            add("--guidance-scale", type=finite, help="1 + w, 1: none; without it the checkpoint's own")
             continue
-        add("--data", default="shapes",
-            help="shapes, cc3m, or a folder of tars, class folders or captioned images")
-        add("--control", choices=CONTROLS, default="none",
-            help="break the evaluation on purpose: expect chance")
-        add("--text-steps", type=positive, default=1, help="denoising steps of the text query")
-        add("--draws", type=positive, default=1, help="noise draws averaged per image")
-        add("--guidance-scale", type=finite, default=1.0, help="1 + w; 1: no guidance")
-        add("--limit", type=positive, help="images to use, evenly spaced; without it all")
-        add("--batch-size", type=positive, default=100, help="images at once")
-        add("--max-bad", type=finite, default=0.05,
-            help="stop when more than this share of samples is unusable")
+        add_data_flags(add)
+        if name != "fid":
+            add_reading_flags(add)
         if name == "zeroshot":
-            add("--templates", metavar="FILE", help="text file, a template per line, {} for the class name")
+            add_zeroshot_flags(add)
+        elif name == "knn":
+            add("--k", type=positive, default=20, help="nearest training images that vote")
+            add("--bank", metavar="DIR", help="labelled images to look in; without it the train half of --data")
+            add("--bank-list", metavar="FILE", help="as --list, of the bank")
+            add("--bank-limit", type=positive, help="images of the bank to use, evenly spaced; without it all")
+        elif name == "fid":
+            add_fid_flags(add)
     add_speed_flags(tasks.add_parser("speed", help=speed.__doc__.split("\n")[0]).add_argument)
     return parser.parse_args(argv)
+
+
+def add_data_flags(add: Callable) -> None:
+    add("--data", default="shapes", help="shapes, cc3m, or a folder in one of the README's layouts")
+    add("--list", metavar="FILE", help="text file of the images of --data to use, a path per line, its class "
+        "after it unless that is the folder")
+    add("--limit", type=positive, help="images to use, evenly spaced; without it all")
+    add("--batch-size", type=positive, default=100, help="images at once")
+    add("--workers", type=natural, help="processes that read and decode; without it 0 for shapes, else 2")
+    add("--max-bad", type=finite, default=0.05, help="stop when more than this share of samples is unusable")
+    add("--control", choices=CONTROLS, default="none", help="break the evaluation on purpose: expect chance")
+
+
+def add_reading_flags(add: Callable) -> None:
+    add("--text-steps", type=positive, default=1, help="denoising steps of the text query")
+    add("--draws", type=positive, default=1, help="noise draws averaged per image")
+    add("--guidance-scale", type=finite, default=1.0, help="1 + w; 1: no guidance")
+
+
+def add_zeroshot_flags(add: Callable) -> None:
+    add("--templates", metavar="FILE", help="text file, a template per line, {} for the class name; without it "
+        "what is built in, as far as the model knows its words")
+    add("--method", choices=("alignment", "diffusion-classifier"), default="alignment",
+        help="what decides: the denoised text query, or the generation loss under each class's prompt")
+    add("--dc-samples", type=positive, nargs="+", default=[50, 500], metavar="N",
+        help="diffusion-classifier: timesteps drawn per class up to the end of each stage")
+    add("--dc-keep", type=positive, nargs="*", default=[5], metavar="K",
+        help="diffusion-classifier: classes that go on after each stage but the last")
+
+
+def add_fid_flags(add: Callable) -> None:
+    add("--n", type=positive, help="pictures to compare; without it 30,000, or as many as --data has")
+    add("--images", metavar="FOLDER", help="compare these pictures, draw none")
+    add("--out", metavar="FOLDER", help="also write the drawn pictures here, as PNG")
+    add("--sampler", choices=tuple(SAMPLERS), default="ddim", help="as in sample.py")
+    add("--image-size", type=positive, help="px at which both sets are compared; without it the model's, "
+        "for --images 256")
+    add("--resize", choices=RESIZES, default="clean", help="to Inception's 299 px: as clean-fid, or as "
+        "pytorch-fid, whose numbers are not comparable")
+    add("--inception", metavar="PATH", help="pt_inception-2015-12-05-6726825d.pth; without it downloaded")
+    add("--features", metavar="CKPT", help="compare in this checkpoint's image features instead")
+    add("--allow-small", action="store_true", help="allow fewer than 2048 images")
 
 
 def add_speed_flags(add: Callable) -> None:
@@ -641,8 +1083,7 @@ def run_speed(args: argparse.Namespace) -> dict:
         raise ValueError("--batch-size is 1, but the alignment loss compares pairs: 2 or more")
     result = speed(model, args)
     print_speed(result, args)
-    settings = {k: v for k, v in vars(args).items() if k not in ("json", "device", "task", "seed")}
-    return {"task": "speed", "seed": args.seed, "settings": settings, **result}
+    return {"task": "speed", "seed": args.seed, **result}
 
 
 def read_templates(path: str | None) -> list[str] | None:
@@ -654,12 +1095,26 @@ def read_templates(path: str | None) -> list[str] | None:
     return lines
 
 
-def report(task: str, model: DiffDis, source: Source | None, args: argparse.Namespace) -> dict:
+def check_task(task: str, model: DiffDis | Clip | None, args: argparse.Namespace) -> None:
+    """Refuse what these weights were not trained for. Raises ValueError."""
+    if task in ("retrieval", "knn") or task == "zeroshot" and args.method == "alignment":
+        if "alignment" not in model.tasks:
+            raise ValueError("these weights only draw images, they do not read them: "
+                             "train their query stream with train.py --init first")
+    elif model is not None and "generation" not in model.tasks:
+        raise ValueError("these weights only read images, and this needs a model that draws them: one trained "
+                         "with --tasks generation,alignment or generation")
+    if task == "zeroshot":
+        stages, kept = args.dc_samples, args.dc_keep
+        if len(kept) + 1 != len(stages) or sorted(set(stages)) != stages:
+            raise ValueError(f"--dc-samples {stages} --dc-keep {kept}: expected growing numbers of samples, "
+                             "and one number of classes less than those")
+
+
+def report(task: str, model: DiffDis | Clip | None, source: Source | None, args: argparse.Namespace) -> dict:
     """Run a task, print its table -> the numbers. source: where the pairs come from (not for `checker`)."""
     function, metrics = TASKS[task]
-    if source is not None and not model.can_read:
-        raise ValueError("these weights only draw images, they do not read them: "
-                         "train their query stream with train.py --init first")
+    check_task(task, model, args)
     result = function(model, args) if source is None else function(model, source, args)
     name = "shapes" if source is None else source.name
     control = getattr(args, "control", "none")
@@ -668,17 +1123,41 @@ def report(task: str, model: DiffDis, source: Source | None, args: argparse.Name
     return {"task": task, "data": name, "control": control, "seed": args.seed, **result}
 
 
-def write_json(args: argparse.Namespace, result: dict, argv: list[str] | None, path: str,
+def write_json(args: argparse.Namespace, result: dict, argv: list[str] | None, path: Path | str,
                device: torch.device) -> None:
     """--json: the printed numbers, and what they are of."""
     if args.json:
         given = sys.argv[1:] if argv is None else argv
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        settings = {"command": " ".join(["python evaluate.py", *given]), "date": date.today().isoformat(),
-                    "checkpoint": path, "torch": torch.__version__, "device": f"{device} ({name})",
-                    "threads": torch.get_num_threads()}
-        Path(args.json).write_text(json.dumps({**result, **settings}, indent=1) + "\n")
+        settings = {k: v for k, v in vars(args).items()
+                    if k not in ("json", "device", "task", "seed", "control", "ckpt", "data")}
+        kept = {"settings": settings, **result, "command": " ".join(["python evaluate.py", *given]),
+                "date": date.today().isoformat(), "checkpoint": str(path),
+                "checkpoint_hash": fingerprint(path) if isinstance(path, Path) else None,
+                "ranks": rank_and_world()[1], "torch": torch.__version__, "device": f"{device} ({name})",
+                "threads": torch.get_num_threads()}
+        Path(args.json).write_text(json.dumps(kept, indent=1) + "\n")
         print(f"wrote {args.json}")
+
+
+def run_task(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path | str]:
+    """Open what the flags name and run the task -> the numbers, the checkpoint's path."""
+    model, source, path = None, None, "none"
+    if args.task == "fid" and args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    if args.task != "fid" or args.images is None:
+        path = models.locate(in_turn(lambda: models.locate(find_checkpoint(args.ckpt))))
+        model = models.load(path, device, args.weights)
+        check_task(args.task, model, args)
+    if args.task == "zeroshot":
+        args.templates = read_templates(args.templates)
+    if args.task != "checker":
+        args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
+        labelled = args.data == "shapes" and args.task in ("zeroshot", "knn")
+        source = in_turn(lambda: open_source(args.data, "classes" if labelled else "val", args.list))
+        source = evenly_spaced(source, args.limit)
+    args.device = device
+    return report(args.task, model, source, args), path
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -689,20 +1168,18 @@ def main(argv: list[str] | None = None) -> None:
         if args.task == "speed":
             write_json(args, run_speed(args), argv, str(args.ckpt or args.preset), args.device)
             return
-        path, source = find_checkpoint(args.ckpt), None
-        model = models.load(path, pick_device(args.device), args.weights)
-        if args.task == "zeroshot":
-            args.templates = read_templates(args.templates)
-        if args.task != "checker":
-            source = open_source(
-                args.data, "classes" if (args.task, args.data) == ("zeroshot", "shapes") else "val")
-            source = evenly_spaced(source, args.limit)
-        result = report(args.task, model, source, args)
-        write_json(args, result, argv, str(path), model.device)
+        rank, world, device = join_ranks(args.device)
+        with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
+            result, path = run_task(args, device)
+            if rank == 0:
+                write_json(args, result, argv, path, device)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C", 130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -195,11 +195,15 @@ class AlignmentTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.predictor = nn.Linear(width, width)
 
-    def forward(self, state: Tensor, features: Tensor) -> Tensor:
-        """state h_e [B, D], features of the middle block [B, C, H, W]
-        -> the text target's prediction [B, D]."""
+    def tokens(self, state: Tensor, features: Tensor) -> Tensor:
+        """state h_e [B, D], features of the middle block [B, C, H, W] -> query and image tokens, last norm
+        included [B, 1+N, D]."""
         image_tokens = self.image_fc(features.flatten(2).transpose(1, 2))
         tokens = torch.cat([self.query_fc(state).unsqueeze(1), image_tokens], dim=1)   # [B, 1+N, D]
         for block in self.blocks:
             tokens, _ = block(tokens, None)
-        return self.predictor(self.norm(tokens[:, 0]))
+        return self.norm(tokens)
+
+    def forward(self, state: Tensor, features: Tensor) -> Tensor:
+        """As `tokens` -> the text target's prediction [B, D]."""
+        return self.predictor(self.tokens(state, features)[:, 0])

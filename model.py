@@ -79,6 +79,25 @@ class ClipConfig:
     image_size: int = 224        # px
     embedding: int = 768         # what the two towers share
     text: TextConfig = TextConfig()
+    activation: str = "quick_gelu"       # OpenAI's; OpenCLIP's own models have "gelu"
+
+    def __post_init__(self) -> None:
+        if self.activation not in ("quick_gelu", "gelu"):
+            raise ValueError(f"activation is {self.activation!r}, expected quick_gelu or gelu")
+        if self.image_size % self.patch or self.width % self.heads:
+            raise ValueError(f"image size {self.image_size} px must be a multiple of the patch "
+                             f"{self.patch} px, width {self.width} one of the {self.heads} heads")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict) -> "ClipConfig":
+        """The inverse of `to_dict`. Raises ValueError on fields that this version does not know."""
+        try:
+            return ClipConfig(**{**values, "text": TextConfig(**values["text"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the checkpoint's configuration does not fit this version: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -176,10 +195,12 @@ PRESETS = {
 }
 
 
-# The CLIP that a preset's alignment is compared with: the paper's own, and two of like size for the others.
-CLIPS = {"tiny": ClipConfig(128, 4, 4, 4, 32, 128, PRESETS["tiny"].text),
-         "small": ClipConfig(384, 12, 6, 8, 64, 384, PRESETS["small"].text),
-         "sd-v1": ClipConfig()}
+# What alignment is compared with (Table 1): the paper's two, and one of like size for each small preset.
+CLIPS = {"clip-tiny": ClipConfig(128, 4, 4, 4, 32, 128, PRESETS["tiny"].text),
+         "clip-small": ClipConfig(384, 12, 6, 8, 64, 384, PRESETS["small"].text),
+         "clip-vit-b32": ClipConfig(768, 12, 12, 32, 224, 512, TextConfig(width=512, heads=8)),
+         "clip-vit-l14": ClipConfig()}
+LIKE = {"tiny": "clip-tiny", "small": "clip-small", "sd-v1": "clip-vit-l14"}     # preset -> its CLIP
 
 
 # ---------------------------------------------------------------- shared parts
@@ -378,12 +399,11 @@ def make_autoencoder(config: AutoencoderConfig) -> KLAutoencoder | PatchAutoenco
 
 # ---------------------------------------------------------------- text encoder
 class ClipLayer(nn.Module):
-    """CLIP's transformer layer: self-attention (of texts: causal) and a quick-GELU MLP, each pre-norm and
-    residual."""
+    """CLIP's transformer layer: self-attention (of texts: causal) and an MLP, each pre-norm and residual."""
 
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
+    def __init__(self, width: int, heads: int, causal: bool, activation: str = "quick_gelu") -> None:
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal, self.activation = heads, causal, activation
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.self_attn = nn.ModuleDict({
             f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
@@ -395,21 +415,41 @@ class ClipLayer(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + attn["out_proj"](h.transpose(1, 2).flatten(2))
         h = self.mlp["fc1"](self.layer_norm2(x))
-        return x + self.mlp["fc2"](h * torch.sigmoid(1.702 * h))   # quick GELU: CLIP's, not PyTorch's
+        # quick GELU: CLIP's own, not PyTorch's
+        h = F.gelu(h) if self.activation == "gelu" else h * torch.sigmoid(1.702 * h)
+        return x + self.mlp["fc2"](h)
+
+
+def initialise_layers(layers: Iterable[ClipLayer], width: int, depth: int) -> None:
+    """CLIP's initialisation of a transformer, for training from scratch."""
+    residual = (2 * depth) ** -0.5
+    for layer in layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            nn.init.normal_(layer.self_attn[name].weight, std=width ** -0.5)
+        nn.init.normal_(layer.self_attn["out_proj"].weight, std=width ** -0.5 * residual)
+        nn.init.normal_(layer.mlp["fc1"].weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(layer.mlp["fc2"].weight, std=width ** -0.5 * residual)
 
 
 class TextEncoder(nn.Module):
     """CLIP's text transformer. One pass gives the text condition c and the text query e."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, activation: str = "quick_gelu") -> None:
         super().__init__()
+        self.config = config
         self.embeddings = nn.ModuleDict({
             "token_embedding": nn.Embedding(config.vocab_size, config.width),
             "position_embedding": nn.Embedding(config.context_length, config.width)})
         self.encoder = nn.ModuleDict({
             "layers": nn.ModuleList(
-                ClipLayer(config.width, config.heads, causal=True) for _ in range(config.layers))})
+                ClipLayer(config.width, config.heads, True, activation) for _ in range(config.layers))})
         self.final_layer_norm = nn.LayerNorm(config.width)
+
+    def initialise(self) -> None:
+        """CLIP's initialisation, for training from scratch."""
+        nn.init.normal_(self.embeddings["token_embedding"].weight, std=0.02)
+        nn.init.normal_(self.embeddings["position_embedding"].weight, std=0.01)
+        initialise_layers(self.encoder["layers"], self.config.width, self.config.layers)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [B, L] int64 -> context c [B, L, D]; text query e [B, D], float32, of unit norm.
@@ -427,6 +467,10 @@ class TextEncoder(nn.Module):
 
 
 # ---------------------------------------------------------------- CLIP, to compare with
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # of its training images, pixels in [0, 1]
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
 class ClipImageEncoder(nn.Module):
     """CLIP's vision transformer (Radford et al. 2021), names as in transformers: an image to a vector."""
 
@@ -440,36 +484,67 @@ class ClipImageEncoder(nn.Module):
         # The slip in the first name is the published key's own.
         self.pre_layrnorm, self.post_layernorm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
-            ClipLayer(width, config.heads, causal=False) for _ in range(config.layers))})
+            ClipLayer(width, config.heads, False, config.activation) for _ in range(config.layers))})
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S], of CLIP's mean and deviation -> the class token's output [B, width]."""
+    def tokens(self, images: Tensor) -> Tensor:
+        """images [B, 3, S, S], of CLIP's mean and deviation -> class and patch tokens [B, 1+N, width]."""
         patches = self.embeddings["patch_embedding"](images).flatten(2).transpose(1, 2)       # [B, N, width]
         first = self.embeddings.class_embedding.expand(len(images), 1, -1)
         x = torch.cat([first, patches], dim=1) + self.embeddings["position_embedding"].weight
         x = self.pre_layrnorm(x)
         for layer in self.encoder["layers"]:
             x = layer(x)
-        return self.post_layernorm(x[:, 0])
+        return x
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As `tokens` -> the class token's output [B, width]."""
+        return self.post_layernorm(self.tokens(images)[:, 0])
 
 
 class Clip(nn.Module):
-    """Two towers and a temperature: what DiffDis's alignment is compared with (the paper's Table 1)."""
+    """Two towers and a temperature: what DiffDis's alignment is compared with (the paper's Table 1).
 
-    def __init__(self, config: ClipConfig) -> None:
+    train.py and evaluate.py use it as they use a DiffDis that only reads.
+    """
+    tasks = ("alignment",)
+
+    def __init__(self, config: ClipConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
-        self.vision_model, self.text_model = ClipImageEncoder(config), TextEncoder(config.text)
+        self.config, self.tokenizer = config, tokenizer
+        self.known_words: frozenset[str] | None = None
+        self.vision_model, self.text_model = ClipImageEncoder(config), TextEncoder(config.text,
+                                                                                   config.activation)
         self.visual_projection = nn.Linear(config.width, config.embedding, bias=False)
         self.text_projection = nn.Linear(config.text.width, config.embedding, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.text_model.initialise()
+        initialise_layers(self.vision_model.encoder["layers"], config.width, config.layers)
+        for layer, width in ((self.vision_model.embeddings["position_embedding"], config.width),
+                             (self.visual_projection, config.width),
+                             (self.text_projection, config.text.width)):
+            nn.init.normal_(layer.weight, std=width ** -0.5)
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def read_batch(self, images: Tensor) -> Tensor:
+        """uint8 [B, S, S, 3] -> [B, 3, S, S] of CLIP's mean and deviation."""
+        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+        return ((to_float(images) + 1) / 2 - mean) / std
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S] -> [B, embedding], unit norm, float32."""
+        """images [B, 3, S, S], of CLIP's mean and deviation -> [B, embedding], unit norm, float32."""
         return F.normalize(self.visual_projection(self.vision_model(images)).float(), dim=-1)
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """tokens [B, L] -> [B, embedding], unit norm, float32."""
         return F.normalize(self.text_projection(self.text_model(tokens)[1]).float(), dim=-1)
+
+    def encode_text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Captions -> token-wise output [B, L, D], embeddings [B, embedding] of unit norm."""
+        context, ends = self.text_model(self.tokenizer(captions).to(self.device))
+        return context, F.normalize(self.text_projection(ends).float(), dim=-1)
 
 
 # ---------------------------------------------------------------- UNet
@@ -617,15 +692,18 @@ class UNet(nn.Module):
             x = block(x, emb, context, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor,
-                      null_context: Tensor) -> Tensor:
+    def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor, null_context: Tensor,
+                      image_tokens: bool = False) -> Tensor:
         """Φ_θ (Eq. 7): noisy_query e_t [B, D], t_text [B], the clean image as condition
-        -> prediction [B, D]."""
+        -> prediction [B, D]; with image_tokens the alignment transformer's, averaged, instead."""
         query = noisy_query.to(self.conv_in.weight.dtype) + self.query_time_embedding(t_text)
         # The same for all: 0 … T-1 mean noisy images.
         t_image = torch.full_like(t_text, self.condition_timestep)
         features, _, _, state = self.encode(latents, t_image, null_context, query if self.fused else None)
-        return self.query_head(state if self.fused else query, features)
+        state = state if self.fused else query
+        if image_tokens:
+            return self.query_head.tokens(state, features)[:, 1:].mean(dim=1)
+        return self.query_head(state, features)
 
     def denoise_both(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor, noisy_query: Tensor,
                      t_text: Tensor, latents: Tensor, null_context: Tensor) -> tuple[Tensor, Tensor]:
@@ -654,27 +732,14 @@ class DiffDis(nn.Module):
                              f"{config.text.vocab_size}")
         self.config, self.tokenizer = config, tokenizer
         self.known_words: frozenset[str] | None = None    # words of the training captions; None: not recorded
-        self.can_read = True      # False while the query stream is random beside pretrained weights
+        self.tasks = ("generation", "alignment")          # what its weights were trained for
         self.autoencoder = make_autoencoder(config.autoencoder)
         self.text_encoder = TextEncoder(config.text)
         self.unet = UNet(config)
         # As CLIP: exp of it is 1/temperature.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.register_buffer("null_tokens", tokenizer([""]), persistent=False)
-        self.init_text_encoder()
-
-    def init_text_encoder(self) -> None:
-        """CLIP's initialisation, for training from scratch."""
-        config = self.config.text
-        nn.init.normal_(self.text_encoder.embeddings["token_embedding"].weight, std=0.02)
-        nn.init.normal_(self.text_encoder.embeddings["position_embedding"].weight, std=0.01)
-        residual = (2 * config.layers) ** -0.5
-        for layer in self.text_encoder.encoder["layers"]:
-            for name in ("q_proj", "k_proj", "v_proj"):
-                nn.init.normal_(layer.self_attn[name].weight, std=config.width ** -0.5)
-            nn.init.normal_(layer.self_attn["out_proj"].weight, std=config.width ** -0.5 * residual)
-            nn.init.normal_(layer.mlp["fc1"].weight, std=(2 * config.width) ** -0.5)
-            nn.init.normal_(layer.mlp["fc2"].weight, std=config.width ** -0.5 * residual)
+        self.text_encoder.initialise()
 
     @property
     def device(self) -> torch.device:
@@ -708,6 +773,12 @@ class DiffDis(nn.Module):
     def denoise_image(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor) -> Tensor:
         """The image target's prediction (ε̂ for `sd-v1`), shape of the latents (Eq. 4)."""
         return self.unet.denoise_image(noisy_latents, t_image, context)
+
+    def image_features(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor) -> Tensor:
+        """As `denoise_query` -> the alignment transformer's image tokens, averaged [B, D]: what kNN and
+        `fid --features` compare images by (our choice)."""
+        context = self.text_encoder(self.null_tokens)[0]
+        return self.unet.denoise_query(noisy_query, t_text, latents, context, image_tokens=True)
 
     def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor) -> Tensor:
         """noisy_query [B, D], t_text [B], clean latents -> the text target's prediction [B, D] (Eq. 7).
@@ -1008,13 +1079,15 @@ def find_tokenizer(path: Path, length: int) -> Tokenizer:
 FORMAT = "diffdis-1"
 
 
-def describe(model: DiffDis) -> dict:
+def describe(model: DiffDis | Clip) -> dict:
     """What a file must remember besides tensors."""
     words = None if model.known_words is None else sorted(model.known_words)
-    return {"config": model.config.to_dict(), "tokenizer": model.tokenizer.to_dict(), "words": words}
+    return {"network": "clip" if isinstance(model, Clip) else "diffdis", "config": model.config.to_dict(),
+            "tokenizer": model.tokenizer.to_dict(), "words": words, "tasks": list(model.tasks)}
 
 
-def save(path: str | Path, model: DiffDis, ema: dict | None = None, training: dict | None = None) -> None:
+def save(path: str | Path, model: DiffDis | Clip, ema: dict | None = None,
+         training: dict | None = None) -> None:
     """Write a checkpoint atomically: it is complete under its name, or the old one is still there.
 
     ema: averaged parameters by name, preferred by `load`;
@@ -1095,11 +1168,15 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor], boo
     return description, tensors, path.is_dir()
 
 
-def build(description: dict, path: str | Path, adapt: Callable = lambda config: config) -> DiffDis:
+def build(description: dict, path: str | Path, adapt: Callable = lambda config: config) -> DiffDis | Clip:
     """The networks that a file describes, its tensors not yet in them. Raises ValueError."""
     try:
-        return DiffDis(adapt(Config.from_dict(description["config"])),
-                       Tokenizer.from_dict(description["tokenizer"]))
+        tokenizer = Tokenizer.from_dict(description["tokenizer"])
+        if description.get("network") == "clip":
+            return Clip(adapt(ClipConfig.from_dict(description["config"])), tokenizer)
+        model = DiffDis(adapt(Config.from_dict(description["config"])), tokenizer)
+        model.tasks = tuple(description.get("tasks", model.tasks))
+        return model
     except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: no networks can be built from it "
                          f"({type(error).__name__}: {error})") from None
@@ -1107,7 +1184,7 @@ def build(description: dict, path: str | Path, adapt: Callable = lambda config: 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema",
          dtype: torch.dtype = torch.float32, adapt: Callable[[Config], Config] = lambda config: config,
-         only_draw: bool = False) -> DiffDis:
+         only_draw: bool = False) -> DiffDis | Clip:
     """A checkpoint as a model in eval mode, averaged weights preferred.
 
     path: a file that `save` or `export` wrote; Stable Diffusion v1 as .ckpt, .safetensors (CompVis's names)
@@ -1131,7 +1208,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     every = list(model.state_dict())
     if not ours:
         tensors = from_compvis(tensors, every, model.config, weights)
-    if only_draw:
+    if only_draw and isinstance(model, DiffDis):
         drop_reading_parts(model)
         dropped = set(every) - set(model.state_dict())
         tensors = {name: value for name, value in tensors.items() if name not in dropped}
@@ -1139,8 +1216,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     if isinstance(description.get("words"), list):
         model.known_words = frozenset(map(str, description["words"]))
     model.to(device)
-    for part in (model.unet, model.text_encoder, model.autoencoder):
-        if part is not model.autoencoder or dtype != torch.float16:     # there it overflows: black pictures
+    for name, part in model.named_children():
+        if name != "autoencoder" or dtype != torch.float16:     # there it overflows: black pictures
             part.to(dtype)
     return model.eval().requires_grad_(False)
 
@@ -1158,7 +1235,8 @@ def drop_reading_parts(model: DiffDis) -> None:
         model.autoencoder.encoder = model.autoencoder.quant_conv = None
 
 
-def put_tensors(model: DiffDis, tensors: dict[str, Tensor], path: str | Path, foreign: bool = False) -> None:
+def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: str | Path,
+                foreign: bool = False) -> None:
     """Make a file's tensors the model's own, without a copy; each must have its place, each place its tensor.
 
     foreign: the file is Stable Diffusion's: it may hold what IGNORED names, and lack the query stream.
@@ -1184,8 +1262,10 @@ def put_tensors(model: DiffDis, tensors: dict[str, Tensor], path: str | Path, fo
                          + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
     started = start_query_stream(model, set(fresh))
     model.load_state_dict(tensors | started, assign=True)
-    model.null_tokens = model.tokenizer([""])
-    model.can_read = not fresh
+    if isinstance(model, DiffDis):
+        model.null_tokens = model.tokenizer([""])
+    if fresh:
+        model.tasks = ("generation",)        # a random query stream beside pretrained weights
     if foreign:
         numbers = sum(value.numel() for value in started.values())
         kinds = sorted({re.search(r"query_\w+|logit_scale", name)[0] for name in fresh})
@@ -1194,7 +1274,7 @@ def put_tensors(model: DiffDis, tensors: dict[str, Tensor], path: str | Path, fo
               f"ignored: {len(ignored)} ({', '.join(ignored[:3] + ['...'] * (len(ignored) > 3)) or 'none'})")
 
 
-def start_query_stream(model: DiffDis, names: set[str]) -> dict[str, Tensor]:
+def start_query_stream(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
     """Random starts, PyTorch's own, for these parameters of a model without storage."""
     started = {}
     for prefix, module in model.named_modules():

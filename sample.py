@@ -280,9 +280,11 @@ def draw_all(model: DiffDis, args: argparse.Namespace) -> tuple[Tensor, list[dic
 
 
 def fingerprint(path: Path) -> str:
-    """The first 10 digits of a checkpoint's SHA-256 (of a folder: its UNet's), as other programs show it."""
+    """The first 10 digits of a checkpoint's SHA-256 (of a folder: its UNet's, of a CLIP's its one file's), as
+    other programs show it."""
     if path.is_dir():
-        path = models.part_file(path / "unet", "diffusion_pytorch_model")
+        unet = (path / "unet").is_dir()
+        path = models.part_file(path / "unet" if unet else path, "diffusion_pytorch_model" if unet else "model")
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2 ** 24):
@@ -312,12 +314,15 @@ def main(argv: list[str] | None = None) -> None:
         device = pick_device(args.device)
         path = models.locate(find_checkpoint(args.ckpt))
         model = models.load(path, device, args.weights, DTYPES[args.dtype], only_draw=args.best_of == 1)
+        if "generation" not in model.tasks:
+            raise ValueError(f"{path} was trained to read images, not to draw them (--tasks alignment, or a "
+                             "CLIP): give a --ckpt that was trained with --tasks generation,alignment")
         model.unet.to(memory_format=torch.channels_last)       # float32, 512 px, CPU: a tenth faster
         if args.guidance_scale is None:
             args.guidance_scale = model.config.guidance_scale
         model.latent_shape(*(parse_size(args.size) or (model.config.image_size,) * 2))
         image_timesteps(model, args.sampler, args.steps)
-        if args.best_of > 1 and not model.can_read:
+        if args.best_of > 1 and "alignment" not in model.tasks:
             raise ValueError("--best-of needs a model that reads images, and these weights only draw them: "
                              "train their query stream with train.py --init first")
         if args.eta and args.sampler != "ddim":

@@ -12,6 +12,7 @@ global batch). So a resumed run is the run that was never stopped, and N ranks s
 """
 import argparse
 import contextlib
+import gc
 import importlib.util
 import json
 import math
@@ -25,7 +26,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -44,8 +44,10 @@ import model as models
 from data import Batch, SkipReport, Source, Tokenizer, check_index, hold_out, open_source, training_batches
 from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
                        q_sample, read_prediction, signal_and_noise)
-from model import PRESETS, SCHEDULES, TARGETS, Config, DiffDis, TextEncoder, UNet, is_new
-from sample import Parser, draw_images, fail, finite, make_grid, natural, pick_device, positive
+from evaluate import everybody, in_turn, join_ranks, restarts
+from model import (CLIPS, LIKE, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextEncoder,
+                   UNet, is_new)
+from sample import Parser, draw_images, fail, finite, make_grid, natural, positive
 
 TASKS = ("generation", "alignment")
 # What a preset's training starts from where no flag says otherwise. sd-v1: the paper's for CC3M.
@@ -57,6 +59,13 @@ RECIPES = {
     "sd-v1": dict(steps=60000, batch_size=1024, lr=1e-4, lr_pretrained=1e-5, lr_decay="constant", warmup=1000,
                   beta2=0.999, weight_decay=1e-4, ema=0.9999, align_weight=1.0),
 }
+# CLIP (Table 1): the appendix's rate, decay, batch and 20 epochs of CC3M; beta2 is CLIP's own. A small one
+# has the steps and batch of the preset it is compared with.
+CLIP_RECIPE = dict(lr=1e-3, lr_pretrained=1e-5, lr_decay="cosine", beta2=0.98, weight_decay=0.1,
+                   align_weight=1.0)
+RECIPES |= {name: {**RECIPES[like], **CLIP_RECIPE} for like, name in LIKE.items()}
+RECIPES["clip-vit-l14"] |= dict(steps=57000, warmup=2000)
+RECIPES["clip-vit-b32"] = RECIPES["clip-vit-l14"]
 START_OVER = "the last checkpoint is from before it: start anew from that one with --init and a lower --lr"
 # Flags that may differ between a run and its resumption without changing what is computed.
 FREE_ON_RESUME = ("resume", "out", "device", "workers", "log_every", "save_every", "sample_every",
@@ -79,12 +88,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         def add(flag: str, help: str, group=group, **kwargs) -> None:
             field = flag.strip("-").replace("-", "_")
             if field in RECIPES["tiny"]:        # the default depends on the preset: show all three
-                help += f" (default: {', '.join(f'{name} {r[field]}' for name, r in RECIPES.items())})"
+                help += f" (default: {', '.join(f'{name} {RECIPES[name][field]}' for name in PRESETS)})"
                 kwargs["default"] = argparse.SUPPRESS
             group.add_argument(flag, help=help, **kwargs)
         add_flags(add, dict(action=argparse.BooleanOptionalAction, default=None))
     args = parser.parse_args(argv)
-    for field, value in RECIPES[args.preset].items():
+    for field, value in RECIPES[args.preset if args.model == "diffdis" else args.model].items():
         if not hasattr(args, field):
             setattr(args, field, value)
     check_args(args)
@@ -93,7 +102,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def add_run_flags(add: Callable, switch: dict) -> None:
     add("--data", "shapes, cc3m, or a folder of tars, class folders or captioned images", default="shapes")
-    add("--preset", "size of the networks, and recipe; with --init the recipe alone",
+    add("--model", "what to train: DiffDis, or a CLIP to compare with, whose recipe is in RECIPES",
+        choices=("diffdis", *CLIPS), default="diffdis")
+    add("--preset", "size of DiffDis's networks, and recipe; with --init the recipe alone",
         choices=tuple(PRESETS), default="tiny")
     add("--init", "weights (and configuration) to start from: a checkpoint, Stable Diffusion v1 as .ckpt, "
         f".safetensors or diffusers folder, or {' or '.join(models.MODELS)} to download")
@@ -123,6 +134,8 @@ def add_run_flags(add: Callable, switch: dict) -> None:
     add("--tensorboard", "also write the log for TensorBoard, which must be installed", action="store_true")
     add("--shuffle-buffer", "samples mixed with each other; tars are read one after another, so many at once",
         type=positive, default=100_000)
+    add("--augment", "random crops and RandAugment instead of the centre square, never where images are "
+        "drawn; without it: for CLIP", **switch)
     add("--recompute", "keep fewer activations, compute them again in the backward pass (checkpointing)",
         **switch)
     add("--micro-batch", "pairs per forward pass and rank, gradients summed; the alignment loss stays that "
@@ -165,6 +178,11 @@ def add_method_flags(add: Callable, switch: dict) -> None:
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that cannot be meant. Raises ValueError."""
     args.tasks = tuple(task.strip() for task in args.tasks.split(",") if task.strip())
+    if args.model != "diffdis":
+        check_clip_args(args)
+    if args.augment and "generation" in args.tasks:
+        raise ValueError("--augment recolours and shears, which a model that draws would learn to draw: "
+                         "leave it out, or train --tasks alignment")
     if not args.tasks or set(args.tasks) - set(TASKS):
         raise ValueError(f"--tasks is {','.join(args.tasks)!r}, "
                          "expected generation, alignment, or both with a comma")
@@ -185,20 +203,36 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--batch-size is 1, but alignment compares pairs within a batch: 2 or more")
 
 
+def check_clip_args(args: argparse.Namespace) -> None:
+    """A CLIP has one task and none of the method's choices. Raises ValueError."""
+    given = [name for name in ("image_target", "text_target", "image_schedule", "text_schedule", "gamma",
+                               "condition_timestep", "fusion", "shared_attention", "own_ffn", "align_blocks",
+                               "train_text_encoder", "recompute") if getattr(args, name) is not None]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')} is DiffDis's, and --model is {args.model}: "
+                         "leave one of the two out")
+    if args.tasks == ("generation",):
+        raise ValueError(f"--tasks generation, but --model {args.model} only reads images")
+    args.tasks = ("alignment",)
+
+
 def settle(args: argparse.Namespace, device: torch.device) -> None:
     """Decide what the flags leave to the device, the data and the number of steps."""
     if args.precision == "auto":
         args.precision = "bf16" if device.type == "cuda" else "fp32"
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
+    args.augment = args.model != "diffdis" if args.augment is None else args.augment
     args.sample_every = args.sample_every or max(1, args.steps // 4)
     args.eval_every = args.eval_every or max(1, args.steps // 4)
 
 
-def make_config(base: Config, args: argparse.Namespace) -> Config:
+def make_config(base: Config | ClipConfig, args: argparse.Namespace) -> Config | ClipConfig:
     """The preset's (or checkpoint's) configuration with the flags that were given."""
     def given(*names: str) -> dict:
         return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if isinstance(base, ClipConfig):
+        return replace(base, **given("image_size"))
     fusion = replace(base.fusion, **given("fusion", "shared_attention", "own_ffn", "align_blocks"))
     return replace(base, fusion=fusion, **given("image_size", "image_target", "text_target", "image_schedule",
                                                 "text_schedule", "gamma", "condition_timestep"))
@@ -220,28 +254,17 @@ def draw(config: Config, latent_shape: tuple, seed: int, step: int, rows: range)
     return {name: torch.stack([row[name] for row in drawn]) for name in drawn[0]}
 
 
-class JointLoss(nn.Module):
-    """Both tasks in one forward, so that DDP sees every trainable parameter used exactly once a step.
+class Loss(nn.Module):
+    """What the losses of DiffDis and CLIP share: a model, and how its functions are run."""
 
-    Pixels, latents and the text encoder's pass are shared by the tasks; InfoNCE, which needs the whole global
-    batch, is for `backward` to add.
-    """
-
-    def __init__(self, model: DiffDis, args: argparse.Namespace) -> None:
+    def __init__(self, model: DiffDis | Clip, args: argparse.Namespace) -> None:
         super().__init__()
         self.model, self.tasks, self.bf16 = model, args.tasks, args.precision == "bf16"
-        self.p_uncond, self.p_drop_image = args.p_uncond, args.p_drop_image
-        for name in ("image", "text"):
-            table = make_alphas_cumprod(getattr(model.config, f"{name}_schedule"), model.config.timesteps)
-            self.register_buffer(f"{name}_alphas", table)
-        if args.recompute:
-            model.unet.recompute_activations()
-        # Functions of a UNet, not methods bound to this one: a copy of the module must run its own weights.
-        for name, function in (("denoise_image", UNet.denoise_image), ("denoise_query", UNet.denoise_query),
-                               ("denoise_both", UNet.denoise_both), ("encode_text", TextEncoder.forward),
-                               ("encode_image", DiffDis.read_batch)):
-            # Compiled before DDP wraps it; shapes never change: once with gradients, with --micro-batch also
-            # once without.
+
+    def set_functions(self, args: argparse.Namespace, **functions: Callable) -> None:
+        """Keep functions of a network, compiled if so asked, before DDP wraps this; shapes never change: each
+        is compiled once with gradients, with --micro-batch also once without."""
+        for name, function in functions.items():
             setattr(self, name, torch.compile(function, dynamic=False) if args.compile else function)
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -249,11 +272,32 @@ class JointLoss(nn.Module):
         return (torch.autocast(self.model.device.type, torch.bfloat16) if self.bf16
                 else contextlib.nullcontext())
 
+
+class JointLoss(Loss):
+    """Both tasks in one forward, so that DDP sees every trainable parameter used exactly once a step.
+
+    Pixels, latents and the text encoder's pass are shared by the tasks; InfoNCE, which needs the whole global
+    batch, is for `backward` to add.
+    """
+
+    def __init__(self, model: DiffDis, args: argparse.Namespace) -> None:
+        super().__init__(model, args)
+        self.p_uncond, self.p_drop_image = args.p_uncond, args.p_drop_image
+        for name in ("image", "text"):
+            table = make_alphas_cumprod(getattr(model.config, f"{name}_schedule"), model.config.timesteps)
+            self.register_buffer(f"{name}_alphas", table)
+        if args.recompute:
+            model.unet.recompute_activations()
+        # Functions of a UNet, not methods bound to this one: a copy of the module must run its own weights.
+        self.set_functions(args, denoise_image=UNet.denoise_image, denoise_query=UNet.denoise_query,
+                           denoise_both=UNet.denoise_both, encode_text=TextEncoder.forward,
+                           encode_image=DiffDis.read_batch)
+
     @torch.no_grad()
-    def encode(self, images: Tensor, posterior_noise: Tensor) -> Tensor:
+    def encode(self, images: Tensor, drawn: dict[str, Tensor]) -> Tensor:
         """z = V(x): Batch.images -> latents, of the frozen autoencoder."""
         with self.autocast():
-            return self.encode_image(self.model, images, posterior_noise).float()
+            return self.encode_image(self.model, images, drawn["posterior_noise"]).float()
 
     def noise_image(self, latents: Tensor, context: Tensor, null_context: Tensor, drawn: dict):
         """Eq. 4's z_t, t_z and c (the text query masked), and what the UNet should say."""
@@ -298,6 +342,28 @@ class JointLoss(nn.Module):
             out["x0_pred"] = read_prediction(config.text_target, query_pred.float(), noisy_query, a, s)[0]
             out["text_query"], out["logit_scale"] = text_query, model.logit_scale
         return out
+
+
+class ClipLoss(Loss):
+    """CLIP's embeddings, under the names that `backward` knows: an image's takes the place of x0_pred."""
+
+    def __init__(self, model: Clip, args: argparse.Namespace) -> None:
+        super().__init__(model, args)
+        self.set_functions(args, encode_image=Clip.encode_image, encode_text=Clip.encode_tokens)
+
+    def encode(self, images: Tensor, drawn: dict) -> Tensor:
+        return self.model.read_batch(images)
+
+    def forward(self, images: Tensor, tokens: Tensor, drawn: dict,
+                only_embeddings: bool = False) -> dict[str, Tensor]:
+        """images [B, 3, S, S], tokens [B, L] -> "x0_pred", "text_query" [B, D], "logit_scale"."""
+        with self.autocast():
+            return {"x0_pred": self.encode_image(self.model, images),
+                    "text_query": self.encode_text(self.model, tokens), "logit_scale": self.model.logit_scale}
+
+
+def make_loss(model: DiffDis | Clip, args: argparse.Namespace) -> Loss:
+    return (ClipLoss if isinstance(model, Clip) else JointLoss)(model, args)
 
 
 Part = tuple[Tensor, Tensor, dict[str, Tensor]]       # a micro-batch: latents, tokens, what `draw` drew
@@ -351,8 +417,10 @@ def backward(joint: nn.Module, parts: list[Part], align_weight: float) -> dict[s
 
 
 # ---------------------------------------------------------------- optimiser
-def freeze_unused(model: DiffDis, tasks: tuple[str, ...], train_text_encoder: bool) -> None:
+def freeze_unused(model: DiffDis | Clip, tasks: tuple[str, ...], train_text_encoder: bool) -> None:
     """Take gradients away from what these tasks never use, and from what is frozen by design."""
+    if isinstance(model, Clip):
+        return
     model.autoencoder.requires_grad_(False)
     model.text_encoder.requires_grad_(train_text_encoder)
     for name, parameter in model.named_parameters():
@@ -363,7 +431,7 @@ def freeze_unused(model: DiffDis, tasks: tuple[str, ...], train_text_encoder: bo
             parameter.requires_grad_(False)
 
 
-def make_optimizer(model: DiffDis, args: argparse.Namespace, pretrained: bool) -> torch.optim.AdamW:
+def make_optimizer(model: DiffDis | Clip, args: argparse.Namespace, pretrained: bool) -> torch.optim.AdamW:
     """AdamW over (new or pretrained) × (matrix or vector) groups;
     vectors and the temperature are not decayed."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -412,23 +480,27 @@ class Averages:
 
 
 # ---------------------------------------------------------------- what a step costs
-def count_flops(config: Config, tokenizer: Tokenizer, args: argparse.Namespace, train_text: bool,
+def count_flops(config: Config | ClipConfig, tokenizer: Tokenizer, args: argparse.Namespace, train_text: bool,
                 pairs: int, cached: bool = False) -> float:
     """FLOPs per pair of one training step on so many, forward and backward, two per multiply-add, counted by
     running it on tensors without storage. Recomputed activations do not count: "model FLOPs"."""
     plain = argparse.Namespace(**{**vars(args), "compile": False, "recompute": False, "precision": "fp32"})
+    size = config.image_size
     with torch.device("meta"):
-        model = DiffDis(config, tokenizer)
+        model = (Clip if isinstance(config, ClipConfig) else DiffDis)(config, tokenizer)
         freeze_unused(model, args.tasks, train_text)
-        joint, shape = JointLoss(model, plain), model.latent_shape(config.image_size, config.image_size)
-        images = (torch.empty(pairs, 2 * shape[0], *shape[1:], dtype=torch.float16) if cached else
-                  torch.empty(pairs, config.image_size, config.image_size, 3, dtype=torch.uint8))
-        t, noise = torch.zeros(pairs, dtype=torch.int64), torch.empty(pairs, *shape)
-        drawn = {"t_image": t, "t_text": t, "u": torch.empty(pairs, 2), "noise": noise,
-                 "query_noise": torch.empty(pairs, config.text.width), "posterior_noise": noise}
+        joint, drawn = make_loss(model, plain), {}
+        images = torch.empty(pairs, size, size, 3, dtype=torch.uint8)
+        if isinstance(model, DiffDis):
+            shape, t = model.latent_shape(size, size), torch.zeros(pairs, dtype=torch.int64)
+            noise = torch.empty(pairs, *shape)
+            drawn = {"t_image": t, "t_text": t, "u": torch.empty(pairs, 2), "noise": noise,
+                     "query_noise": torch.empty(pairs, config.text.width), "posterior_noise": noise}
+            if cached:
+                images = torch.empty(pairs, 2 * shape[0], *shape[1:], dtype=torch.float16)
         with FlopCounterMode(display=False) as counter:
             tokens = torch.zeros(pairs, config.text.context_length, dtype=torch.int64)
-            out = joint(joint.encode(images, noise), tokens, drawn)
+            out = joint(joint.encode(images, drawn), tokens, drawn)
             sum(value.sum() for value in out.values() if value.requires_grad).backward()
     return counter.get_total_flops() / pairs
 
@@ -448,11 +520,6 @@ def memory_gib(device: torch.device) -> float:
 
 
 # ---------------------------------------------------------------- run folder, log
-def restarts() -> int:
-    """How often torchrun has started these ranks again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
 class Run:
     """The run's folder: checkpoint, log, pictures. Only rank 0 writes."""
 
@@ -475,7 +542,8 @@ class Run:
         """--out, or runs/NAME, or the first runs/NAME-k that nobody has
         (to resume: the newest that has a checkpoint)."""
         data = Path(args.data).resolve().name if args.data not in ("shapes", "cc3m") else args.data
-        names = [Path("runs") / f"{data}-{args.preset}{number}"
+        kind = args.preset if args.model == "diffdis" else args.model
+        names = [Path("runs") / f"{data}-{kind}{number}"
                  for number in ("", *(f"-{k}" for k in range(2, 1000)))]
         started = [path for path in names if (path / "checkpoint.pt").exists()]
         # One torchrun's ranks have one parent however often it starts them: again, they take its folder.
@@ -561,7 +629,7 @@ class Meter:
     def add_losses(self, losses: dict, drawn: dict, timesteps: int) -> None:
         self.steps += 1
         for task, t in (("generation", "t_image"), ("alignment", "t_text")):
-            if task in losses:
+            if task in losses and t in drawn:
                 self.losses[task].append(losses[task].detach())
                 self.bins[task].append(drawn[t] * BINS // timesteps)
 
@@ -589,15 +657,6 @@ def read_log(path: Path) -> list[dict]:
             line = json.loads(text)
             lines += [line] if isinstance(line, dict) and isinstance(line.get("step"), int) else []
     return lines
-
-
-def everybody(value):
-    """What every rank passes, in rank order; with one rank a list of one."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def draw_curves(log: Path, path: Path, size: tuple[int, int] = (480, 240)) -> None:
@@ -640,7 +699,7 @@ def say_what_is_there(source: Source, args: argparse.Namespace) -> None:
               "the alignment loss takes for different ones: lower --batch-size", file=sys.stderr)
 
 
-def make_model(args: argparse.Namespace, source: Source, checkpoint: dict | None) -> DiffDis:
+def make_model(args: argparse.Namespace, source: Source, checkpoint: dict | None) -> DiffDis | Clip:
     """A model from scratch, from --init, or as the run's checkpoint describes it
     (weights are loaded later)."""
     torch.manual_seed(args.seed)
@@ -648,8 +707,11 @@ def make_model(args: argparse.Namespace, source: Source, checkpoint: dict | None
         return models.build(checkpoint, "the run's checkpoint")
     if args.init is not None:
         model = models.load(args.init, weights="raw", adapt=lambda config: make_config(config, args))
+        if isinstance(model, Clip) != (args.model != "diffdis"):
+            raise ValueError(f"--init {args.init} is a {type(model).__name__}, and --model is {args.model}")
+        model.tasks = tuple(task for task in TASKS if task in model.tasks or task in args.tasks)
         return model.train().requires_grad_(True)
-    config = make_config(PRESETS[args.preset], args)
+    config = make_config(PRESETS[args.preset] if args.model == "diffdis" else CLIPS[args.model], args)
     length = config.text.context_length
     if args.tokenizer is not None:
         tokenizer = Tokenizer.from_file(args.tokenizer, length)
@@ -657,8 +719,8 @@ def make_model(args: argparse.Namespace, source: Source, checkpoint: dict | None
         captions = chain.from_iterable(source.usable_captions(100_000))
         tokenizer = Tokenizer.learn(captions, config.text.vocab_size, length)
     config = replace(config, text=replace(config.text, vocab_size=tokenizer.vocab_size))
-    model = DiffDis(config, tokenizer)
-    model.known_words = frozenset()
+    model = (DiffDis if args.model == "diffdis" else Clip)(config, tokenizer)
+    model.known_words, model.tasks = frozenset(), args.tasks
     return model
 
 
@@ -682,37 +744,13 @@ def run_flags(args: argparse.Namespace) -> dict:
 
 def start_ranks(args: argparse.Namespace) -> tuple[int, int, torch.device]:
     """Join the process group that torchrun describes, if it does -> rank, number of ranks, device."""
-    device, rank, world = pick_device(args.device), 0, 1
-    if "RANK" in os.environ:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        # Long: one rank may index a large data set, or write a large checkpoint, while the others wait.
-        options: dict = {"timeout": timedelta(minutes=30)}
-        store, rank, world = next(dist.rendezvous("env://", **options))
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            # torchrun keeps its store when it starts ranks again: without a name of their own for each try
-            # they would call at the addresses of the dead. (Between machines the counts may differ.)
-            store = dist.PrefixStore(f"try-{restarts()}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world, **options)
+    rank, world, device = join_ranks(args.device)
     if args.batch_size % world:
         raise ValueError(f"--batch-size {args.batch_size} cannot be shared evenly by {world} ranks")
     if args.batch_size // world % (args.micro_batch or 1):
         raise ValueError(f"--micro-batch {args.micro_batch} does not divide the {args.batch_size // world} "
                          "pairs of a rank's share of --batch-size")
     return rank, world, device
-
-
-def in_turn(world: int, do: Callable):
-    """`do`, by the first rank of each machine before the others: what it keeps or downloads they find."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if world > 1 and not first:
-        dist.barrier()
-    result = do()
-    if world > 1 and first:
-        dist.barrier()
-    return result
 
 
 class Trainer:
@@ -737,18 +775,20 @@ class Trainer:
         checkpoint = models.read_checkpoint(self.run.checkpoint) if self.run.checkpoint.exists() else None
         if checkpoint is not None:
             check_resume(checkpoint, args)
-        source = in_turn(world, lambda: open_source(args.data, "train"))
+        source = in_turn(lambda: open_source(args.data, "train"))
         check_index(source, args.max_bad)
         if rank == 0 and args.data != "shapes":       # which is made as it is needed
             say_what_is_there(source, args)
         self.source, self.val = hold_out(source, args.val)
         if args.init is not None:
-            in_turn(world, lambda: models.locate(args.init))
+            in_turn(lambda: models.locate(args.init))
         self.model = make_model(args, self.source, checkpoint)
         self.trains_text = args.init is None if args.train_text_encoder is None else args.train_text_encoder
         freeze_unused(self.model, args.tasks, self.trains_text)
         if checkpoint is not None:
             self.model.load_state_dict(checkpoint["model"])
+        if self.source.cache is not None and (args.augment or isinstance(self.model, Clip)):
+            raise ValueError(f"{args.data} holds latents: CLIP and --augment need the images themselves")
         if self.source.cache is not None:
             models.check_latents(self.source.cache, self.model, args.data)
             self.park_autoencoder()
@@ -762,7 +802,7 @@ class Trainer:
         self.words |= self.model.known_words or set()
         self.flops = count_flops(self.model.config, self.model.tokenizer, args, self.trains_text,
                                  args.batch_size // world, self.source.cache is not None)
-        self.joint = self.loss = JointLoss(self.model, args).to(device)
+        self.joint = self.loss = make_loss(self.model, args).to(device)
         if world > 1:
             # Every parameter is used in every step, the buffers never change, and gradients need no second
             # copy beside the buckets they are sent in.
@@ -811,7 +851,7 @@ class Trainer:
     @contextlib.contextmanager
     def whole_model(self):
         """The model with its autoencoder, which is read from its file for as long as this lasts."""
-        parked = self.model.autoencoder is None
+        parked = isinstance(self.model, DiffDis) and self.model.autoencoder is None
         if parked:
             config = self.model.config.autoencoder
             self.model.autoencoder = models.make_autoencoder(config).requires_grad_(False)
@@ -853,11 +893,11 @@ class Trainer:
             return values.to(self.device, non_blocking=True)
         size, parts = self.args.micro_batch or len(batch.keys), []
         images, tokens = move(batch.images), move(batch.tokens)
-        drawn = {name: move(value) for name, value in batch.drawn.items()}
+        drawn = {name: move(value) for name, value in (batch.drawn or {}).items()}
         for first in range(0, len(batch.keys), size):
             rows = slice(first, first + size)
             some = {name: value[rows] for name, value in drawn.items()}
-            parts.append((self.joint.encode(images[rows], some["posterior_noise"]), tokens[rows], some))
+            parts.append((self.joint.encode(images[rows], some), tokens[rows], some))
         return parts
 
     def train_step(self, batch: Batch) -> dict:
@@ -883,7 +923,7 @@ class Trainer:
             # As CLIP. Here and not in the loss, where a clamp would leave no gradient to come back by.
             self.model.logit_scale.clamp_(0, math.log(100))
         self.averages.update(self.step)
-        self.meter.add_losses(losses, batch.drawn, self.model.config.timesteps)
+        self.meter.add_losses(losses, batch.drawn or {}, getattr(self.model.config, "timesteps", 1))
         self.step += 1
         return {**record, "lr": args.lr * factor}
 
@@ -911,7 +951,7 @@ class Trainer:
         for task, t in (("generation", "t_image"), ("alignment", "t_text")):
             bad = (~torch.isfinite(losses[task])).cpu().nonzero().flatten().tolist() if task in losses else []
             if bad:
-                times = [int(batch.drawn[t][i]) for i in bad[:5]]
+                times = [int(batch.drawn[t][i]) for i in bad[:5]] if batch.drawn else "none"
                 told.append(f"the {task} loss is not finite for {len(bad)} of {len(batch.keys)} pairs, first "
                             f"at timesteps {times}, samples {[batch.keys[i] for i in bad[:5]]}")
         told = list(chain.from_iterable(everybody(told))) or ["the losses are finite, their gradient is not"]
@@ -919,12 +959,14 @@ class Trainer:
 
     # ------------------------------------------------------------ the loop
     def batches(self):
-        args, config = self.args, self.model.config
-        shape = self.model.latent_shape(config.image_size, config.image_size)
-        drawn = partial(draw, config, shape, args.seed, rows=range(self.rank, args.batch_size, self.world))
+        args, config, drawn = self.args, self.model.config, None
+        if isinstance(self.model, DiffDis):
+            shape = self.model.latent_shape(config.image_size, config.image_size)
+            drawn = partial(draw, config, shape, args.seed,
+                            rows=range(self.rank, args.batch_size, self.world))
         return training_batches(self.source, config.image_size, args.batch_size, args.seed, self.step,
                                 self.rank, self.world, args.workers, self.model.tokenizer,
-                                args.shuffle_buffer, drawn)
+                                args.shuffle_buffer, drawn, args.augment)
 
     def train(self) -> bool:
         """The steps that are left -> whether they were all done; False when a signal said to stop."""
@@ -977,7 +1019,8 @@ class Trainer:
         losses = {}
         for task in self.args.tasks:
             sums, counts = (sum(r[0][f"{task}_{name}"] for r in ranks) for name in ("sums", "counts"))
-            losses[f"loss_{task}_by_t"] = [round(s / n, 6) if n else None for s, n in zip(sums, counts)]
+            if counts.any():      # a CLIP has no timesteps
+                losses[f"loss_{task}_by_t"] = [round(s / n, 6) if n else None for s, n in zip(sums, counts)]
         record = {"step": self.step, **record, **losses,
                   "images_per_s": round(sum(r[0]["images_per_s"] for r in ranks), 1),
                   "data_wait": round(max(r[0]["data_wait"] for r in ranks), 4),
@@ -1084,6 +1127,10 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:       # before or after the steps, which have their own way to stop
         fail("stopped by Ctrl-C", 130)
     finally:
+        # DDP holds on to the process group, and a thread of it that still cleans up while Python ends would
+        # abort the process: let both go first.
+        trainer = None
+        gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()
 
