@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import Shapes, Tokenizer  # noqa: E402  (the path comes first)
 from fusion import FusionConfig  # noqa: E402
-from model import Config, DiffDis, TextConfig, UNetConfig, patches  # noqa: E402
+from model import Clip, ClipConfig, Config, DiffDis, TextConfig, UNetConfig, patches  # noqa: E402
 
 
 def tiny_config(**changes) -> Config:
@@ -29,6 +29,10 @@ def tiny_config(**changes) -> Config:
                   unet=UNetConfig((32, 32), (True, True), 1, 2), text=TextConfig(514, 24, 32, 1, 2),
                   autoencoder=patches(8, 2.0), image_size=32, image_target="v")
     return Config(**{**values, **changes})
+
+
+def tiny_clip_config() -> ClipConfig:
+    return ClipConfig(32, 2, 2, 8, 32, 24, tiny_config().text)
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -41,12 +45,13 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module
 
 
-def build(config: Config | None = None, seed: int = 0) -> DiffDis:
+def build(config: Config | ClipConfig | None = None, seed: int = 0) -> DiffDis | Clip:
     config = config or tiny_config()
     captions = (Shapes().captions(i)[0] for i in range(200))
     tokenizer = Tokenizer.learn(captions, 560, config.text.context_length)
     config = replace(config, text=replace(config.text, vocab_size=tokenizer.vocab_size))
-    return randomise(DiffDis(config, tokenizer), seed).eval()
+    network = Clip if isinstance(config, ClipConfig) else DiffDis
+    return randomise(network(config, tokenizer), seed).eval()
 
 
 @pytest.fixture()

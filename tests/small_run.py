@@ -10,4 +10,5 @@ import train
 
 torch.set_num_threads(1)
 model.PRESETS["tiny"] = conftest.tiny_config()
+model.CLIPS["clip-tiny"] = conftest.tiny_clip_config()
 train.main(sys.argv[1:])

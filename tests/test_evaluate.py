@@ -11,13 +11,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, build, tiny_config
+from conftest import ROOT, build, tiny_clip_config, tiny_config
 from PIL import Image
 from torch.nn import functional as F
 
 import evaluate
 import model as models
 from data import Sample, Source, evenly_spaced
+from diffusion import generator_of, make_alphas_cumprod
 from evaluate import chance_of_hit, fill, parse_args, ranks_of_best_match, score, wilson
 from model import AutoencoderConfig, ClipConfig
 from sample import draw_queries
@@ -37,7 +38,7 @@ class Oracle(torch.nn.Module):
         self.config, self.device, self.tokenizer = model.config, model.device, model.tokenizer
         self.queries = model.encode_text(texts)[1]
         self.encode_text, self.encode_image = model.encode_text, model.encode_image
-        self.read_batch = model.read_batch
+        self.read_batch, self.known_words = model.read_batch, frozenset()
 
     def denoise_query(self, noisy_query, t_text, latents):
         if self.copies:
@@ -257,6 +258,193 @@ def test_mistakes_end_in_one_line_and_status_2(base, tmp_path, monkeypatch, caps
     assert stop.value.code == 2 and message in error and "\n" not in error
 
 
+# ---------------------------------------------------------------- every method, every control
+class ClipOracle(models.Clip):
+    """A perfect CLIP: it reads a picture's number from its first pixel and knows that text's embedding."""
+
+    def encode_image(self, images):
+        mean, std = (torch.tensor(v)[:, None, None] for v in (models.CLIP_MEAN, models.CLIP_STD))
+        number = ((images * std + mean)[:, 0, 0, 0] * 255).round().long()
+        return self.encode_text([f"a photo of a kind{k}" for k in range(5)])[1][number % 5]
+
+
+class DrawingOracle(Oracle):
+    """A perfect drawer: it knows the clean latents, if the context is that of their own class, else nothing."""
+    tasks = ("generation",)
+
+    def denoise_image(self, noisy_latents, t_image, context):
+        first = self.inner.decode_image(self.latents)[:, 0, 0, 0]
+        number = ((first + 1) * 127.5).round().long() % 5
+        contexts = self.inner.encode_text([f"a photo of a kind{k}" for k in range(5)])[0]
+        named = (context[:, None] - contexts[None]).flatten(2).norm(dim=2).argmin(dim=1)
+        each = len(named) // len(number)
+        right = named == number.repeat_interleave(each)
+        return torch.where(right[:, None, None, None], self.target.repeat_interleave(each, dim=0), 0.0)
+
+
+class Feature(Oracle):
+    """For kNN: what is read is the class; the image tokens are the noised query, so nothing of the image."""
+
+    def denoise_query(self, noisy_query, t_text, latents):
+        number = ((self.inner.decode_image(latents)[:, 0, 0, 0] + 1) * 127.5).round().long()
+        return torch.eye(32)[number % 5]
+
+    def image_features(self, noisy_query, t_text, latents):
+        return noisy_query
+
+
+def at_chance(result: dict, name: str = "top1") -> bool:
+    low, high = result[f"{name}_interval"]
+    return low - 0.03 <= result["chance"] <= high + 0.03
+
+
+@pytest.fixture(scope="module")
+def clip():
+    made = build(tiny_clip_config())
+    made.__class__, made.known_words = ClipOracle, frozenset()
+    return made
+
+
+def test_clip_is_scored_as_diffdis_is_and_its_controls_are_chance(clip) -> None:
+    result = run(evaluate.zeroshot, clip, Numbered(200))
+    assert result["top1"] == 1.0 and result["n"] == 200
+    for control in ("shuffle-images", "no-image", "shuffle-labels"):
+        result = run(evaluate.zeroshot, clip, Numbered(200), "--control", control)
+        assert at_chance(result), f"{control}: {result['top1']}"
+
+
+def test_clip_sees_pixels_as_clip_wants_them() -> None:
+    clip = build(tiny_clip_config())
+    pixels = torch.tensor([[0, 128, 255]], dtype=torch.uint8).expand(1, 32, 32, 3)
+    for channel, value in enumerate((0, 128, 255)):
+        expected = (value / 255 - models.CLIP_MEAN[channel]) / models.CLIP_STD[channel]
+        assert torch.allclose(clip.read_batch(pixels)[0, channel], torch.tensor(expected), atol=1e-5)
+
+
+def knows_the_target(monkeypatch, oracle) -> None:
+    """Let the oracle see what the loss will compare its answer with."""
+    def target(kind, x0, noise, a, s):
+        oracle.latents, oracle.target = x0, noise
+        return noise
+    monkeypatch.setattr(evaluate, "make_target", target)
+
+
+DC = ("--method", "diffusion-classifier", "--dc-samples", "2", "6", "--dc-keep", "3")
+
+
+def test_diffusion_classifier_and_its_controls(base, monkeypatch) -> None:
+    oracle = DrawingOracle(base, TEXTS)
+    knows_the_target(monkeypatch, oracle)
+    result = run(evaluate.zeroshot, oracle, Numbered(60), *DC)
+    assert result["top1"] == 1.0 and result["method"] == "diffusion-classifier"
+    for control in ("shuffle-images", "no-image", "shuffle-labels"):
+        result = run(evaluate.zeroshot, oracle, Numbered(200), *DC, "--control", control)
+        assert at_chance(result), f"{control}: {result['top1']}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["noise", "v"])
+def test_diffusion_classifier_equals_a_slow_reference(target: str) -> None:
+    """One image, one class, one draw at a time; pruned classes stay behind those that went on."""
+    model = build(tiny_config(image_target=target))
+    args = parse_args(["zeroshot", *DC, "--seed", "3", "--batch-size", "4"])
+    names = [f"kind {k}" for k in range(6)]
+    contexts = model.encode_text(names)[0]
+    latents = torch.randn(3, 192, 4, 4, generator=torch.Generator().manual_seed(1))
+    scores = evaluate.classify_by_loss(model, latents, [7, 8, 11], contexts, args)
+    alphas = make_alphas_cumprod("linear", 1000)
+    for row, place in enumerate((7, 8, 11)):
+        def loss(k: int, j: int) -> float:
+            t = torch.tensor([(2 * j + 1) * 1000 // 12])
+            noise = torch.randn(1, 192, 4, 4, generator=generator_of(3, place, j))
+            z, a, s = latents[row:row + 1], alphas[t].sqrt().float(), (1 - alphas[t]).sqrt().float()
+            aim = noise if target == "noise" else a * noise - s * z
+            return ((model.denoise_image(a * z + s * noise, t, contexts[k:k + 1]) - aim) ** 2).mean().item()
+        first = {k: np.mean([loss(k, j) for j in (1, 4)]) for k in range(6)}
+        kept = sorted(first, key=first.get)[:3]
+        last = {k: np.mean([loss(k, j) for j in range(6)]) for k in kept}
+        expected = sorted(kept, key=last.get) + sorted(set(first) - set(kept), key=first.get)
+        assert scores[row].argsort(descending=True).tolist() == expected
+        assert scores[row, kept[0]].item() == pytest.approx(1e4 - last[kept[0]], abs=1e-5)
+
+
+def test_knn_and_its_controls(base, monkeypatch) -> None:
+    monkeypatch.setattr(evaluate, "open_bank", lambda args: Numbered(150))
+    oracle = Feature(base, TEXTS)
+    result = run(evaluate.knn, oracle, Numbered(200))
+    assert result["top1"] == 1.0 and result["n_bank"] == 150
+    assert at_chance(result, "top1_tokens"), "noise shared with the bank would tell places apart"
+    for control in ("shuffle-images", "no-image", "shuffle-labels"):
+        assert at_chance(run(evaluate.knn, oracle, Numbered(200), "--control", control)), control
+
+
+def test_the_vote_equals_a_slow_reference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, bank = (torch.randn(n, 6, generator=generator) for n in (17, 40))
+    labels = torch.randint(4, (40,), generator=generator)
+    votes = evaluate.vote(queries, bank, labels, 4, k=5, block=3)
+    for query, found in zip(queries, votes):
+        cosines = [F.cosine_similarity(query, other, dim=0).item() for other in bank]
+        slow = [0.0] * 4
+        for i in sorted(range(40), key=lambda i: -cosines[i])[:5]:
+            slow[labels[i]] += math.exp(cosines[i] / 0.07)
+        assert torch.allclose(found, torch.tensor(slow), rtol=1e-4)
+
+
+def test_each_image_and_each_text_is_encoded_once(base, monkeypatch) -> None:
+    seen: Counter = Counter()
+    base.known_words = frozenset()           # one template
+    for name in ("encode_text", "read_batch"):
+        def count(self, what, *rest, original=getattr(models.DiffDis, name), name=name):
+            seen[name] += len(what)
+            return original(self, what, *rest)
+        monkeypatch.setattr(models.DiffDis, name, count)
+    run(evaluate.zeroshot, base, Numbered(60), "--batch-size", "7")
+    assert seen == {"encode_text": 5, "read_batch": 60}, "N images and K classes, not N times K"
+    seen.clear()
+    run(evaluate.retrieval, base, Numbered(60), "--batch-size", "7")
+    assert seen == {"encode_text": 120, "read_batch": 60}
+
+
+def test_the_ensemble_leaves_out_what_the_model_has_never_read(base) -> None:
+    args = parse_args(["zeroshot"])
+    base.known_words = None
+    assert evaluate.pick_templates(base, Numbered(5), args) == list(evaluate.ENSEMBLE)
+    base.known_words = frozenset("a photo of dog picture".split())
+    assert evaluate.pick_templates(base, Numbered(5), args) == ["a photo of a {}", "a picture of a {}"]
+    base.known_words = frozenset()
+    assert evaluate.pick_templates(base, Numbered(5), args) == ["a photo of a {}"]
+    base.known_words = None
+
+
+def test_many_prompts_are_encoded_once_for_all(base, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(evaluate, "CACHE", tmp_path)
+    names, templates = [f"kind{k}" for k in range(200)], [f"{i} {{}}" for i in range(10)]
+    first = evaluate.class_queries(base, names, templates)
+    with torch.no_grad():
+        slow = torch.stack([base.encode_text([f"{i} {name}" for i in range(10)])[1].mean(dim=0)
+                            for name in names])
+    assert torch.allclose(first, F.normalize(slow, dim=-1), atol=1e-6)
+    monkeypatch.setattr(evaluate, "encode_texts", None)
+    assert torch.equal(evaluate.class_queries(base, names, templates), first)
+    other = build(seed=1)
+    with pytest.raises(TypeError):        # another text encoder's are not taken for these
+        evaluate.class_queries(other, names, templates)
+
+
+def test_separate_captions_are_separate_texts(base) -> None:
+    class Karpathy(Numbered):
+        separate_captions = True
+
+        def captions(self, index: int) -> list[str]:
+            return ["the same"] + [f"picture {index}"] * 2
+    oracle = Oracle(base, TEXTS)
+    result = run(evaluate.retrieval, oracle, Karpathy(20))
+    assert result["n_texts"] == 60 and result["i2t_r1"] == 1.0
+    assert result["t2i_r1"] < 1 and result["t2i_r1_chance"] == pytest.approx(1 / 20)
+    assert result["mean_r1"] == pytest.approx((result["i2t_r1"] + result["t2i_r1"]) / 2)
+
+
 # ---------------------------------------------------------------- several ranks
 RANKS = """
 import json, os, sys
@@ -310,7 +498,7 @@ def test_any_number_of_ranks_gives_the_same_scores(tmp_path) -> None:
 def test_speed_measures_every_kind_of_step(monkeypatch, tmp_path, capsys) -> None:
     config = tiny_config(autoencoder=AutoencoderConfig("kl", 4, 2, 0.5, (32, 32)))
     monkeypatch.setitem(models.PRESETS, "tiny", config)
-    monkeypatch.setitem(evaluate.CLIPS, "tiny", ClipConfig(32, 1, 2, 16, 32, 32, config.text))
+    monkeypatch.setitem(evaluate.CLIPS, "clip-tiny", ClipConfig(32, 1, 2, 16, 32, 32, config.text))
     flags = ["--batch-size", "2", "--rounds", "1", "--repeats", "1", "--warm-up", "0", "--device", "cpu"]
     evaluate.main(["speed", "--preset", "tiny", *flags, "--json", str(tmp_path / "speed.json")])
     result = json.loads((tmp_path / "speed.json").read_text())

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, build, randomise, tiny_config
+from conftest import ROOT, build, randomise, tiny_clip_config, tiny_config
 from PIL import Image
 from torch.nn import functional as F
 
+import evaluate
 import model as models
+import sample
 import train
 from data import Shapes, to_square, to_tensor
 from diffusion import make_alphas_cumprod
@@ -170,12 +172,32 @@ def test_micro_batches_on_two_ranks_are_the_whole_batch_at_once(tmp_path) -> Non
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5 if a["step"] == 1 else 1e-4)
 
 
+def test_a_clip_trains_alike_on_any_ranks_in_any_parts_and_resumed(tmp_path) -> None:
+    """Random crops and RandAugment included."""
+    flags = ["--model", "clip-tiny", "--batch-size", "16", "--grad-clip", "0"]
+    finish(start(tmp_path / "whole", *flags, "--steps", "4"))
+    finish(start(tmp_path / "parts", *flags, "--steps", "4", "--micro-batch", "4", ranks=2))
+    for a, b in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "parts"), strict=True):
+        for name in ("loss", "loss_alignment", "accuracy", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), f"step {a['step']}: {name}"
+        assert "loss_generation" not in a and "loss_alignment_by_t" not in a
+    processes = start(tmp_path / "stopped", *flags, "--steps", "4", "--save-every", "2")
+    while not (tmp_path / "stopped/log.jsonl").exists() or len(log_of(tmp_path / "stopped")) < 2:
+        time.sleep(0.002)
+    processes[0].send_signal(signal.SIGTERM)
+    finish(processes)
+    finish(start(tmp_path / "stopped", *flags, "--steps", "4", "--save-every", "2", "--resume"))
+    expected, got = weights_of(tmp_path / "whole"), weights_of(tmp_path / "stopped")
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
 # ---------------------------------------------------------------- in this process
 @pytest.fixture()
 def small(monkeypatch, tmp_path):
     """`small(flags)` gives the parsed flags of a run of the small networks in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(models.PRESETS, "tiny", tiny_config())
+    monkeypatch.setitem(models.CLIPS, "clip-tiny", tiny_clip_config())
     monkeypatch.setattr(train.Trainer, "validate", lambda self: None)
     return lambda *flags: train.parse_args([*SMALL, "--steps", "2", "--out", "run", *flags])
 
@@ -210,6 +232,46 @@ def test_every_ablation_reaches_the_network_and_trains_all_of_it(small, flags: s
     frozen = [name for name, p in trainer.model.named_parameters() if not p.requires_grad]
     if "tasks" not in flags and "text-encoder" not in flags:
         assert not frozen, "joint training from scratch trains everything"
+
+
+def test_a_clip_trains_all_of_itself_by_its_own_recipe(small, tmp_path) -> None:
+    args = small("--model", "clip-tiny")
+    train.settle(args, torch.device("cpu"))
+    assert args.tasks == ("alignment",) and args.augment and args.lr == 1e-3 and args.weight_decay == 0.1
+    assert args.batch_size == 8 and train.RECIPES["clip-vit-b32"]["batch_size"] == 1024
+    trainer = train.Trainer(args, 0, 1, torch.device("cpu"))
+    trainer.train()
+    assert not [name for name, p in trainer.model.named_parameters() if p.grad is None]
+    loaded = models.load(tmp_path / "run/checkpoint.pt")
+    assert isinstance(loaded, models.Clip) and loaded.tasks == ("alignment",) and "a" in loaded.known_words
+    assert trainer.flops == pytest.approx(evaluate.clip_flops(trainer.model.config, 8))
+    images = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8)
+    tokens = loaded.tokenizer(["a red circle", "a", "a green cross", "b", "c", "d"])
+    model, pixels = trainer.model, loaded.read_batch(images)
+    losses = train.backward(train.ClipLoss(model, args), [(pixels, tokens, {})], 1.0)
+    with torch.no_grad():
+        ours, texts = model.encode_image(pixels), model.encode_tokens(tokens)
+        logits, truth = model.logit_scale.exp() * ours @ texts.T, torch.arange(6)
+        slow = (F.cross_entropy(logits, truth)
+                + F.cross_entropy(logits.T, truth)) / 2
+    assert losses["alignment"].mean().item() == pytest.approx(slow.item(), rel=1e-5)
+
+
+def test_a_run_remembers_what_it_was_trained_for(small, tmp_path, capsys) -> None:
+    for tasks, command in (("generation", ["evaluate", "zeroshot"]), ("alignment", ["sample", "a red circle"])):
+        args = small("--tasks", tasks)
+        args.out = tasks
+        train.settle(args, torch.device("cpu"))
+        train.Trainer(args, 0, 1, torch.device("cpu")).train()
+        checkpoint = str(tmp_path / tasks / "checkpoint.pt")
+        assert models.load(checkpoint).tasks == (tasks,)
+        program = {"evaluate": evaluate, "sample": sample}[command[0]]
+        with pytest.raises(SystemExit) as stop:
+            program.main([*command[1:], "--ckpt", checkpoint, "--device", "cpu"])
+        assert stop.value.code == 2 and "images" in capsys.readouterr().err
+        joint = train.parse_args([*SMALL, "--steps", "1", "--init", checkpoint])
+        assert set(train.make_model(joint, Shapes(), None).tasks) == set(train.TASKS), \
+            "what it was trained for before, and what it is trained for now"
 
 
 def gradients_of(model, args, parts) -> tuple[dict, dict]:
@@ -287,7 +349,7 @@ def test_the_compiled_networks_have_no_graph_breaks(small, tasks: str, recompute
     for step in range(3):
         drawn = train.draw(model.config, model.latent_shape(32, 32), 0, step, range(4))
         pixels = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
-        latents = joint.encode(pixels, drawn["posterior_noise"])
+        latents = joint.encode(pixels, drawn)
         train.backward(joint, [(latents, model.tokenizer(["a red circle"] * 4), drawn)], 1.0)
     assert sum(counters["graph_break"].values()) == 0, dict(counters["graph_break"])
     assert counter.frame_count == 3, f"{counter.frame_count} compilations: UNet, text encoder, autoencoder"
@@ -584,7 +646,8 @@ def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(small, tmp_pa
     ("--init nowhere.pt", "nowhere.pt"), ("--image-size 33", "multiple"),
     ("--condition-timestep 5000", "condition_timestep"), ("--preset huge", "--preset"),
     ("--tokenizer nowhere", "no vocabulary"), ("--resume", "--steps was 2, is 3"), ("", "--resume"),
-    ("--stpes 3", "--stpes")])
+    ("--model clip-tiny --gamma 0.5", "--gamma"), ("--model clip-tiny --tasks generation", "only reads"),
+    ("--augment", "--augment"), ("--stpes 3", "--stpes")])
 def test_mistakes_end_in_one_line_and_status_2(small, tmp_path, capsys, flags: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     base = [*SMALL, "--out", "run", "--steps", "2"]
