@@ -1,9 +1,9 @@
 """Captions to tokens, files to images, and a world of coloured shapes that needs no files at all.
 
 What it is, top to bottom: CLIP's tokenizer, which can also learn a vocabulary; reading images that may be
-broken; the sources that `--data` names; batches that are a pure function of the step; the built-in data
-`shapes` with its checker, which judges a picture against its caption from the pixels alone; and a command
-that encodes a data set's images once:
+broken; random crops and RandAugment, for training CLIP; the sources that `--data` names; batches that are a
+pure function of the step; the built-in data `shapes` with its checker, which judges a picture against its
+caption from the pixels alone; and a command that encodes a data set's images once:
     python data.py cache --data cc3m --init sd-v1-5 --out cc3m-latents
 What it is not: noise, or a network. It imports no other file of the project but for that command.
 
@@ -17,6 +17,7 @@ import heapq
 import html
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -39,7 +40,7 @@ import ftfy
 import numpy as np
 import regex
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -313,6 +314,101 @@ def to_float(pixels: Tensor) -> Tensor:
 def to_tensor(pixels: list[np.ndarray]) -> Tensor:
     """uint8 [H, W, 3] each -> float32 [B, 3, H, W] in [-1, 1]."""
     return to_float(torch.from_numpy(np.stack(pixels)))
+
+
+# ---------------------------------------------------------------- augmentation (CLIP's training images)
+# Share of the picture's area. Our choice: the paper only says "random crop", and a caption tells of the whole
+# picture, more than a class name does. OpenCLIP takes (0.9, 1.0), ImageNet's classifiers (0.08, 1.0).
+CROP_AREA = (0.5, 1.0)
+CROP_ASPECT = (3 / 4, 4 / 3)              # width to height
+
+
+def crop_box(width: int, height: int, rng: np.random.Generator,
+             area: tuple[float, float] = CROP_AREA) -> tuple[int, int, int, int]:
+    """A random part of a picture -> left, top, right, bottom, px (torchvision's RandomResizedCrop).
+
+    area: range of the part's share of the picture, uniform; its aspect is log-uniform in CROP_ASPECT. After
+    ten parts that do not fit, the largest one of a permitted aspect, from the centre.
+    """
+    least, greatest = CROP_ASPECT
+    for _ in range(10):
+        pixels = width * height * rng.uniform(*area)
+        aspect = math.exp(rng.uniform(math.log(least), math.log(greatest)))
+        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * greatest)), min(height, round(width / least))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def random_crop(image: Image.Image, size: int, rng: np.random.Generator,
+                area: tuple[float, float] = CROP_AREA) -> Image.Image:
+    """A random part of an RGB picture (see crop_box), resized to size x size px (bicubic, antialiased)."""
+    part = image.crop(crop_box(*image.size, rng, area))
+    return part.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def affine(image: Image.Image, *matrix: float) -> Image.Image:
+    """Each pixel (x, y) from (ax + by + c, dx + ey + f), the nearest one; black from outside."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
+
+
+# What RandAugment chooses from: RGB picture, value in the unit that STRENGTHS gives -> RGB picture.
+# Pillow's enhancers blend with the picture less its brightness, colour, ...; 1 is the picture itself.
+OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "Identity": lambda image, value: image,
+    "ShearX": lambda image, value: affine(image, 1, value, 0, 0, 1, 0),       # the top left corner stays
+    "ShearY": lambda image, value: affine(image, 1, 0, 0, value, 1, 0),
+    "TranslateX": lambda image, value: affine(image, 1, 0, -int(value), 0, 1, 0),
+    "TranslateY": lambda image, value: affine(image, 1, 0, 0, 0, 1, -int(value)),
+    "Rotate": lambda image, value: image.rotate(value, Image.Resampling.NEAREST),
+    "Brightness": lambda image, value: ImageEnhance.Brightness(image).enhance(1 + value),
+    "Color": lambda image, value: ImageEnhance.Color(image).enhance(1 + value),
+    "Contrast": lambda image, value: ImageEnhance.Contrast(image).enhance(1 + value),
+    "Sharpness": lambda image, value: ImageEnhance.Sharpness(image).enhance(1 + value),
+    "Posterize": lambda image, value: ImageOps.posterize(image, int(value)),
+    "Solarize": lambda image, value: ImageOps.solarize(image, value),
+    "AutoContrast": lambda image, value: ImageOps.autocontrast(image),
+    "Equalize": lambda image, value: ImageOps.equalize(image)}
+# Value at the least and at the greatest magnitude, and whether a coin turns its sign; the rest take none.
+STRENGTHS = {
+    "ShearX": (0.0, 0.3, True), "ShearY": (0.0, 0.3, True),                   # px per px
+    "TranslateX": (0.0, 150 / 331, True), "TranslateY": (0.0, 150 / 331, True),      # of the side
+    "Rotate": (0.0, 30.0, True),                                              # degrees, counterclockwise
+    "Brightness": (0.0, 0.9, True), "Color": (0.0, 0.9, True),
+    "Contrast": (0.0, 0.9, True), "Sharpness": (0.0, 0.9, True),
+    "Posterize": (8, 4, False),                                               # bits that are kept
+    "Solarize": (255.0, 0.0, False)}                                          # inverted from here on
+
+
+def strength(name: str, size: tuple[int, int], magnitude: int, bins: int) -> tuple[float, bool]:
+    """An operation's value at a magnitude of 0 .. bins - 1, for a picture of (width, height) px;
+    whether it has a sign. Raises ValueError for other magnitudes."""
+    if not 0 <= magnitude < bins:
+        raise ValueError(f"magnitude is {magnitude}, expected 0 to {bins - 1} ({bins} bins)")
+    least, greatest, is_signed = STRENGTHS.get(name, (0.0, 0.0, False))
+    if name == "Posterize":
+        return least - round(magnitude / ((bins - 1) / (least - greatest))), is_signed
+    side = {"TranslateX": size[0], "TranslateY": size[1]}.get(name, 1)
+    # In float32, as torchvision has it: pixels and shifts are cut to integers, so the last digit can count.
+    return torch.linspace(least, greatest * side, bins)[magnitude].item(), is_signed
+
+
+def rand_augment(image: Image.Image, rng: np.random.Generator, operations: int = 2, magnitude: int = 9,
+                 bins: int = 31) -> Image.Image:
+    """RandAugment (Cubuk et al. 2020) on an RGB picture, with torchvision's operations and values.
+
+    operations: how many, one after another, each drawn from all; magnitude: 0 .. bins - 1, of all of them.
+    """
+    for _ in range(operations):
+        name = list(OPERATIONS)[rng.integers(len(OPERATIONS))]
+        value, is_signed = strength(name, image.size, magnitude, bins)
+        if is_signed and rng.integers(2):
+            value = -value
+        image = OPERATIONS[name](image, value)
+    return image
 
 
 # ---------------------------------------------------------------- sources
@@ -740,13 +836,17 @@ class TrainingBatches(Dataset):
     a function of (source, seed, k, batch size).
 
     No state means: resuming needs the step alone, workers and ranks change nothing, and no rank can run dry,
-    however few or uneven the shards are.
+    however few or uneven the shards are. Raises ValueError where pixels to augment are wanted of latents.
     """
 
     def __init__(self, source: Source, image_size: int, batch_size: int, seed: int, rank: int, world: int,
                  tokenizer: Tokenizer | None = None, shuffle_buffer: int = 100_000,
-                 draw: Callable[[int], dict] | None = None) -> None:
+                 draw: Callable[[int], dict] | None = None, augment: bool = False) -> None:
+        if augment and source.cache is not None:
+            raise ValueError(f"{source.name} is a latent cache, and augmentation needs pixels: train on the "
+                             "images it was made from, or without augmentation")
         self.source, self.image_size, self.seed, self.draw = source, image_size, seed, draw
+        self.augment = augment
         self.batch_size, self.rows = batch_size, range(rank, batch_size, world)
         self.tokenizer, self.shuffle_buffer, self.shards = tokenizer, shuffle_buffer, source.shards()
         self.order: tuple[int, np.ndarray | None] = (-1, None)
@@ -791,6 +891,11 @@ class TrainingBatches(Dataset):
             except BadSample as bad:
                 skipped[bad.cause] += 1
                 continue
+            if self.augment:
+                # read() may have decoded it at twice the needed side. That is enough: a part of half the area
+                # is at its narrowest sqrt(1/2 · 3/4) = 0.61 of the shorter side, still more than image_size.
+                rng = np.random.default_rng([self.seed, epoch, index, 1])
+                sample.image = rand_augment(random_crop(sample.image, self.image_size, rng), rng)
             choice = 0
             if len(sample.captions) > 1:
                 choice = int(np.random.default_rng([self.seed, epoch, index]).integers(len(sample.captions)))
@@ -831,17 +936,19 @@ def leave_signals(worker: int) -> None:
 
 def training_batches(source: Source, image_size: int, batch_size: int, seed: int, start: int = 0,
                      rank: int = 0, world: int = 1, workers: int = 0, tokenizer: Tokenizer | None = None,
-                     shuffle_buffer: int = 100_000, draw: Callable[[int], dict] | None = None
-                     ) -> Iterator[Batch]:
+                     shuffle_buffer: int = 100_000, draw: Callable[[int], dict] | None = None,
+                     augment: bool = False) -> Iterator[Batch]:
     """Endless training batches from number `start` on; of a global batch, the rows of one rank of `world`.
 
     workers: processes that read, decode, crop and tokenise, 0 for none; close() the iterator to end them.
     shuffle_buffer: samples that are mixed with each other, see TrainingBatches.epoch_order.
     draw: number of the batch -> what else training needs for it, made by the workers too.
+    augment: a random crop and RandAugment of each picture, a function of (seed, epoch, sample), in place of
+    its centre square. Raises ValueError for a latent cache.
     Raises ValueError where nothing usable is left.
     """
     dataset = TrainingBatches(source, image_size, batch_size, seed, rank, world, tokenizer, shuffle_buffer,
-                              draw)
+                              draw, augment)
     for batch in DataLoader(dataset, batch_size=None, sampler=range(start, 2 ** 40), num_workers=workers,
                             collate_fn=as_it_is, prefetch_factor=4 if workers else None,
                             worker_init_fn=leave_signals):

@@ -1,0 +1,221 @@
+"""Random crops and RandAugment against torchvision, to the pixel; batches that depend on the step alone."""
+import io
+import itertools
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_sources import write_tar
+
+from data import (CROP_AREA, CROP_ASPECT, OPERATIONS, STRENGTHS, TrainingBatches, crop_box, decode_image,
+                  open_source, rand_augment, random_crop, strength, training_batches)
+
+SIZES = [(48, 48), (65, 40), (31, 77)]             # width, height
+
+
+@pytest.fixture(scope="module")
+def torchvision():
+    """torchvision's transforms. A build for another torch lacks its compiled operators, and asks for the
+    schemas of two when it is imported; transforms of pictures need neither."""
+    reason = "torchvision is not installed: nothing to compare augmentation with"
+    try:
+        return pytest.importorskip("torchvision.transforms", reason=reason)
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
+    return pytest.importorskip("torchvision.transforms", reason=reason)
+
+
+@pytest.fixture()
+def replay(torchvision, monkeypatch):
+    """replay(rng): from here on torchvision draws what it draws from rng, in place of torch's generator."""
+    def start(rng: np.random.Generator) -> None:
+        monkeypatch.setattr(torch, "randint", lambda *bounds, size=(1,): torch.tensor(
+            [rng.integers(*[bound for bound in bounds if isinstance(bound, int)])]))
+        monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, low, high: torch.tensor(
+            [rng.uniform(float(low), float(high))]))
+    return start
+
+
+def photo(size: tuple[int, int], seed: int = 0, form: str | None = None):
+    """Blobs with some grain and a narrow range of values, so that every operation has something to do."""
+    rng = np.random.default_rng(seed)
+    blobs = Image.fromarray(rng.integers(20, 220, (5, 5, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    grain = rng.integers(-12, 13, (size[1], size[0], 3))
+    image = Image.fromarray((np.asarray(blobs) + grain).clip(3, 251).astype(np.uint8))
+    if form is None:
+        return image
+    file = io.BytesIO()
+    image.save(file, form, quality=95)
+    return file.getvalue()
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    return a.mode == b.mode and a.size == b.size and a.tobytes() == b.tobytes()
+
+
+# ---------------------------------------------------------------- RandAugment
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_is_torchvisions(torchvision, name: str) -> None:
+    theirs = torchvision.autoaugment._apply_op
+    nearest, changed = torchvision.InterpolationMode.NEAREST, 0
+    for (seed, size), magnitude in itertools.product(enumerate(SIZES), (0, 1, 9, 17, 30)):
+        image, (value, is_signed) = photo(size, seed), strength(name, size, magnitude, 31)
+        for sign in (1, -1) if is_signed else (1,):
+            ours = OPERATIONS[name](image, sign * value)
+            assert same(ours, theirs(image, name, sign * value, nearest, None)), (size, magnitude, sign)
+            changed += not same(ours, image)
+            assert sign == 1 or magnitude < 9 or not same(ours, OPERATIONS[name](image, value)), \
+                "a lost sign would pass here"
+    assert changed or name == "Identity", "pictures that an operation leaves as they are show nothing"
+
+
+@pytest.mark.parametrize("bins", [31, 11, 10])
+def test_magnitudes_are_torchvisions(torchvision, bins: int) -> None:
+    for width, height in ((224, 224), (331, 200), (77, 500)):
+        table = torchvision.RandAugment()._augmentation_space(bins, (height, width))
+        assert list(table) == list(OPERATIONS), "the same choice by number is the same operation"
+        for name, (values, is_signed) in table.items():
+            values = values.tolist() if values.ndim else [0.0] * bins
+            assert [strength(name, (width, height), m, bins) for m in range(bins)] == \
+                [(value, is_signed) for value in values], name
+
+
+def test_magnitudes_beyond_the_bins_are_refused() -> None:
+    for magnitude in (-1, 31):
+        with pytest.raises(ValueError, match="expected 0 to 30"):
+            rand_augment(photo((32, 32)), np.random.default_rng(0), magnitude=magnitude)
+
+
+@pytest.mark.parametrize("options", [{}, {"operations": 3, "magnitude": 20}, {"magnitude": 4, "bins": 11}])
+def test_rand_augment_is_torchvisions(torchvision, replay, options: dict) -> None:
+    names = {"operations": "num_ops", "magnitude": "magnitude", "bins": "num_magnitude_bins"}
+    theirs = torchvision.RandAugment(**{names[name]: value for name, value in options.items()})
+    for seed in range(60):
+        image = photo(SIZES[seed % 3], seed)
+        ours = rand_augment(image, np.random.default_rng(seed), **options)
+        replay(np.random.default_rng(seed))
+        assert same(ours, theirs(image)), f"seed {seed}: other operations, signs or values"
+
+
+def test_operations_and_signs_are_drawn_evenly(monkeypatch) -> None:
+    seen, rng = [], np.random.default_rng(0)
+    for name in OPERATIONS:
+        monkeypatch.setitem(OPERATIONS, name,
+                            lambda image, value, name=name: seen.append((name, value)) or image)
+    for _ in range(1400):
+        rand_augment(photo((8, 8)), rng)
+    names = [name for name, _ in seen]
+    assert len(names) == 2800 and all(150 <= names.count(name) <= 250 for name in OPERATIONS)
+    for name, (_, _, is_signed) in STRENGTHS.items():
+        minus = np.mean([value < 0 for drawn, value in seen if drawn == name])
+        assert 0.35 < minus < 0.65 if is_signed else minus == 0, name
+
+
+# ---------------------------------------------------------------- random crops
+@pytest.mark.parametrize("area", [CROP_AREA, (0.08, 1.0), (0.9, 1.0)])
+def test_random_crops_are_torchvisions(torchvision, replay, area: tuple[float, float]) -> None:
+    theirs = torchvision.RandomResizedCrop(24, area, CROP_ASPECT, torchvision.InterpolationMode.BICUBIC)
+    # The last two are so long that no part fits, or hardly one: then it is the centre.
+    images = [photo(size, seed) for seed, size in enumerate([*SIZES, (24, 24), (300, 20), (21, 200)])]
+    for image, seed in itertools.product(images, range(40)):
+        ours = random_crop(image, 24, np.random.default_rng(seed), area)
+        replay(np.random.default_rng(seed))
+        assert same(ours, theirs(image)), (image.size, seed)
+
+
+def test_crops_are_parts_of_the_wanted_size() -> None:
+    rng = np.random.default_rng(0)
+    boxes = np.array([crop_box(400, 300, rng) for _ in range(4000)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert boxes.min() == 0 and boxes[:, 2].max() == 400 and boxes[:, 3].max() == 300, "up to every border"
+    share, aspect = width * height / (400 * 300), width / height
+    assert CROP_AREA[0] - 0.005 < share.min() < 0.52 and share.max() > 0.9
+    assert 3 / 4 - 0.01 < aspect.min() < 0.8 and 1.25 < aspect.max() < 4 / 3 + 0.01
+    assert len(set(map(tuple, boxes))) > 3900
+
+
+def test_crops_of_reduced_jpegs_are_never_enlarged() -> None:
+    """Sources decode a JPEG at twice the side that is needed, or a little more; a part of it must do."""
+    rng = np.random.default_rng(0)
+    for size in ((512, 512), (700, 530), (1100, 513), (520, 2000)):
+        image = decode_image(photo(size, form="JPEG"), side=64)
+        assert 128 <= min(image.size) < 256
+        for _ in range(500):
+            left, top, right, bottom = crop_box(*image.size, rng)
+            assert min(right - left, bottom - top) >= 64, "pixels would be made up"
+
+
+# ---------------------------------------------------------------- batches
+@pytest.fixture()
+def source(tmp_path):
+    """Twelve pictures, one of them broken, in two tars."""
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", [
+            (f"{shard}{i}.{kind}", body) for i in range(6) for kind, body in (
+                ("png", b"broken" if (shard, i) == (1, 2) else photo((40, 28), 6 * shard + i, "PNG")),
+                ("txt", f"caption {shard} {i}".encode()))])
+    return open_source(str(tmp_path))
+
+
+def take(source, count: int, batch_size: int = 6, seed: int = 3, **options) -> list:
+    return list(itertools.islice(training_batches(source, 16, batch_size, seed, **options), count))
+
+
+def by_sample(batches: list) -> list[dict]:
+    """Epochs of twelve -> each key's picture."""
+    rows = [row for batch in batches for row in zip(batch.keys, batch.images)]
+    return [dict(rows[first:first + 12]) for first in range(0, len(rows), 12)]
+
+
+def test_augmented_batches_depend_on_the_step_alone(source) -> None:
+    alone, plain = take(source, 6, augment=True), take(source, 6)
+    workers, late = take(source, 6, augment=True, workers=2), take(source, 2, augment=True, start=4)
+    ranks = [take(source, 6, augment=True, rank=rank, world=2) for rank in range(2)]
+    for k, batch in enumerate(alone):
+        assert batch.images.shape == (6, 16, 16, 3) and batch.images.dtype == torch.uint8
+        assert batch.captions == plain[k].captions and batch.keys == plain[k].keys
+        assert batch.labels == plain[k].labels and batch.skipped == plain[k].skipped
+        assert not torch.equal(batch.images, plain[k].images)
+        assert torch.equal(batch.images, workers[k].images), "the number of workers must not change the data"
+        for rank in range(2):
+            assert torch.equal(batch.images[rank::2], ranks[rank][k].images), "two ranks must share one batch"
+    assert all(torch.equal(a.images, b.images) for a, b in zip(late, alone[4:])), \
+        "resuming must go on in the same stream"
+
+
+def test_an_augmented_picture_depends_on_seed_epoch_and_sample(source) -> None:
+    epochs = by_sample(take(source, 4, augment=True))
+    others = by_sample(take(source, 8, batch_size=3, augment=True, shuffle_buffer=6))
+    seeds = by_sample(take(source, 4, seed=4, augment=True))
+    assert len(epochs) == len(others) == 2 and len(epochs[0]) == 11
+    for epoch, other in zip(epochs, others):
+        assert all(torch.equal(epoch[key], other[key]) for key in epoch), "its place must not count"
+    for key in epochs[0]:
+        assert not torch.equal(epochs[0][key], epochs[1][key]), "every epoch has crops of its own"
+        assert not torch.equal(epochs[0][key], seeds[0][key])
+
+
+def test_batches_hold_torchvisions_pictures(torchvision, replay, source) -> None:
+    batches, bicubic = take(source, 2, augment=True), torchvision.InterpolationMode.BICUBIC
+    theirs = torchvision.Compose([torchvision.RandomResizedCrop(16, CROP_AREA, CROP_ASPECT, bicubic),
+                                  torchvision.RandAugment()])
+    index = {source.key(i): i for i in range(len(source))}
+    for key, image in by_sample(batches)[0].items():
+        replay(np.random.default_rng([3, 0, index[key], 1]))
+        expected = theirs(source.read(index[key]).image)
+        assert np.array_equal(np.asarray(expected), image.numpy()), "crop, then RandAugment of what is seen"
+
+
+def test_latents_cannot_be_augmented() -> None:
+    cache = SimpleNamespace(name="cc3m-latents", cache={"shape": [8, 4, 4]}, shards=lambda: None)
+    TrainingBatches(cache, 16, 4, 0, 0, 1)
+    with pytest.raises(ValueError, match=re.escape("cc3m-latents is a latent cache")):
+        TrainingBatches(cache, 16, 4, 0, 0, 1, augment=True)
+    with pytest.raises(ValueError, match="needs pixels"):
+        next(training_batches(cache, 16, 4, 0, augment=True))
