@@ -927,7 +927,7 @@ def listed_images(root: Path, entries: list[tuple[str, str]], table: Path) -> Fi
     if not entries:
         raise ValueError(f"{table} lists no image: expected lines 'PATH' or 'PATH CLASS'")
     endings = ("", ".jpg", ".jpeg", ".png", ".JPEG", ".JPG", ".PNG")
-    places = [next((p for p in (root / (path + end) for end in endings) if p.is_file()), None)
+    places = [next((root / (path + end) for end in endings if os.path.isfile(f"{root}/{path}{end}")), None)
               for path, _ in entries]
     refuse_missing([path for (path, _), place in zip(entries, places) if place is None], entries, table, root)
     tags, folder_of = [], {}
