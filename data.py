@@ -428,6 +428,7 @@ class Source:
     classes: list[str] | None = None
     skipped: Counter
     cache: dict | None = None            # what a latent cache says of itself; None: samples are images
+    separate_captions = False            # whether evaluation takes every caption as a text of its own
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -465,6 +466,7 @@ class TarSource(Source):
     def __init__(self, tars: list[Path], name: str, cache: dict | None = None) -> None:
         self.name, self.tars, self.cache, self.skipped = name, tars, cache, Counter()
         self.classes = None if cache is None else cache["classes"]
+        self.separate_captions = bool(cache and cache.get("separate_captions"))
         self.lost = 0                 # bytes of shards that could not be read
         self.warnings: list[str] = []
         self.files: dict[tuple[int, int], int] = {}
@@ -628,9 +630,12 @@ class TarSource(Source):
         return Sample(None, captions, str(fields.get("key", key)), fields.get("label"), moments, tokens)
 
 
+def class_caption(name: str) -> str:
+    return f"a photo of a{'n' if name[0].lower() in 'aeiou' else ''} {name}"
+
+
 class FileSource(Source):
-    """Images as files: in class folders (the folder's name is the class),
-    or with a .txt of captions beside each."""
+    """Images as files: each of a class, or with a .txt of captions beside it."""
 
     def __init__(self, images: list[Path], name: str, classes: list[str] | None = None,
                  labels: list[int] | None = None) -> None:
@@ -642,8 +647,7 @@ class FileSource(Source):
 
     def captions(self, index: int) -> list[str]:
         if self.labels is not None:
-            name = self.classes[self.labels[index]]
-            return [f"a photo of a{'n' if name[0].lower() in 'aeiou' else ''} {name}"]
+            return [class_caption(self.classes[self.labels[index]])]
         text = self.images[index].with_suffix(".txt").read_text("utf-8-sig", errors="replace")
         found = [line.strip() for line in text.splitlines() if clean(line)]
         if not found:
@@ -657,12 +661,77 @@ class FileSource(Source):
                       label)
 
 
+class KarpathySource(FileSource):
+    """Images as files, their captions from one of Karpathy's tables: each is a text of its own."""
+    separate_captions = True
+
+    def __init__(self, images: list[Path], name: str, texts: list[list[str]]) -> None:
+        super().__init__(images, name)
+        self.texts = texts
+
+    def captions(self, index: int) -> list[str]:
+        return self.texts[index]
+
+
+class CifarSource(Source):
+    """CIFAR-10 or CIFAR-100 in its binary version (Krizhevsky 2009); the files stay on the disk, mapped.
+
+    path: a folder with data_batch_{1..5}.bin, test_batch.bin and batches.meta.txt, records of a label byte
+    and 3 x 32 x 32 bytes, plane after plane; or train.bin, test.bin and fine_label_names.txt, where a byte of
+    the coarse label comes first, which is not used. split: "train", or "val" for the test file.
+    Raises FileNotFoundError or ValueError.
+    """
+    TEN = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "val": ["test_batch.bin"]}
+    HUNDRED = {"train": ["train.bin"], "val": ["test.bin"]}
+
+    def __init__(self, path: Path, split: str) -> None:
+        is_ten = not (path / "fine_label_names.txt").is_file()
+        names = path / ("batches.meta.txt" if is_ten else "fine_label_names.txt")
+        self.files = [path / file for file in (self.TEN if is_ten else self.HUNDRED)[known_split(split)]]
+        missing = [file.name for file in (names, *self.files) if not file.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{path} looks like CIFAR-{10 if is_ten else 100}'s binary version, but "
+                                    f"has no {' and no '.join(missing)}: unpack the whole archive")
+        self.name, self.skipped = path.name, Counter()
+        self.classes = [line.strip().replace("_", " ") for _, line in text_lines(names)]
+        head = 1 if is_ten else 2
+        self.records = [self.open_records(file, head) for file in self.files]       # uint8 [n, head + 3072]
+        self.labels = np.concatenate([records[:, head - 1] for records in self.records]).astype(np.int64)
+        self.ends = np.cumsum([len(records) for records in self.records])
+
+    def open_records(self, file: Path, head: int) -> np.ndarray:
+        size, record = file.stat().st_size, head + 3072
+        if not size or size % record:
+            raise ValueError(f"{file} has {size} bytes, expected a multiple of {record}: unpack it again")
+        records = np.memmap(file, np.uint8, "r").reshape(-1, record)
+        wrong = np.flatnonzero(records[:, head - 1] >= len(self.classes))
+        if len(wrong):
+            raise ValueError(f"{file}: label {records[wrong[0], head - 1]} in record {wrong[0]} "
+                             f"(in all {len(wrong)} wrong ones), expected 0 to {len(self.classes) - 1}: "
+                             "unpack it again")
+        return records
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def captions(self, index: int) -> list[str]:
+        return [class_caption(self.classes[self.labels[index]])]
+
+    def read(self, index: int, side: int | None = None) -> Sample:
+        file = int(np.searchsorted(self.ends, index, side="right"))
+        place = index - int(self.ends[file]) + len(self.records[file])
+        pixels = self.records[file][place, -3072:].reshape(3, 32, 32).transpose(1, 2, 0)
+        return Sample(Image.fromarray(np.ascontiguousarray(pixels)), self.captions(index),
+                      f"{self.files[file].name}:{place}", int(self.labels[index]))
+
+
 class Subset(Source):
     """Some samples of another source."""
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self.source, self.indices, self.cache = source, indices, source.cache
         self.name, self.classes, self.skipped = source.name, source.classes, Counter(source.skipped)
+        self.separate_captions = source.separate_captions
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -700,14 +769,23 @@ CC3M_COMMAND = ("img2dataset --input_format tsv --url_list cc3m.tsv --url_col ur
                 "--output_folder cc3m")
 
 
-def open_source(name: str, split: str = "train") -> Source:
+KARPATHY_TABLES = ("dataset_coco.json", "dataset_flickr30k.json", "dataset_flickr8k.json")
+
+
+def open_source(name: str, split: str = "train", list_file: str | None = None) -> Source:
     """What `--data` names -> a source.
 
-    name: "shapes"; "cc3m" (./cc3m, ./data/cc3m or $DIFFDIS_DATA/cc3m); a tar; or a folder of tars
-    (all below it), of images with .txt beside them, or of class folders (DIR/CLASS/*.jpg, or
-    DIR/{train,val}/CLASS/*.jpg, of which `split` chooses).
+    name: "shapes"; "cc3m" (./cc3m, ./data/cc3m or $DIFFDIS_DATA/cc3m); a tar; or a folder of
+    - tars (all below it), or images with .txt beside them;
+    - class folders (DIR/CLASS/*.jpg, or DIR/{train,val}/CLASS/*.jpg, of which `split` chooses), or
+      ImageNet's flat validation images; better names for the classes may be given, see class_names;
+    - CIFAR-10's or CIFAR-100's binary files, see CifarSource;
+    - COCO's or Flickr's images and Karpathy's table of them, see open_karpathy (or the table's own path).
+    list_file: the images of the folder that count, and their classes, see open_list.
     Raises FileNotFoundError or ValueError: what came, what was expected, what to do.
     """
+    if list_file is not None:
+        return open_list(Path(name), Path(list_file))
     if name == "shapes":
         return Shapes(split)
     path = Path(name)
@@ -721,21 +799,36 @@ def open_source(name: str, split: str = "train") -> Source:
                 f"'caption<TAB>url' on top of its .tsv): {CC3M_COMMAND}")
     if not path.exists():
         raise FileNotFoundError(f"no data at {name}: expected 'shapes', 'cc3m', a tar, or a folder")
+    tables = [path] if path.suffix == ".json" else [path / file for file in KARPATHY_TABLES]
+    if any(table.is_file() for table in tables):
+        return open_karpathy([table for table in tables if table.is_file()], split)
+    if any((path / p).is_file() for p in ("data_batch_1.bin", "test_batch.bin", "fine_label_names.txt")):
+        return CifarSource(path, split)
     if split == "val" and (path / "val").is_dir():
         path = path / "val"
     files = [path] if path.is_file() else files_below(path)
     tars = files if path.is_file() else [p for p in files if p.suffix == ".tar"]
-    if tars:
-        if split == "train" and any(p.is_relative_to(path / "val") for p in tars):
-            print(f"warning: training on every tar below {path}, {path / 'val'} included, which evaluation "
-                  f"would use: if there is one, name {path / 'train'} instead", file=sys.stderr)
-        notes = path / CACHE_NOTES
-        source = open_cache(notes, tars, path.name) if notes.is_file() else TarSource(tars, path.name)
-        if not len(source):
-            raise ValueError(f"{name}: {len(tars)} tars but no usable sample ({dict(source.skipped)}): "
-                             "expected KEY.jpg with KEY.txt or KEY.json")
-        return source
-    return open_folder(path, split, [p for p in files if p.suffix[1:].lower() in IMAGE_SUFFIXES])
+    return open_tars(path, name, split, tars) if tars else open_folder(
+        path, split, [p for p in files if p.suffix[1:].lower() in IMAGE_SUFFIXES])
+
+
+def open_tars(path: Path, name: str, split: str, tars: list[Path]) -> TarSource:
+    """The tars of a folder, or of a latent cache. Raises ValueError."""
+    if split == "train" and any(p.is_relative_to(path / "val") for p in tars):
+        print(f"warning: training on every tar below {path}, {path / 'val'} included, which evaluation "
+              f"would use: if there is one, name {path / 'train'} instead", file=sys.stderr)
+    notes = path / CACHE_NOTES
+    source = open_cache(notes, tars, path.name) if notes.is_file() else TarSource(tars, path.name)
+    if not len(source):
+        raise ValueError(f"{name}: {len(tars)} tars but no usable sample ({dict(source.skipped)}): "
+                         "expected KEY.jpg with KEY.txt or KEY.json")
+    return source
+
+
+def known_split(split: str) -> str:
+    if split not in ("train", "val"):
+        raise ValueError(f"no split {split!r} here, expected train or val")
+    return split
 
 
 def files_below(path: Path) -> list[Path]:
@@ -760,15 +853,236 @@ def open_folder(path: Path, split: str, images: list[Path]) -> FileSource:
         return source
     root = path / split if (path / split).is_dir() else path
     images = [p for p in images if p.is_relative_to(root)]
-    folders = sorted({p.relative_to(root).parts[0] for p in images if len(p.relative_to(root).parts) > 1})
-    if not folders:
+    in_folders = [p for p in images if p.parent != root]
+    if not in_folders and any(p.name.startswith("ILSVRC2012_val_") for p in images):
+        return open_flat_imagenet(root)
+    if not in_folders:
         raise ValueError(f"{path} holds {len(images)} images and no tars: expected tars, "
-                         "images with .txt beside them, or class folders of images")
-    names = [folder.replace("_", " ") for folder in folders]
+                         "images with .txt beside them, class folders of images, Karpathy's table, or "
+                         "CIFAR's binary files (not the pickled ones)")
+    folders = [p.relative_to(root).parts[0] for p in in_folders]
+    return FileSource(in_folders, path.name, *class_names(root, folders, "folder"))
+
+
+def in_or_above(folder: Path, name: str) -> Path | None:
+    """A file of this name in the folder, or else beside it."""
+    return next((p for p in (folder / name, folder.absolute().parent / name) if p.is_file()), None)
+
+
+def text_lines(path: Path) -> list[tuple[int, str]]:
+    """A text file's lines that are not blank, numbered from 1."""
+    lines = path.read_text("utf-8-sig", errors="replace").split("\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+SYNSET = regex.compile(r"n\d{8}")         # WordNet's number of a class, as ImageNet's folders are called
+
+
+def read_class_names(path: Path, tags: list[str]) -> dict[str, str] | list[str]:
+    """A file of names -> {tag: name} if its lines begin with the classes' tags, else its names in order.
+
+    path: classnames.txt, or Kaggle's LOC_synset_mapping.txt ("n01440764 tench, Tinca tinca": the name is
+    what stands before the comma). Names may occur twice: ImageNet has two kinds of crane. Raises ValueError.
+    """
+    lines = [(number, *(line.split(maxsplit=1) + [""])[:2]) for number, line in text_lines(path)]
+    first, is_kaggles = {tag for _, tag, _ in lines}, path.name != "classnames.txt"
+    # Most, not all: a misspelt tag must be named by the caller, not turn every line into a name.
+    begin_with_tags = sum(tag in first for tag in tags) > len(tags) / 2 or all(map(SYNSET.fullmatch, first))
+    if not is_kaggles and not (begin_with_tags and any(name for _, _, name in lines)):
+        return [f"{word} {rest}".strip().replace("_", " ") for _, word, rest in lines]
+    names = {}
+    for number, tag, name in lines:
+        name = (name.partition(",")[0] if is_kaggles else name).strip().replace("_", " ")
+        if not name or tag in names:
+            raise ValueError(f"{path}, line {number}: {'a second name' if name else 'no name'} for {tag}, "
+                             "expected 'CLASS NAME', each class once")
+        names[tag] = name
+    return names
+
+
+def class_names(root: Path, tags: list[str], kind: str) -> tuple[list[str], list[int]]:
+    """What tells each image's class -> the names of all classes, sorted by tag, and each image's number.
+
+    tags: a class folder, synset or class, per image; kind: "folder", "class", or "number" (from 0 on).
+    The names are the tags themselves, unless there is in `root`, or beside it,
+    - classnames.txt with lines "CLASS NAME...", or with a name a line, in the order of the numbers or of the
+      sorted tags, as many as there are;
+    - for synsets, Kaggle's LOC_synset_mapping.txt.
+    Numbers count the sorted synsets, as Caffe's val.txt does. Raises ValueError where anything does not fit.
+    """
+    present, path = sorted(set(tags)), in_or_above(root, "classnames.txt")
+    if path is None and all(SYNSET.fullmatch(tag) or kind == "number" for tag in present):
+        path = in_or_above(root, "LOC_synset_mapping.txt")
+    if path is None:
+        names = dict(zip(present, own_names(root, present, kind)))
+    else:
+        names = read_class_names(path, present)
+        if kind == "number" and not (isinstance(names, dict) and set(present) <= set(names)):
+            if isinstance(names, dict) and list(names) != sorted(names):
+                raise ValueError(f"{path}: classes are given by number, and the lines are not sorted: "
+                                 "sort them, if the numbers count sorted classes")
+            names = dict(enumerate(names if isinstance(names, list) else names.values()))
+            tags, present = [int(tag) for tag in tags], [int(tag) for tag in present]
+        elif isinstance(names, list):
+            check_order(path, present, names)
+            names = dict(zip(present, names))
+    unnamed, unused = [tag for tag in present if tag not in names], sorted(set(names) - set(present))
+    if unnamed:
+        raise ValueError(f"{path} has {len(names)} lines and none for {kind} {unnamed[0]} (in all "
+                         f"{len(unnamed)} of {len(present)} lack one"
+                         f"{'; numbers count from 0' if kind == 'number' else ''}): add the lines")
+    if unused and kind == "folder":
+        raise ValueError(f"{path} names {len(names)} classes, and for {unused[0]} there is no folder (in all "
+                         f"{len(unused)}): complete {root}, or write a classnames.txt of its classes alone")
+    order = sorted(names)
+    number = {tag: i for i, tag in enumerate(order)}
+    return [names[tag] for tag in order], [number[tag] for tag in tags]
+
+
+def own_names(root: Path, present: list[str], kind: str) -> list[str]:
+    """Names of classes for which no file gives any. Raises ValueError."""
+    if kind == "number":
+        raise ValueError(f"classes are given by number, and {root} has no classnames.txt in it or beside it: "
+                         "write one, a name a line in the order of the numbers")
+    if all(map(SYNSET.fullmatch, present)):
+        print(f"warning: {root} has no classnames.txt or LOC_synset_mapping.txt in it or beside it: its "
+              f"classes are called {present[0]} and so on, which no text encoder knows", file=sys.stderr)
+    names = [tag.replace("_", " ") for tag in present]
     if len(set(names)) < len(names):
-        raise ValueError(f"{root}: two class folders have the same name but for underscores: rename one")
-    images, number = [p for p in images if p.parent != root], {folder: i for i, folder in enumerate(folders)}
-    return FileSource(images, path.name, names, [number[p.relative_to(root).parts[0]] for p in images])
+        raise ValueError(f"{root}: two classes have the same name but for underscores: rename one")
+    return names
+
+
+def check_order(path: Path, tags: list[str], names: list[str]) -> None:
+    """Names alone can be told to be in another order than the sorted tags only by what they say.
+
+    Labels that are off by an order look like a model at chance. Raises ValueError.
+    """
+    if len(names) != len(tags):
+        raise ValueError(f"{path} has {len(names)} names for {len(tags)} classes: expected as many, in the "
+                         "order of the sorted classes, or lines 'CLASS NAME'")
+    said = [name.lower() for name in names]
+    own = [tag.replace("_", " ").lower() for tag in tags]
+    wrong = [tag for tag, mine, name in zip(tags, own, said) if mine != name and mine in said]
+    if all(map(str.isdecimal, tags)) and tags != sorted(tags, key=int):
+        wrong = tags                 # 0, 1, 10, 2: are the names in this order too?
+    if wrong:
+        raise ValueError(f"{path} may be in another order than the sorted classes ({', '.join(tags[:4])}, …; "
+                         f"look at {wrong[0]}): write lines 'CLASS NAME'")
+
+
+def open_flat_imagenet(root: Path) -> FileSource:
+    """ImageNet's validation images as their archive holds them, all in one folder.
+
+    In it or beside it is Kaggle's LOC_val_solution.csv, or Caffe's val.txt, a list "FILE NUMBER".
+    Raises FileNotFoundError or ValueError.
+    """
+    table = in_or_above(root, "LOC_val_solution.csv")
+    if table is None:
+        table = in_or_above(root, "val.txt")
+        if table is None:
+            raise ValueError(f"{root} holds ImageNet's validation images, but neither it nor the folder "
+                             "above holds LOC_val_solution.csv or val.txt: copy one there")
+        return open_list(root, table)
+    entries = []
+    for number, line in text_lines(table):
+        image, _, boxes = line.partition(",")            # boxes are "n03995372 85 1 499 272 ", of one class
+        if (image, boxes) == ("ImageId", "PredictionString"):
+            continue
+        if not SYNSET.fullmatch(boxes[:9]):
+            raise ValueError(f"{table}, line {number}: {line[:60]!r}, expected ILSVRC2012_val_…,SYNSET …")
+        entries.append((image, boxes[:9]))
+    return listed_images(root, entries, table)
+
+
+def open_list(root: Path, table: Path) -> FileSource:
+    """The images of a folder that a list names.
+
+    root: folder; table: text, a line per image: "PATH", "PATH CLASS..." or "PATH<TAB>CLASS...". PATH is
+    relative to root whether it begins with a slash or not, may lack .jpg, .jpeg or .png, and may hold blanks
+    if a tab follows. Where there is no CLASS it is the name of the folder that holds the image. If every
+    CLASS is a number, they count the names of classnames.txt from 0 on. Blank lines, and lines that begin
+    with "#", are passed over. Raises FileNotFoundError or ValueError.
+    """
+    for path, is_there, what in ((root, root.is_dir(), "folder"), (table, table.is_file(), "list")):
+        if not is_there:
+            raise FileNotFoundError(f"no {what} at {path}: expected a folder of images and a list of them")
+    entries = []
+    for _, line in text_lines(table):
+        if not line.lstrip().startswith("#"):
+            image, _, tag = line.partition("\t") if "\t" in line else line.strip().partition(" ")
+            entries.append((image.strip().lstrip("/"), tag.strip()))
+    return listed_images(root, entries, table)
+
+
+def listed_images(root: Path, entries: list[tuple[str, str]], table: Path) -> FileSource:
+    """(path below root, class or "" for its folder's name) of each image -> a source.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    if not entries:
+        raise ValueError(f"{table} lists no image: expected lines 'PATH' or 'PATH CLASS'")
+    endings = ("", ".jpg", ".jpeg", ".png", ".JPEG", ".JPG", ".PNG")
+    places = [next((root / (path + end) for end in endings if os.path.isfile(f"{root}/{path}{end}")), None)
+              for path, _ in entries]
+    refuse_missing([path for (path, _), place in zip(entries, places) if place is None], entries, table, root)
+    tags, folder_of = [], {}
+    for path, tag in entries:
+        folder, name = os.path.dirname(path), tag or os.path.basename(os.path.dirname(path))
+        # SUN397 has church/outdoor and cathedral/outdoor: the folder's name would make them one class.
+        if not name or not tag and folder_of.setdefault(name, folder) != folder:
+            raise ValueError(f"{table} gives no class for {path}, and its folder's name is no class either "
+                             f"({'it has no folder' if not name else f'{folder_of[name]} has the same'}): "
+                             "write 'PATH<TAB>CLASS'")
+        tags.append(name)
+    is_numbered = all(tag.isdecimal() for _, tag in entries)
+    return FileSource(places, root.name, *class_names(root, tags, "number" if is_numbered else "class"))
+
+
+def refuse_missing(missing: list[str], entries: list, table: Path, root: Path) -> None:
+    """Raises FileNotFoundError: a score over the images that happen to be there compares with nothing."""
+    if missing:
+        raise FileNotFoundError(f"{root} lacks {len(missing)} of the {len(entries)} images in {table}, "
+                                f"the first is {missing[0]}: complete the folder, or shorten the list")
+
+
+def open_karpathy(tables: list[Path], split: str) -> KarpathySource:
+    """COCO or Flickr with Karpathy's split (Karpathy and Fei-Fei 2015): each image's first five captions.
+
+    split: "train", which is his train and restval; "val", which is his *test*: the 5,000 images of COCO or
+    1,000 of Flickr on which the field compares retrieval. There every image must have five captions.
+    tables: one dataset_NAME.json. Images lie at filepath/filename or filename in its folder, or in one there
+    that is called images or as Flickr's archives call it. Raises FileNotFoundError or ValueError.
+    """
+    if len(tables) > 1:
+        raise ValueError(f"{tables[0].parent} holds {' and '.join(t.name for t in tables)}: name one of them")
+    table, wanted = tables[0], {"train": ("train", "restval"), "val": ("test",)}[known_split(split)]
+    try:
+        entries = [(entry.get("filepath") or "", entry["filename"],
+                    [text["raw"].strip() for text in entry["sentences"] if clean(text["raw"])][:5])
+                   for entry in json.loads(table.read_bytes())["images"] if entry["split"] in wanted]
+        places = [find_image(table.parent, folder, name) for folder, name, _ in entries]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{table} is damaged, or not Karpathy's table of images and their sentences "
+                         f"({type(error).__name__}: {error}): fetch it again") from None
+    if not entries:
+        raise ValueError(f"{table} has no image of the split {' or '.join(wanted)}: fetch it again")
+    few = [name for _, name, texts in entries if len(texts) < 5]
+    if few and split == "val":
+        raise ValueError(f"{table}: {few[0]} has fewer than five captions (in all {len(few)} images), "
+                         "and retrieval is compared with five each: fetch it again")
+    refuse_missing([name for (_, name, _), place in zip(entries, places) if place is None], entries, table,
+                   table.parent)
+    usable = [(place, texts) for (_, _, texts), place in zip(entries, places) if texts]
+    source = KarpathySource([place for place, _ in usable], table.stem, [texts for _, texts in usable])
+    source.skipped["no caption"] = len(entries) - len(usable)
+    return source
+
+
+def find_image(root: Path, folder: str, name: str) -> Path | None:
+    places = ("", "images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset")
+    return next((p for place in places for p in (root / place / folder / name, root / place / name)
+                 if p.is_file()), None)
 
 
 # ---------------------------------------------------------------- batches
@@ -1382,7 +1696,8 @@ def write_cache(args) -> None:
     start_cache(out, {
         "format": CACHE_FORMAT, "source": source.name, "samples": len(source), "shards": len(units),
         "shape": [2 * channels, height, width], "image_size": args.image_size, "classes": source.classes,
-        "autoencoder": models.fingerprint(model.autoencoder), "tokenizer": model.tokenizer.fingerprint()})
+        "autoencoder": models.fingerprint(model.autoencoder), "tokenizer": model.tokenizer.fingerprint(),
+        **({"separate_captions": True} if source.separate_captions else {})})
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     paths, report = [out / f"{i:05d}.tar" for i in range(len(units))], SkipReport(args.max_bad)
     mine = range(rank, len(units), world)
