@@ -373,7 +373,7 @@ def classify_by_loss(model: DiffDis, latents: Tensor, places: list[int], context
     config, (count, classes) = model.config, (len(latents), len(contexts))
     alphas = make_alphas_cumprod(config.image_schedule, config.timesteps).to(model.device)
     total, drawn = args.dc_samples[-1], []
-    losses, scores = latents.new_zeros(2, count, classes)
+    losses, scores = latents.new_zeros(2, count, classes, dtype=torch.float64)
     alive = torch.arange(classes, device=model.device).repeat(count, 1)               # [B, classes left]
     for stage, samples in enumerate(args.dc_samples):
         left = alive.shape[1]
@@ -388,7 +388,7 @@ def classify_by_loss(model: DiffDis, latents: Tensor, places: list[int], context
             rows = [x.repeat_interleave(left, dim=0).split(args.batch_size) for x in inputs]
             found = [generation_loss(model.denoise_image(noisy, time, contexts[which]), aim) for
                      noisy, time, aim, which in zip(*rows, alive.flatten().split(args.batch_size))]
-            losses.scatter_add_(1, alive, torch.cat(found).view(count, left))
+            losses.scatter_add_(1, alive, torch.cat(found).double().view(count, left))
         drawn += new
         mean = losses.gather(1, alive) / len(drawn)
         scores.scatter_(1, alive, 1e4 * stage - mean)
@@ -418,7 +418,7 @@ def zeroshot(model: DiffDis | Clip, source: Source, args: argparse.Namespace) ->
         read = over_images(model, source, args, lambda latents, places: classify_by_loss(
             model, latents, places, contexts, args))
         similarity = read.values
-    for j, name in enumerate(names):      # ImageNet has two "crane"s: the first wins, as by argmax
+    for j, name in enumerate(names):        # ImageNet has two "crane"s: the first wins, as by argmax
         if name in names[:j]:
             similarity[:, j] = similarity[:, j].nextafter(similarity.new_tensor(-math.inf))
     labels = torch.tensor(read.labels)
