@@ -541,6 +541,127 @@ def checker(model: DiffDis, args: argparse.Namespace) -> dict:
             "all_interval": wilson(rates["all"], len(prompts)), "all_single": sum(singles) / len(singles)}
 
 
+# ---------------------------------------------------------------- distances between sets of images (FID)
+RESIZES = ("clean", "legacy")
+INCEPTION_SIDE = 299       # px
+
+
+def inception_input(pixels: Tensor, resize: str) -> Tensor:
+    """Pixels as Inception wants them; how they are resized moves FID by whole points.
+
+    pixels: uint8 [B, H, W, 3]; resize: "clean", as clean-fid (Parmar et al. 2022): bicubic of floats, widened
+    where it shrinks so that nothing aliases; or "legacy", as pytorch-fid: bilinear between the nearest pixels
+    -> float32 [B, 3, 299, 299] in about [-1, 1], on the pixels' device.
+    Raises ValueError on other pixels or another resize.
+    """
+    if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[3] != 3:
+        raise ValueError(f"pixels are {pixels.dtype} {tuple(pixels.shape)}, expected uint8 [B, H, W, 3]")
+    if resize not in RESIZES:
+        raise ValueError(f"resize is {resize!r}, expected one of {', '.join(RESIZES)}")
+    channels, size = pixels.permute(0, 3, 1, 2).float(), (INCEPTION_SIDE, INCEPTION_SIDE)
+    if resize == "legacy":
+        return 2 * F.interpolate(channels / 255, size, mode="bilinear", align_corners=False) - 1
+    # Pillow itself: another program's bicubic is not the same one.
+    planes = [np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC))
+              for plane in channels.flatten(0, 1).cpu().numpy()]
+    resized = torch.from_numpy(np.stack(planes)).unflatten(0, channels.shape[:2])
+    return ((resized.clamp(0, 255) - 128) / 128).to(pixels.device)
+
+
+class Statistics:
+    """Mean and covariance of rows that come in batches, in float64 on the CPU.
+
+    Sums of squares would cancel where the mean is large; batches are centred first and then joined
+    (Chan, Golub & LeVeque 1979).
+    """
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(width, dtype=torch.float64)
+        self.scatter = torch.zeros(width, width, dtype=torch.float64)      # Σ (x - mean) (x - mean)ᵀ
+
+    def add(self, features: Tensor) -> None:
+        """features [B, D], any B. Raises ValueError if D is another, or a feature is not finite."""
+        if features.dim() != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(f"features are {tuple(features.shape)}, expected [B, {len(self.mean)}]")
+        if not torch.isfinite(features).all():
+            raise ValueError("features of images are not finite: the network or its images are damaged")
+        rows = features.detach().cpu().double()
+        mean = rows.mean(dim=0)
+        self._join(len(rows), mean, (rows - mean).T @ (rows - mean))
+
+    def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        if count == 0:           # whose mean is NaN
+            return
+        apart, total = mean - self.mean, self.count + count
+        self.scatter += scatter + torch.outer(apart, apart) * (self.count * count / total)
+        self.mean += apart * (count / total)
+        self.count = total
+
+    def merge(self, others: Iterable["Statistics"]) -> None:
+        """Take in the rows of others. Raises ValueError if they are of another width."""
+        for other in others:
+            if len(other.mean) != len(self.mean):
+                raise ValueError(f"statistics of {len(other.mean)} features do not join {len(self.mean)}")
+            self._join(other.count, other.mean, other.scatter)
+
+    def gather(self) -> "Statistics":
+        """-> the statistics of all ranks' rows, the same on each; alone: of one's own."""
+        parts = [self]
+        if dist.is_initialized():
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, self)
+        whole = Statistics(len(self.mean))
+        whole.merge(parts)
+        return whole
+
+    def covariance(self) -> Tensor:
+        """-> [D, D], unbiased. Raises ValueError below two rows."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs two images or more, here are {self.count}")
+        return self.scatter / (self.count - 1)
+
+    def to_dict(self) -> dict[str, Tensor]:
+        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
+
+    @staticmethod
+    def from_dict(state: dict[str, Tensor]) -> "Statistics":
+        """The inverse of `to_dict`. Raises ValueError if these are no statistics."""
+        shapes = {name: tuple(getattr(state.get(name), "shape", "?"))
+                  for name in ("count", "mean", "scatter")}
+        width = shapes["mean"]
+        if len(width) != 1 or shapes["count"] != () or shapes["scatter"] != width * 2:
+            raise ValueError("these are no statistics of images: expected tensors count [], mean [D], "
+                             f"scatter [D, D], found {shapes}")
+        found = Statistics(*width)
+        found._join(int(state["count"]), state["mean"].double(), state["scatter"].double())
+        return found
+
+
+def square_root(covariance: Tensor) -> Tensor:
+    """covariance [D, D] of rank r -> R [D, r] with R Rᵀ = covariance."""
+    values, vectors = torch.linalg.eigh(covariance)
+    # Below this, also below 0, an eigenvalue is rounding.
+    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """|μ₁ - μ₂|² + tr Σ₁ + tr Σ₂ - 2 tr (Σ₁ Σ₂)^½ of two sets of images: FID (Heusel et al. 2017).
+
+    With Σ = R Rᵀ, the last trace is the sum of the singular values of R₁ᵀ R₂. No root of Σ₁ Σ₂ is taken:
+    with fewer images than features it is singular, `sqrtm` turns complex, and eigenvalues that rounding
+    keeps from 0 would count by their square roots.
+    Raises ValueError on different widths, or fewer than two images.
+    """
+    if len(a.mean) != len(b.mean):
+        raise ValueError(f"statistics of {len(a.mean)} and {len(b.mean)} features cannot be compared")
+    first, second = a.covariance(), b.covariance()
+    overlap = torch.linalg.svdvals(square_root(first).T @ square_root(second)).sum()
+    distance = (a.mean - b.mean).square().sum() + first.trace() + second.trace() - 2 * overlap
+    return distance.clamp(min=0).item()          # rounding could leave it a little below
+
+
 class Features:
     """Where images are compared: Inception's pool3 (FID), or the image tokens of a checkpoint, averaged."""
 

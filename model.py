@@ -20,6 +20,7 @@ import math
 import os
 import pickle
 import re
+import struct
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -547,6 +548,115 @@ class Clip(nn.Module):
         return context, F.normalize(self.text_projection(ends).float(), dim=-1)
 
 
+# ---------------------------------------------------------------- Inception, for FID
+WIDE, TALL = (1, 7), (7, 1)          # kernels, height × width
+FORK = ((1, 3), (3, 1))              # two convolutions of the same input, side by side
+
+
+def inception_a(pooled: int) -> dict[str, list]:
+    return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
+            "branch3x3dbl": [(64, 1), (96, 3), (96, 3)], "branch_pool": [(pooled, 1)]}
+
+
+def inception_c(width: int) -> dict[str, list]:
+    return {"branch1x1": [(192, 1)], "branch7x7": [(width, 1), (width, WIDE), (192, TALL)],
+            "branch7x7dbl": [(width, 1), (width, TALL), (width, WIDE), (width, TALL), (192, WIDE)],
+            "branch_pool": [(192, 1)]}
+
+
+INCEPTION_E = {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), (384, FORK)],
+               "branch3x3dbl": [(448, 1), (384, 3), (384, FORK)], "branch_pool": [(192, 1)]}
+# Block -> what its pooling branch does ("halve": all branches do, and that one has no convolution); branch ->
+# its convolutions, (channels, kernel) each.
+INCEPTION = {
+    "Mixed_5b": ("average", inception_a(32)), "Mixed_5c": ("average", inception_a(64)),
+    "Mixed_5d": ("average", inception_a(64)),
+    "Mixed_6a": ("halve", {"branch3x3": [(384, 3)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]}),
+    "Mixed_6b": ("average", inception_c(128)), "Mixed_6c": ("average", inception_c(160)),
+    "Mixed_6d": ("average", inception_c(160)), "Mixed_6e": ("average", inception_c(192)),
+    "Mixed_7a": ("halve", {"branch3x3": [(192, 1), (320, 3)],
+                           "branch7x7x3": [(192, 1), (192, WIDE), (192, TALL), (192, 3)]}),
+    # The last block of the original pools by maximum, unlike the published architecture.
+    "Mixed_7b": ("average", INCEPTION_E), "Mixed_7c": ("max", INCEPTION_E)}
+
+
+class InceptionConv(nn.Module):
+    """Convolution, batch norm, ReLU; it keeps the side unless told not to pad."""
+
+    def __init__(self, channels: int, out: int, kernel: int | tuple[int, int], stride: int = 1,
+                 pad: bool = True) -> None:
+        super().__init__()
+        sides = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        padding = tuple(side // 2 for side in sides) if pad else 0
+        self.conv = nn.Conv2d(channels, out, sides, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(out, eps=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class InceptionBlock(nn.Module):
+    """Branches side by side, joined over channels; a row of INCEPTION."""
+
+    def __init__(self, channels: int, pool: str, branches: dict[str, list]) -> None:
+        super().__init__()
+        self.pool, self.out = pool, channels if pool == "halve" else 0
+        self.stages: dict[str, list[list[str]]] = {}     # branch -> the layers' names, two where it forks
+        for branch, layers in branches.items():
+            self.stages[branch], width = [], channels
+            for i, (out, kernel) in enumerate(layers, 1):
+                name = branch if len(layers) == 1 else f"{branch}_{i}"
+                kernels = {name + "a": FORK[0], name + "b": FORK[1]} if kernel == FORK else {name: kernel}
+                halves = pool == "halve" and i == len(layers)
+                for name, sides in kernels.items():
+                    self.add_module(name, InceptionConv(width, out, sides, 1 + halves, pad=not halves))
+                self.stages[branch].append(list(kernels))
+                width = out * len(kernels)
+            self.out += width
+
+    def pooled(self, x: Tensor) -> Tensor:
+        if self.pool == "average":         # of real pixels only: zeros of the padding would darken the edges
+            return F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False)
+        return F.max_pool2d(x, 3, 2) if self.pool == "halve" else F.max_pool2d(x, 3, 1, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, out, H, W], or about half the side."""
+        joined = []
+        for branch, stages in self.stages.items():
+            h = self.pooled(x) if branch == "branch_pool" else x
+            for names in stages:
+                h = torch.cat([self.get_submodule(name)(h) for name in names], dim=1)
+            joined.append(h)
+        return torch.cat(joined + [self.pooled(x)] * (self.pool == "halve"), dim=1)
+
+
+class Inception(nn.Module):
+    """The network whose features FID compares: TensorFlow's Inception v3 of 2015-12-05, names as in
+    pytorch-fid's port. It is not torchvision's: other weights, other pooling at edges and at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv2d_1a_3x3 = InceptionConv(3, 32, 3, stride=2, pad=False)
+        self.Conv2d_2a_3x3 = InceptionConv(32, 32, 3, pad=False)
+        self.Conv2d_2b_3x3 = InceptionConv(32, 64, 3)
+        self.Conv2d_3b_1x1 = InceptionConv(64, 80, 1)
+        self.Conv2d_4a_3x3 = InceptionConv(80, 192, 3, pad=False)
+        width = 192
+        for name, (pool, branches) in INCEPTION.items():
+            self.add_module(name, block := InceptionBlock(width, pool, branches))
+            width = block.out
+        self.fc = nn.Linear(width, 1008)       # in the file, not in the features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, 299, 299] in [-1, 1] -> features "pool3" [B, 2048]."""
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images)))       # [B, 64, 147, 147]
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))            # [B, 192, 71, 71]
+        x = F.max_pool2d(x, 3, 2)
+        for name in INCEPTION:
+            x = self.get_submodule(name)(x)
+        return x.mean(dim=(2, 3))                                                    # of [B, 2048, 8, 8]
+
+
 # ---------------------------------------------------------------- UNet
 class Stages(nn.Module):
     """What the UNet's blocks share: each residual and attention stage may be run again in the backward pass
@@ -973,6 +1083,8 @@ class Inert(dict):
         pass
 
 
+# How files of torch.save before 1.6 begin: a pickled number.
+OLD_FORMAT = b"\x80\x02\x8a\x0a" + torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 HARMLESS = ("pytorch_lightning.", "lightning.", "numpy.")      # whose objects training programs leave behind
 
 
@@ -985,18 +1097,21 @@ def read_torch(path: Path) -> object:
     if path.suffix == ".safetensors":      # torch.load would hand such a name to another library
         raise ValueError(f"{path} is no .safetensors file; if torch.save wrote it, name it .ckpt")
     try:
-        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with path.open("rb") as file:
+            old = file.read(len(OLD_FORMAT)) == OLD_FORMAT
+        # The old format takes no exceptions, nor can it be mapped: only tensors and plain values are read.
+        wanted = [] if old else torch.serialization.get_unsafe_globals_in_checkpoint(path)
         refused = [name for name in wanted if not name.startswith(HARMLESS)]
         if refused:
             raise ValueError(f"it wants to run {', '.join(refused)}, which is refused")
         with torch.serialization.safe_globals([(Inert, name) for name in wanted]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError,
-            pickle.UnpicklingError) as error:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
+    except (RuntimeError, ValueError, EOFError, OSError, LookupError, AttributeError, TypeError,
+            AssertionError, struct.error, pickle.UnpicklingError) as error:
         # Of torch's own words, only the first sentence: it goes on to advise switching safety off.
         reason = str(error).splitlines()[0].split(". ")[0][:200] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is no readable checkpoint (truncated, not written by torch.save, or by one "
-                         f"before 1.6): {reason}") from None
+        raise ValueError(f"{path} is no readable checkpoint (truncated, or not written by torch.save): "
+                         f"{reason}") from None
 
 
 def part_file(folder: Path, stem: str) -> Path:
@@ -1043,6 +1158,9 @@ DOWNLOADS = {
                 "fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556"),
     "vocabulary": ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
                    "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
+    # Of this one only the beginning of the sha256 is published, in its name.
+    "inception": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                  "pt_inception-2015-12-05-6726825d.pth", "6726825d"),
 }
 
 
@@ -1235,9 +1353,28 @@ def drop_reading_parts(model: DiffDis) -> None:
         model.autoencoder.encoder = model.autoencoder.quant_conv = None
 
 
+def check_fit(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], path: str | Path,
+              what: str = "the configuration and flags") -> None:
+    """Each tensor of a file must have its place, each place its tensor; what: has the places.
+
+    Raises ValueError naming what does not fit.
+    """
+    wrong = ([f"lacks {name}" for name in shapes if name not in tensors]
+             + [f"has an unknown {name}" for name in tensors if name not in shapes]
+             + [f"has {name} as {value.dtype}, {value.layout}" for name, value in tensors.items()
+                if name in shapes and not (value.is_floating_point() and value.layout == torch.strided
+                                           and value.device.type == "cpu")]
+             + [f"has {name} of shape {tuple(value.shape)} instead of {tuple(shapes[name])}"
+                for name, value in tensors.items() if name in shapes and value.shape != shapes[name]])
+    if wrong:
+        raise ValueError(f"{path}: its tensors do not fit {what}: "
+                         f"it {'; '.join(wrong[:4])}"
+                         + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+
+
 def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: str | Path,
                 foreign: bool = False) -> None:
-    """Make a file's tensors the model's own, without a copy; each must have its place, each place its tensor.
+    """Make a file's tensors the model's own, without a copy.
 
     foreign: the file is Stable Diffusion's: it may hold what IGNORED names, and lack the query stream.
     Raises ValueError naming what does not fit.
@@ -1249,17 +1386,7 @@ def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: str | P
                for name, value in tensors.items() if name not in ignored}
     tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     fresh = [name for name in shapes if foreign and name not in tensors and is_new(name)]
-    wrong = ([f"lacks {name}" for name in shapes if name not in tensors and name not in fresh]
-             + [f"has an unknown {name}" for name in tensors if name not in shapes]
-             + [f"has {name} as {value.dtype}, {value.layout}" for name, value in tensors.items()
-                if name in shapes and not (value.is_floating_point() and value.layout == torch.strided
-                                           and value.device.type == "cpu")]
-             + [f"has {name} of shape {tuple(value.shape)} instead of {tuple(shapes[name])}"
-                for name, value in tensors.items() if name in shapes and value.shape != shapes[name]])
-    if wrong:
-        raise ValueError(f"{path}: its tensors do not fit the configuration and flags: "
-                         f"it {'; '.join(wrong[:4])}"
-                         + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+    check_fit(tensors, {name: shape for name, shape in shapes.items() if name not in fresh}, path)
     started = start_query_stream(model, set(fresh))
     model.load_state_dict(tensors | started, assign=True)
     if isinstance(model, DiffDis):
@@ -1286,6 +1413,29 @@ def start_query_stream(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
     if "logit_scale" in names:
         started["logit_scale"] = torch.tensor(math.log(1 / 0.07))
     return started
+
+
+def load_inception(path: str | Path | None = None, device: str | torch.device = "cpu") -> Inception:
+    """FID's network with its published weights, in eval mode.
+
+    path: pytorch-fid's weight file; None: downloaded once.
+    Raises FileNotFoundError, OSError (no download) or ValueError, naming the tensors that do not fit.
+    """
+    path = download("inception") if path is None else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights of Inception at {path}: give pytorch-fid's "
+                                f"{DOWNLOADS['inception'][0].rsplit('/', 1)[1]}, or no path to download it")
+    with torch.device("meta"):
+        network = Inception()
+    # How many batches a batch norm was trained on: only training reads it, and not every file has it.
+    counters = {name: torch.tensor(0) for name in network.state_dict()
+                if name.endswith(".num_batches_tracked")}
+    tensors = {name: value for name, value in tensors_of(read_torch(path), path).items()
+               if name not in counters}
+    check_fit(tensors, {name: value.shape for name, value in network.state_dict().items()
+                        if name not in counters}, path, "FID's Inception")
+    network.load_state_dict({name: value.float() for name, value in tensors.items()} | counters, assign=True)
+    return network.to(device).eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------- export
