@@ -1,10 +1,12 @@
 """What the tests share: the import path, one thread per test process,
 and a model small enough to build anywhere."""
 import atexit
+import importlib
 import os
 import shutil
 import sys
 import tempfile
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,29 @@ sys.path.insert(0, str(ROOT))
 from data import Shapes, Tokenizer  # noqa: E402  (the path comes first)
 from fusion import FusionConfig  # noqa: E402
 from model import Clip, ClipConfig, Config, DiffDis, TextConfig, UNetConfig, patches  # noqa: E402
+
+
+def import_oracle(name: str) -> types.ModuleType:
+    """A module of torchvision or pytorch-fid, or skip the test.
+
+    They stand in a folder of their own (README): a torchvision that is built for another torch lacks two
+    operators, without which it cannot be imported, and transformers would try to where it finds one.
+    """
+    try:
+        return importlib.import_module(name)       # one that fits this torch
+    except (ImportError, RuntimeError):
+        pass
+    for op in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, op):
+            torch.library.define(f"torchvision::{op}", "(Tensor a, Tensor b, float c) -> Tensor")
+    sys.path.append(str(ROOT / ".oracles"))
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        pytest.skip(f"nothing to compare with ({error}): "
+                    "pip install --no-deps --target .oracles torchvision pytorch-fid")
+    finally:
+        sys.path.remove(str(ROOT / ".oracles"))
 
 
 def tiny_config(**changes) -> Config:

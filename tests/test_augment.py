@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import import_oracle
 from PIL import Image
 from test_sources import write_tar
 
@@ -18,17 +19,8 @@ SIZES = [(48, 48), (65, 40), (31, 77)]             # width, height
 
 @pytest.fixture(scope="module")
 def torchvision():
-    """torchvision's transforms. A build for another torch lacks its compiled operators, and asks for the
-    schemas of two when it is imported; transforms of pictures need neither."""
-    reason = "torchvision is not installed: nothing to compare augmentation with"
-    try:
-        return pytest.importorskip("torchvision.transforms", reason=reason)
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-    for name in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
-    return pytest.importorskip("torchvision.transforms", reason=reason)
+    """torchvision's transforms."""
+    return import_oracle("torchvision.transforms")
 
 
 @pytest.fixture()

@@ -1,7 +1,6 @@
 """FID's parts: the network against pytorch-fid's, the resizing against Pillow channel by channel, streaming
 statistics against torch.cov, and the distance against formulas that can be written down."""
 import hashlib
-import importlib.util
 import math
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, import_oracle
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,15 +47,7 @@ def ours(weights) -> Inception:
 @pytest.fixture(scope="module")
 def theirs(weights):
     """pytorch-fid's wrapper around its network with the same weights; its loading is strict."""
-    for name in ("torchvision", "pytorch_fid"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is the oracle: pip install --no-deps pytorch-fid torchvision")
-    for op in ("nms", "qnms"):       # torchvision may be built for another torch, without its operators
-        try:
-            torch.library.define(f"torchvision::{op}", "(Tensor a, Tensor b, float c) -> Tensor")
-        except RuntimeError:         # defined already
-            pass
-    from pytorch_fid import inception
+    inception = import_oracle("pytorch_fid.inception")
     original = inception.load_state_dict_from_url
     inception.load_state_dict_from_url = lambda *_, **__: weights
     try:
