@@ -162,8 +162,8 @@ class Read(NamedTuple):
 @torch.no_grad()
 def over_images(model: DiffDis | Clip, source: Source, args: argparse.Namespace,
                 values_of: Callable[[Tensor, list[int]], Tensor]) -> Read:
-    """values_of(inputs [B, ...], numbers of the images [B]) -> [B, ...], for all usable images, each once; the
-    ranks share them. inputs: clean latents, of a CLIP normalised pixels.
+    """values_of(inputs [B, ...], numbers of the images [B]) -> [B, ...], for all usable images, each once;
+    the ranks share them. inputs: clean latents, of a CLIP normalised pixels.
 
     The controls that concern images act here, before anything is predicted: "no-image" zeroes the inputs,
     "shuffle-images" gives each sample the image of another.
@@ -202,7 +202,8 @@ def over_images(model: DiffDis | Clip, source: Source, args: argparse.Namespace,
     return Read(torch.stack(values), list(captions), list(labels), skips, seconds * world / len(found))
 
 
-def read_queries(model: DiffDis | Clip, inputs: Tensor, places: list[int], args: argparse.Namespace) -> Tensor:
+def read_queries(model: DiffDis | Clip, inputs: Tensor, places: list[int],
+                 args: argparse.Namespace) -> Tensor:
     """What the model reads from images, comparable with texts [B, D], unit norm: a denoised text query
     (Algorithm 3), of a CLIP the image's embedding."""
     if isinstance(model, Clip):
@@ -325,9 +326,10 @@ def fill(template: str, name: str) -> str:
 
 
 ENSEMBLE = ("a photo of a {}", "a picture of a {}", "an image of a {}", "a close-up photo of a {}",
-            "a blurry photo of a {}", "a bright photo of a {}", "a dark photo of a {}", "a photo of a small {}",
-            "a photo of a large {}", "a photo of one {}", "a cropped photo of a {}", "a drawing of a {}",
-            "a {} outdoors", "a {} on a plain background", "this is a {}", "there is a {} in this picture")
+            "a blurry photo of a {}", "a bright photo of a {}", "a dark photo of a {}",
+            "a photo of a small {}", "a photo of a large {}", "a photo of one {}", "a cropped photo of a {}",
+            "a drawing of a {}", "a {} outdoors", "a {} on a plain background", "this is a {}",
+            "there is a {} in this picture")
 # Data sets for which the field quotes the mean of the classes' accuracies, by a part of the folder's name.
 MEAN_PER_CLASS = re.compile("aircraft|pets|caltech|flowers", re.IGNORECASE)
 
@@ -472,14 +474,14 @@ def open_bank(args: argparse.Namespace) -> Source:
     if args.bank is None and args.data == "shapes":
         return evenly_spaced(Shapes("classes", seed=1), args.bank_limit)
     bank = open_source(args.bank or args.data, "train", args.bank_list)
-    if args.bank is None and Path(bank.read(0).key) == Path(open_source(args.data, "val", args.list).read(0).key):
+    if args.bank is None and bank.read(0).key == open_source(args.data, "val", args.list).read(0).key:
         raise ValueError(f"{args.data} has no training half: expected DIR/train and DIR/val, or --bank DIR")
     return evenly_spaced(bank, args.bank_limit)
 
 
 def knn(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict:
-    """Classification by the nearest training images, on frozen features: the denoised text query, and (_tokens)
-    the alignment transformer's image tokens, averaged."""
+    """Classification by the nearest training images, on frozen features: the denoised text query, and
+    (_tokens) the alignment transformer's image tokens, averaged."""
     bank = open_bank(args)
     for name, some in (("--data", source), ("the bank", bank)):
         if some.classes is None:
@@ -493,7 +495,8 @@ def knn(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict
 
     def read_both(source: Source, args: argparse.Namespace) -> Read:
         return over_images(model, source, args, lambda inputs, places: torch.cat(
-            [read_queries(model, inputs, places, args), image_tokens(model, inputs, places, args.seed)], dim=1))
+            [read_queries(model, inputs, places, args),
+             image_tokens(model, inputs, places, args.seed)], dim=1))
     known, read = read_both(bank, plain), read_both(source, args)
     width = model.config.embedding if isinstance(model, Clip) else model.config.text.width
     labels = torch.tensor(read.labels)
@@ -745,7 +748,7 @@ def open_pictures(args: argparse.Namespace) -> Source:
 
 
 def fid(model: DiffDis | None, source: Source, args: argparse.Namespace) -> dict:
-    """Fréchet distance between drawn pictures, or those of --images, and the images of --data, lower is better.
+    """Fréchet distance between drawn pictures, or those of --images, and the images of --data.
 
     Drawn is one picture for each of --n samples' first captions. Both sets are compared at the same size.
     """
@@ -761,8 +764,8 @@ def fid(model: DiffDis | None, source: Source, args: argparse.Namespace) -> dict
         count = len(prompts)
     for what, n in (("pictures", count), ("reference images", len(source))):
         if n < 2048 and not args.allow_small:
-            raise ValueError(f"{n} {what}, and below 2048 the distance says more about their number than about "
-                             "the pictures: take more (--n, --limit), or --allow-small to see it anyway")
+            raise ValueError(f"{n} {what}, and below 2048 the distance says more about their number than "
+                             "about the pictures: take more (--n, --limit), or see it with --allow-small")
     features = Features(args, args.device if model is None else model.device)
     reference, skips = reference_statistics(features, source, size, args)
     if model is None:
@@ -1122,9 +1125,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             add_zeroshot_flags(add)
         elif name == "knn":
             add("--k", type=positive, default=20, help="nearest training images that vote")
-            add("--bank", metavar="DIR", help="labelled images to look in; without it the train half of --data")
+            add("--bank", metavar="DIR",
+                help="labelled images to look in; without it the training half of --data")
             add("--bank-list", metavar="FILE", help="as --list, of the bank")
-            add("--bank-limit", type=positive, help="images of the bank to use, evenly spaced; without it all")
+            add("--bank-limit", type=positive,
+                help="images of the bank to use, evenly spaced; without it all, of shapes 2,400")
         elif name == "fid":
             add_fid_flags(add)
     add_speed_flags(tasks.add_parser("speed", help=speed.__doc__.split("\n")[0]).add_argument)
@@ -1149,8 +1154,8 @@ def add_reading_flags(add: Callable) -> None:
 
 
 def add_zeroshot_flags(add: Callable) -> None:
-    add("--templates", metavar="FILE", help="text file, a template per line, {} for the class name; without it "
-        "what is built in, as far as the model knows its words")
+    add("--templates", metavar="FILE", help="text file, a template per line, {} for the class name; without "
+        "it what is built in, as far as the model knows its words")
     add("--method", choices=("alignment", "diffusion-classifier"), default="alignment",
         help="what decides: the denoised text query, or the generation loss under each class's prompt")
     add("--dc-samples", type=positive, nargs="+", default=[50, 500], metavar="N",
@@ -1226,8 +1231,8 @@ def check_task(task: str, model: DiffDis | Clip | None, args: argparse.Namespace
             raise ValueError("these weights only draw images, they do not read them: "
                              "train their query stream with train.py --init first")
     elif model is not None and "generation" not in model.tasks:
-        raise ValueError("these weights only read images, and this needs a model that draws them: one trained "
-                         "with --tasks generation,alignment or generation")
+        raise ValueError("these weights only read images, and this needs a model that draws them: one "
+                         "trained with --tasks generation,alignment or generation")
     if task == "zeroshot":
         stages, kept = args.dc_samples, args.dc_keep
         if len(kept) + 1 != len(stages) or sorted(set(stages)) != stages:

@@ -283,8 +283,8 @@ def fingerprint(path: Path) -> str:
     """The first 10 digits of a checkpoint's SHA-256 (of a folder: its UNet's, of a CLIP's its one file's), as
     other programs show it."""
     if path.is_dir():
-        unet = (path / "unet").is_dir()
-        path = models.part_file(path / "unet" if unet else path, "diffusion_pytorch_model" if unet else "model")
+        path = (models.part_file(path / "unet", "diffusion_pytorch_model") if (path / "unet").is_dir() else
+                models.part_file(path, "model"))
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2 ** 24):

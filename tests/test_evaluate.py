@@ -269,7 +269,7 @@ class ClipOracle(models.Clip):
 
 
 class DrawingOracle(Oracle):
-    """A perfect drawer: it knows the clean latents, if the context is that of their own class, else nothing."""
+    """A perfect drawer: it knows the noise, if the context is that of the image's class, else nothing."""
     tasks = ("generation",)
 
     def denoise_image(self, noisy_latents, t_image, context):

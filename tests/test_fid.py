@@ -1,22 +1,30 @@
 """FID's parts: the network against pytorch-fid's, the resizing against Pillow channel by channel, streaming
 statistics against torch.cov, and the distance against formulas that can be written down."""
 import hashlib
+import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, import_oracle
+from conftest import ROOT, build, import_oracle
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 import data
+import evaluate
 import model as models
+import sample
+from data import Shapes
 from evaluate import Statistics, frechet_distance, inception_input
 from model import Inception, load_inception
+from sample import to_pil
 
 
 # ---------------------------------------------------------------- the network
@@ -412,3 +420,105 @@ def test_pixels_to_distance(ours) -> None:
         for batch in images.split([3, 1]):
             sets[-1].add(ours(inception_input(batch, "clean"))[:, :256])
     assert frechet_distance(sets[0], sets[1]) < 1e-6 < 1e-2 < frechet_distance(sets[0], sets[2])
+
+
+# ---------------------------------------------------------------- the command
+@pytest.fixture()
+def drawer(tmp_path, monkeypatch):
+    """A folder with a model that draws, c.pt, and 40 pictures to compare with, in refs/."""
+    monkeypatch.setattr(evaluate, "CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    models.save(tmp_path / "c.pt", build())
+    (tmp_path / "refs").mkdir()
+    for i in range(40):
+        Shapes("val").read(i).image.resize((50, 40)).save(f"refs/{i:02d}.png")
+        Path(f"refs/{i:02d}.txt").write_text(Shapes("val").captions(i)[0])
+    return tmp_path
+
+
+FID = ["fid", "--data", "refs", "--ckpt", "c.pt", "--allow-small", "--steps", "2", "--device", "cpu",
+       "--workers", "0", "--json", "r.json", "--features", "c.pt"]
+
+
+def result_of(*flags: str) -> dict:
+    evaluate.main([*FID, *flags])
+    return json.loads(Path("r.json").read_text())
+
+
+def test_the_command_equals_its_parts_done_slowly(drawer, capsys) -> None:
+    found = result_of("--batch-size", "7", "--out", "drawn", "--seed", "5")
+    assert "guidance scale" in capsys.readouterr().out and found["n"] == found["n_reference"] == 40
+    model = models.load("c.pt")
+    source = data.open_source("refs")
+    prompts = [source.captions(i)[0] for i in range(40)]
+    tokens = []
+    for pictures in ([np.asarray(to_pil(sample.draw_images(model, [prompt], [5 + i], steps=2)[0]))
+                      for i, prompt in enumerate(prompts)],
+                     [data.to_square(source.read(i).image, 32) for i in range(40)]):
+        rows = [evaluate.image_tokens(model, model.read_batch(torch.from_numpy(picture[None])), [i], 5)
+                for i, picture in enumerate(pictures)]
+        tokens.append(torch.cat(rows).double())
+    ours, theirs = tokens
+    expected = slow_distance(ours, theirs)
+    assert found["fid"] == pytest.approx(expected, rel=1e-3)
+    again = result_of("--images", "drawn", "--seed", "5", "--image-size", "32")
+    assert again["fid"] == pytest.approx(found["fid"], rel=1e-6), "PNG loses nothing"
+
+
+def slow_distance(a: Tensor, b: Tensor) -> float:
+    """By the eigenvalues of Σ₁ Σ₂ itself."""
+    roots = torch.linalg.eigvals(torch.cov(a.T) @ torch.cov(b.T)).sqrt().real.sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace()
+            - 2 * roots).item()
+
+
+def test_reference_statistics_are_kept_until_anything_changes(drawer, monkeypatch) -> None:
+    first = result_of()
+    batches = evaluate.evaluation_batches
+    monkeypatch.setattr(evaluate, "evaluation_batches", None)
+    assert result_of()["fid"] == first["fid"]
+    read = []
+    monkeypatch.setattr(evaluate, "evaluation_batches", lambda *args: (read.append(1), batches(*args))[1])
+    Path("refs/00.png").write_bytes(Path("refs/01.png").read_bytes())
+    assert result_of()["fid"] != first["fid"] and read, "another picture is another reference"
+    read.clear()
+    result_of("--image-size", "64")
+    result_of("--limit", "30")
+    models.save("other.pt", build(seed=1))
+    result_of("--features", "other.pt")
+    assert len(read) == 3
+
+
+def test_inception_from_a_file(drawer, weights) -> None:
+    torch.save(weights, "inception.pth")
+    evaluate.main(["fid", "--data", "refs", "--images", "refs", "--allow-small", "--device", "cpu", "--json",
+                   "r.json", "--inception", "inception.pth", "--workers", "0", "--image-size", "32"])
+    found = json.loads(Path("r.json").read_text())
+    assert abs(found["fid"]) < 1e-4 and "Inception pool3, clean" in found["protocol"]["features"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--control", "no-image"], "--control"), (["--images", "nowhere"], "no pictures"),
+    (["--data", "nowhere"], "no data"), (["--images", "refs", "--features", "none.pt"], "none.pt")])
+def test_mistakes_end_in_one_line_and_status_2(drawer, capsys, flags: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*FID, *flags])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and message in error and "\n" not in error
+
+
+def test_few_pictures_are_refused(drawer, capsys) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main([flag for flag in FID if flag != "--allow-small"])
+    assert "40 pictures" in capsys.readouterr().err
+
+
+def test_ranks_share_it_and_agree(drawer) -> None:
+    alone = result_of("--batch-size", "6")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_HOME": str(drawer / "home")}
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--standalone",
+                    str(ROOT / "evaluate.py"), *FID, "--batch-size", "6"], check=True, env=env,
+                   capture_output=True, timeout=300)
+    shared = json.loads(Path("r.json").read_text())
+    assert shared["ranks"] == 3 and shared["n"] == shared["n_reference"] == 40
+    assert shared["fid"] == pytest.approx(alone["fid"], rel=1e-4)

@@ -258,7 +258,8 @@ def test_a_clip_trains_all_of_itself_by_its_own_recipe(small, tmp_path) -> None:
 
 
 def test_a_run_remembers_what_it_was_trained_for(small, tmp_path, capsys) -> None:
-    for tasks, command in (("generation", ["evaluate", "zeroshot"]), ("alignment", ["sample", "a red circle"])):
+    for tasks, command in (("generation", ["evaluate", "zeroshot"]),
+                           ("alignment", ["sample", "a red circle"])):
         args = small("--tasks", tasks)
         args.out = tasks
         train.settle(args, torch.device("cpu"))
