@@ -1,13 +1,18 @@
-"""Scores: how well images and texts find each other, and whether drawn pictures show what was asked.
+"""Scores: how well images and texts find each other, and what drawn pictures are worth.
 
-What it is: Algorithm 3 (sample.py) turned into the field's numbers.
+What it is: Algorithm 3 (sample.py) turned into the field's numbers, and the baselines' by the same code.
     python evaluate.py retrieval --data shapes        R@1/5/10, image -> text and text -> image
-    python evaluate.py zeroshot  --data cifar10       top-1, top-5, mean per class over class folders
+    python evaluate.py zeroshot  --data DIR           top-1, top-5, mean per class; Diffusion Classifier's too
+    python evaluate.py knn       --data DIR           nearest training images, on frozen features
+    python evaluate.py fid       --data DIR           Fréchet distance of drawn pictures and real ones
     python evaluate.py checker   --best-of 4          pictures for held-out prompts, judged from their pixels
     python evaluate.py speed     --preset tiny        what a training step of either task, and of both, costs
 What it is not: training. What predicts is `sample.draw_queries`, which is handed clean latents and nothing
-else; its text queries are compared with those of all candidate texts, and only then with the truth.
-Retrieval and zeroshot have controls (`--control`) in which a sound evaluation must fall to chance.
+else (of a CLIP, its image tower and pixels); its text queries are compared with those of all candidate
+texts, and only then with the truth. Whatever has right answers has controls (`--control`) in which a sound
+evaluation must fall to chance.
+
+Under torchrun the ranks share every task. Read next: train.py, which scores as it goes.
 """
 import argparse
 import contextlib
@@ -1259,7 +1264,7 @@ def write_json(args: argparse.Namespace, result: dict, argv: list[str] | None, p
         given = sys.argv[1:] if argv is None else argv
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         settings = {k: v for k, v in vars(args).items()
-                    if k not in ("json", "device", "task", "seed", "control", "ckpt", "data")}
+                    if k not in ("json", "device", "task", "seed", "control", "ckpt")}
         kept = {"settings": settings, **result, "command": " ".join(["python evaluate.py", *given]),
                 "date": date.today().isoformat(), "checkpoint": str(path),
                 "checkpoint_hash": fingerprint(path) if isinstance(path, Path) else None,

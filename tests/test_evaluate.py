@@ -1,4 +1,5 @@
 """Scores against slow references, and the mistakes an evaluation of this model must not make."""
+import hashlib
 import inspect
 import json
 import math
@@ -242,6 +243,9 @@ def test_command_line_writes_what_the_contract_names(base, tmp_path, capsys) -> 
         assert (result["task"] == task and result["n"] == 48 and result["seed"] == 0
                 and 0 < result["chance"] < 1)
         assert all(0 <= result[name] <= 1 for name in names)
+        digest = hashlib.sha256((tmp_path / "c.pt").read_bytes()).hexdigest()
+        assert digest.startswith(result["checkpoint_hash"]) and len(result[f"{names[0]}_interval"]) == 2
+        assert result["settings"]["text_steps"] == 1 and result["seconds_per_image"] > 0
     assert "chance" in capsys.readouterr().out
 
 
