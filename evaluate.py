@@ -780,10 +780,11 @@ def fid(model: DiffDis | None, source: Source, args: argparse.Namespace) -> dict
     else:
         found = drawn_statistics(features, model, prompts, args)
         scale = model.config.guidance_scale if args.guidance_scale is None else args.guidance_scale
-        protocol = {"pictures": f"one per caption, seeds from {args.seed}", "sampler": args.sampler,
+        protocol = {"pictures": f"one per caption, seeds from {args.seed}",
+                    "checkpoint": f"{args.ckpt} ({fingerprint(Path(args.ckpt))})", "sampler": args.sampler,
                     "steps": args.steps, "guidance_scale": scale}
     protocol |= {"features": features.name, "features_hash": features.hash, "image_size": size,
-                 "reference": f"{source.name}, centre squares, bicubic"}
+                 "reference": f"{args.data}, centre squares, bicubic"}
     skips.check(final=True)
     return {"n": found.count, "n_reference": reference.count, "chance": None,
             "fid": frechet_distance(found, reference), "protocol": protocol, "skipped": skips.to_dict()}
@@ -1281,7 +1282,7 @@ def run_task(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path
         Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.task != "fid" or args.images is None:
         path = models.locate(in_turn(lambda: models.locate(find_checkpoint(args.ckpt))))
-        model = models.load(path, device, args.weights)
+        args.ckpt, model = str(path), models.load(path, device, args.weights)
         check_task(args.task, model, args)
     if args.task == "zeroshot":
         args.templates = read_templates(args.templates)
