@@ -15,6 +15,7 @@ named `query_...`. Read next: diffusion.py.
 import argparse
 import hashlib
 import http.client
+import io
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import pickle
 import re
 import struct
 import sys
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -85,9 +87,10 @@ class ClipConfig:
     def __post_init__(self) -> None:
         if self.activation not in ("quick_gelu", "gelu"):
             raise ValueError(f"activation is {self.activation!r}, expected quick_gelu or gelu")
-        if self.image_size % self.patch or self.width % self.heads:
+        if self.image_size % self.patch or self.width % self.heads or self.text.width % self.text.heads:
             raise ValueError(f"image size {self.image_size} px must be a multiple of the patch "
-                             f"{self.patch} px, width {self.width} one of the {self.heads} heads")
+                             f"{self.patch} px, width {self.width} one of the {self.heads} heads, the text's "
+                             f"{self.text.width} one of its {self.text.heads}")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -1028,6 +1031,169 @@ def from_compvis(raw: dict[str, Tensor], names: list[str], config: Config, weigh
     return raw | found
 
 
+# ---------------------------------------------------------------- CLIP's published names
+# Our names are transformers'. OpenAI's files and OpenCLIP's share others; see `from_open_clip`.
+OPEN_CLIP_RULES = [
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^visual\.proj$", "visual_projection.weight"), (r"^text_projection$", "text_projection.weight"),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"(layers\.\d+\.)ln_([12])\.", r"\1layer_norm\2."), (r"(layers\.\d+\.)attn\.", r"\1self_attn."),
+    (r"(layers\.\d+\.mlp\.)c_fc\.", r"\1fc1."), (r"(layers\.\d+\.mlp\.)c_proj\.", r"\1fc2.")]
+# What such files hold beside the weights: masks and numbers that follow from the shapes.
+CLIP_IGNORED = re.compile(r"(.*\.)?(position_ids|attn_mask)$|(input_resolution|context_length|vocab_size)$")
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+# The fields of an open_clip_config.json that our two towers obey, or that the tensors' shapes tell anyway.
+OPEN_CLIP_FIELDS = {
+    "model_cfg": {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"},
+    "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"},
+    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}}
+
+
+def from_open_clip(raw: dict[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP's or OpenAI's tensors under our names; those we know nothing of keep theirs.
+
+    There q, k and v have one weight and one bias, and the projections are [width, embedding], ours
+    transposed.
+    """
+    found = {}
+    for theirs, value in raw.items():
+        name = theirs
+        for pattern, spelling in OPEN_CLIP_RULES:
+            name = re.sub(pattern, spelling, name)
+        packed = re.fullmatch(r"(.*\.self_attn\.)in_proj_(weight|bias)", name)
+        if packed and value.dim() and len(value) % 3 == 0:
+            found |= {f"{packed[1]}{part}_proj.{packed[2]}": third
+                      for part, third in zip("qkv", value.chunk(3))}
+        elif theirs in ("visual.proj", "text_projection") and value.dim() == 2:
+            found[name] = value.t().contiguous()
+        else:
+            found[name] = value
+    return found
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file that holds an object. Raises ValueError, or OSError where there is none."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON object ({error}): fetch it again") from None
+
+
+def section(config: dict, name: str, path: Path, needed: bool) -> dict:
+    """The object of this name in a JSON file; {} if it is absent and not needed. Raises ValueError."""
+    found = config.get(name) or {}
+    if not isinstance(found, dict) or (needed and not found):
+        raise ValueError(f"{path} has {config.get(name)!r} for {name}, expected an object: fetch it again")
+    return found
+
+
+def transformers_options(path: Path) -> dict:
+    """What shapes do not tell of a transformers CLIPModel, from its config.json
+    -> {"activation", "heads", "text_heads"}. A field that is absent has transformers' default there.
+
+    Raises ValueError.
+    """
+    config, found = read_json(path), {}
+    for tower, heads in (("vision", 12), ("text", 8)):
+        # Old files write a tower's fields twice; transformers too lets the second win.
+        fields = (section(config, f"{tower}_config", path, needed=False)
+                  | section(config, f"{tower}_config_dict", path, needed=False))
+        found[tower] = fields.get("num_attention_heads", heads), fields.get("hidden_act", "quick_gelu")
+        if fields.get("layer_norm_eps", 1e-5) != 1e-5:
+            raise ValueError(f"{path}: layer_norm_eps of {tower}_config is {fields['layer_norm_eps']}, "
+                             "expected 1e-05")
+    (heads, activation), (text_heads, other) = found["vision"], found["text"]
+    if activation != other:
+        raise ValueError(f"{path}: hidden_act is {activation!r} for images and {other!r} for texts, "
+                         "expected one for both")
+    return {"activation": activation, "heads": heads, "text_heads": text_heads}
+
+
+def open_clip_options(file: Path, tensors: dict[str, Tensor]) -> dict:
+    """What shapes do not tell of a file with OpenCLIP's names -> {"activation", "head_width", "text_heads"}.
+
+    OpenAI's own files, told by the scalar input_resolution in them, have quick GELU, and heads 64 wide.
+    Raises FileNotFoundError or ValueError: no open_clip_config.json beside another file, or one that asks for
+    what our CLIP is not.
+    """
+    if "input_resolution" in tensors:
+        return {"activation": "quick_gelu"}
+    path = file.parent / "open_clip_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{file} has OpenCLIP's names, but its tensors do not tell whether the activation is quick GELU "
+            "or GELU, and a wrong guess would change every result without a word: put the model's "
+            f"open_clip_config.json beside it, at {path}")
+    config = read_json(path)
+    fields = {"model_cfg": section(config, "model_cfg", path, needed=True)}
+    for part in ("vision_cfg", "text_cfg"):
+        fields[part] = section(fields["model_cfg"], part, path, needed=True)
+    for part, known in OPEN_CLIP_FIELDS.items():
+        if strange := sorted(set(fields[part]) - known):
+            raise ValueError(f"{path}: {part} has {', '.join(strange)}, which this CLIP does not know; "
+                             f"expected only {', '.join(sorted(known))}")
+    pixels = section(config, "preprocess_cfg", path, needed=False)
+    for name, ours in (("mean", list(CLIP_MEAN)), ("std", list(CLIP_STD))):
+        if pixels.get(name, ours) != ours:
+            raise ValueError(f"{path}: preprocess_cfg has {name} {pixels[name]}, expected CLIP's {ours}")
+    return {"activation": "quick_gelu" if fields["model_cfg"].get("quick_gelu") else "gelu",
+            "head_width": fields["vision_cfg"].get("head_width", 64),
+            "text_heads": fields["text_cfg"].get("heads", 8)}          # OpenCLIP's defaults
+
+
+def clip_config(path: Path, tensors: dict[str, Tensor], options: dict) -> ClipConfig:
+    """The configuration of a published CLIP: the shapes of its tensors, under our names, and the options.
+
+    options: of `transformers_options` or `open_clip_options`; heads are 64 wide where they do not say.
+    Raises ValueError, naming what does not fit.
+    """
+    def shape(name: str, dims: int) -> torch.Size:
+        if name not in tensors or tensors[name].dim() != dims:
+            found = f"has it of shape {tuple(tensors[name].shape)}" if name in tensors else "lacks it"
+            raise ValueError(f"{path}: expected {name} of {dims} dimensions, the file {found}; only CLIPs "
+                             "that read images with a vision transformer are taken")
+        return tensors[name].shape
+
+    def layers(tower: str) -> int:
+        pattern = re.compile(rf"{tower}\.encoder\.layers\.(\d+)\.")
+        return len({match[1] for match in map(pattern.match, tensors) if match})
+    width, _, patch, _ = shape("vision_model.embeddings.patch_embedding.weight", 4)
+    positions, _ = shape("vision_model.embeddings.position_embedding.weight", 2)
+    embedding, _ = shape("visual_projection.weight", 2)
+    vocab_size, text_width = shape("text_model.embeddings.token_embedding.weight", 2)
+    length, _ = shape("text_model.embeddings.position_embedding.weight", 2)
+    try:
+        heads = options.get("heads", width // options.get("head_width", 64))
+        text_heads = options.get("text_heads", text_width // 64)
+        if not (isinstance(heads, int) and isinstance(text_heads, int) and heads > 0 and text_heads > 0):
+            raise ValueError(f"{heads!r} and {text_heads!r} attention heads, expected whole numbers")
+        text = TextConfig(vocab_size, length, text_width, layers("text_model"), text_heads)
+        # One position is the class token's, the others are a square of patches.
+        image_size = patch * math.isqrt(positions - 1)
+        return ClipConfig(width, layers("vision_model"), heads, patch, image_size, embedding, text,
+                          options["activation"])
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{path}: no CLIP can be built from its shapes and configuration: {error}") from None
+
+
+def describe_clip(path: Path, tensors: dict[str, Tensor], options: dict) -> dict:
+    """What `build` needs for a published CLIP, as `describe` writes it; arguments as `clip_config`."""
+    config = clip_config(path, tensors, options)
+    tokenizer = find_tokenizer(path, config.text.context_length)
+    if tokenizer.vocab_size != config.text.vocab_size:
+        raise ValueError(f"{path}: its text tower knows {config.text.vocab_size} tokens, the tokenizer found "
+                         f"for it {tokenizer.vocab_size}: put its vocab.json and merges.txt beside it")
+    return {"network": "clip", "config": config.to_dict(), "tokenizer": tokenizer.to_dict(), "foreign": True}
+
+
 # ---------------------------------------------------------------- files; nothing in them is ever run
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -1083,31 +1249,81 @@ class Inert(dict):
         pass
 
 
+class Attributes(dict):
+    """What stands in for a module of a TorchScript archive: its attributes by name, and no code."""
+
+    def __setstate__(self, state: dict) -> None:
+        self.update(state)
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors in it and in the modules below it, under dotted names."""
+        found = {}
+        for name, value in self.items():
+            if isinstance(value, Attributes):
+                found |= value.tensors(f"{prefix}{name}.")
+            elif isinstance(value, Tensor):
+                found[f"{prefix}{name}"] = value.detach()
+        return found
+
+
+def plain(value: object, *kind) -> object:
+    """What stands in for TorchScript's functions that give a list or a dict its type: it stays as it is."""
+    return value
+
+
+# Names in a TorchScript archive's pickle begin so; what stands in for them.
+SCRIPTED = {"__torch__.": Attributes, "torch.jit._pickle.": plain}
 # How files of torch.save before 1.6 begin: a pickled number.
 OLD_FORMAT = b"\x80\x02\x8a\x0a" + torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 HARMLESS = ("pytorch_lightning.", "lightning.", "numpy.")      # whose objects training programs leave behind
 
 
+def without_code(path: Path) -> Path | BinaryIO:
+    """A TorchScript archive -> what torch.save would have written of it, in memory; another file -> its path.
+
+    Such an archive is a zip of a pickle, the tensors' bytes, and program text that `torch.jit.load` compiles:
+    `torch.load` refuses it. The pickle only names classes of that text; `read_torch` has stand-ins for them.
+    """
+    if not zipfile.is_zipfile(path):
+        return path
+    with zipfile.ZipFile(path) as archive:
+        if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            return path
+        kept = io.BytesIO()
+        with zipfile.ZipFile(kept, "w") as copy:
+            for name in archive.namelist():
+                if re.fullmatch(r"[^/]+/(data\.pkl|data/\d+|(\.data/)?version|byteorder)", name):
+                    copy.writestr(name, archive.read(name))
+    kept.seek(0)
+    return kept
+
+
 def read_torch(path: Path) -> object:
     """What torch.save wrote, mapped to CPU memory, without running any code from the file.
 
-    Objects of HARMLESS packages become `Inert`; anything else but tensors and plain values is refused.
-    Raises ValueError.
+    Objects of HARMLESS packages become `Inert`, modules of a TorchScript archive `Attributes`; anything else
+    but tensors and plain values is refused. Raises ValueError.
     """
     if path.suffix == ".safetensors":      # torch.load would hand such a name to another library
         raise ValueError(f"{path} is no .safetensors file; if torch.save wrote it, name it .ckpt")
     try:
         with path.open("rb") as file:
             old = file.read(len(OLD_FORMAT)) == OLD_FORMAT
+        source = path if old else without_code(path)
         # The old format takes no exceptions, nor can it be mapped: only tensors and plain values are read.
-        wanted = [] if old else torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        refused = [name for name in wanted if not name.startswith(HARMLESS)]
+        wanted = [] if old else torch.serialization.get_unsafe_globals_in_checkpoint(source)
+        refused = [name for name in wanted if not name.startswith((*HARMLESS, *SCRIPTED))]
         if refused:
             raise ValueError(f"it wants to run {', '.join(refused)}, which is refused")
-        with torch.serialization.safe_globals([(Inert, name) for name in wanted]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
-    except (RuntimeError, ValueError, EOFError, OSError, LookupError, AttributeError, TypeError,
-            AssertionError, struct.error, pickle.UnpicklingError) as error:
+        stubs = [(next((stub for start, stub in SCRIPTED.items() if name.startswith(start)), Inert), name)
+                 for name in wanted]
+        if source is not path:
+            source.seek(0)               # the line above has read it
+        with torch.serialization.safe_globals(stubs):
+            return torch.load(source, map_location="cpu", weights_only=True,
+                              mmap=not old and source is path)
+    except (RuntimeError, ValueError, TypeError, EOFError, OSError, LookupError, AttributeError,
+            AssertionError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         # Of torch's own words, only the first sentence: it goes on to advise switching safety off.
         reason = str(error).splitlines()[0].split(". ")[0][:200] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no readable checkpoint (truncated, or not written by torch.save): "
@@ -1121,24 +1337,64 @@ def part_file(folder: Path, stem: str) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"{folder} has none of {', '.join(names)}: expected a Stable Diffusion folder")
+    raise FileNotFoundError(f"{folder} has none of {', '.join(names)}: expected a folder of Stable "
+                            "Diffusion or of transformers' CLIPModel")
 
 
 def tensors_of(raw: object, path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict, whatever else is in it. Raises ValueError if it is none."""
+    """The tensors of a state dict, or of a TorchScript archive, whatever else is in it. Raises ValueError."""
+    if isinstance(raw, Attributes):
+        try:
+            return raw.tensors()
+        except RecursionError:
+            raise ValueError(f"{path} is damaged: its modules hold one another") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}, expected a dict of tensors")
     return {name: value for name, value in raw.items() if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """A file of published weights, .safetensors or torch.save's -> its tensors. Raises ValueError."""
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)[0]
+    raw = read_torch(file)
+    return tensors_of(raw.get("state_dict", raw) if isinstance(raw, dict) else raw, file)
+
+
+def read_open_clip(file: Path, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """A file's tensors under OpenCLIP's names -> what `build` needs, tensors under ours. Raises as `load`."""
+    # A training checkpoint has this before every name.
+    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    if custom := [name for name in tensors if name.startswith("text.")]:
+        raise ValueError(f"{file} holds {custom[0]}: an OpenCLIP model with a text tower of its own make; "
+                         "expected CLIP's (transformer.resblocks..., token_embedding.weight)")
+    options, named = open_clip_options(file, tensors), from_open_clip(tensors)
+    return describe_clip(file, named, options), named
+
+
+def read_clip_folder(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """A folder of transformers' CLIPModel or of OpenCLIP -> what `build` needs, tensors under our names.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    published = [path / name for name in OPEN_CLIP_FILES if (path / name).is_file()]
+    # Some folders are both: OpenCLIP's part is then taken only if it is whole.
+    whole = published and (path / "open_clip_config.json").is_file()
+    if whole or (published and config.get("model_type") != "clip"):
+        return read_open_clip(published[0], read_tensors(published[0]))
+    if config.get("model_type") != "clip":
+        raise ValueError(f"{path / 'config.json'} says model_type {config.get('model_type')!r}, expected "
+                         "'clip': a transformers CLIPModel. (A Stable Diffusion folder has a folder unet.)")
+    tensors = read_tensors(part_file(path, "model"))
+    return describe_clip(path, tensors, transformers_options(path / "config.json")), tensors
 
 
 def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A diffusers folder's tensors under our names -> tensors, metadata (of our own part, if it has one)."""
     tensors, metadata = {}, {}
     for part, (folder, stem, _) in FOLDERS.items():
-        file = part_file(path / folder, stem)
-        raw = (read_safetensors(file)[0] if file.suffix == ".safetensors" else
-               tensors_of(read_torch(file), file))
-        for name, value in raw.items():
+        for name, value in read_tensors(part_file(path / folder, stem)).items():
             for old, new in OLD_SPELLINGS:
                 name = re.sub(old, new, name)
             tensors[f"{part}.{name}"] = value
@@ -1187,9 +1443,12 @@ def locate(path: str | Path) -> Path:
 def find_tokenizer(path: Path, length: int) -> Tokenizer:
     """CLIP's vocabulary for weights at `path`: in their folder, beside them, in the cache, or downloaded."""
     file = Path(DOWNLOADS["vocabulary"][0]).name
-    for place in (path / "tokenizer", path / file, path.parent / "tokenizer", path.parent / file):
-        if place.exists():
-            return Tokenizer.from_file(place, length)
+    for folder in (path, path.parent):
+        for place in (folder / "tokenizer", folder / file):
+            if place.exists():
+                return Tokenizer.from_file(place, length)
+        if (folder / "vocab.json").is_file():      # transformers keeps a CLIP's in the folder itself
+            return Tokenizer.from_file(folder, length)
     return Tokenizer.from_file(download("vocabulary"), length)
 
 
@@ -1262,8 +1521,12 @@ def is_ours(checkpoint: object) -> bool:
 def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor], bool]:
     """Any file or folder that `load` takes -> what `describe` wrote or {}, tensors, are their names ours."""
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py`, give a Stable "
-                                f"Diffusion v1 file or folder, or name one to download: {', '.join(MODELS)}")
+        raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py`, give a file or "
+                                "folder of Stable Diffusion v1 or CLIP, or name one to download: "
+                                f"{', '.join(MODELS)}")
+    if path.is_dir() and not (path / "unet").is_dir() and any(
+            (path / name).is_file() for name in ("config.json", *OPEN_CLIP_FILES)):
+        return (*read_clip_folder(path), True)
     if path.is_dir():
         tensors, metadata = read_folder(path)
     elif path.open("rb").read(9)[8:] == b"{":
@@ -1275,10 +1538,13 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor], boo
             averages = checkpoint["ema"] if weights == "ema" and checkpoint["ema"] is not None else {}
             return checkpoint, tensors_of(checkpoint["model"], path) | tensors_of(averages, path), True
         tensors = tensors_of(raw.get("state_dict", raw) if isinstance(raw, dict) else raw, path)
+    if any(name.startswith(("visual.", "module.visual.")) for name in tensors):
+        return (*read_open_clip(path, tensors), True)
     if not path.is_dir() and not any(name.startswith(PREFIXES["unet"]) for name in tensors):
         found = ", ".join(list(tensors)[:4]) or "no tensor"
         raise ValueError(f"{path} is not a DiffDis checkpoint (format {FORMAT!r}), nor one of Stable "
-                         f"Diffusion ({PREFIXES['unet']}...): found {found}")
+                         f"Diffusion ({PREFIXES['unet']}...) or OpenCLIP (visual....): found {found}. "
+                         "Of weights under transformers' names give the folder, with its config.json")
     try:
         description = dict(json.loads(metadata.get("diffdis", "{}")))
     except (ValueError, TypeError, RecursionError) as error:
@@ -1306,9 +1572,10 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     """A checkpoint as a model in eval mode, averaged weights preferred.
 
     path: a file that `save` or `export` wrote; Stable Diffusion v1 as .ckpt, .safetensors (CompVis's names)
-    or a diffusers folder; or one of MODELS, downloaded once; weights: "ema" (if the file has them) or "raw";
-    dtype: of the parameters; adapt: changes the configuration before the networks are built. What a Stable
-    Diffusion file does not have, the query stream, starts from random weights, and this is said.
+    or a diffusers folder; a published CLIP: transformers' folder, OpenCLIP's file or folder, OpenAI's .pt; or
+    one of MODELS, downloaded once; weights: "ema" (if the file has them) or "raw"; dtype: of the parameters;
+    adapt: changes the configuration before the networks are built. What a Stable Diffusion file does not
+    have, the query stream, starts from random weights, and this is said.
     only_draw: leave out what only reading images needs, the query stream and the autoencoder's encoder.
     Raises FileNotFoundError or ValueError: no file, not a checkpoint, truncated, tensors that do not fit.
     """
@@ -1316,8 +1583,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
         raise ValueError(f"weights is {weights!r}, expected 'ema' or 'raw'")
     path = locate(path)
     description, tensors, ours = read_weights(path, weights)
-    foreign = not description
-    if foreign:
+    foreign = not description or description.get("foreign", False)
+    if not description:
         config = replace(PRESETS["sd-v1"], image_size=512)       # what Stable Diffusion v1 was trained at
         tokenizer = find_tokenizer(path, config.text.context_length)
         description = {"config": config.to_dict(), "tokenizer": tokenizer.to_dict()}
@@ -1376,16 +1643,19 @@ def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: str | P
                 foreign: bool = False) -> None:
     """Make a file's tensors the model's own, without a copy.
 
-    foreign: the file is Stable Diffusion's: it may hold what IGNORED names, and lack the query stream.
+    foreign: the file is another program's: it may hold what IGNORED or CLIP_IGNORED names, and Stable
+    Diffusion's may lack the query stream.
     Raises ValueError naming what does not fit.
     """
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    ignored = [name for name in tensors if foreign and name not in shapes and IGNORED.match(name)]
+    needless = CLIP_IGNORED if isinstance(model, Clip) else IGNORED
+    ignored = [name for name in tensors if foreign and name not in shapes and needless.match(name)]
     # Attention as 1×1 convolutions, half precision: other ways of writing the same.
     tensors = {name: value.flatten(1) if value.dim() == 4 and len(shapes.get(name, ())) == 2 else value
                for name, value in tensors.items() if name not in ignored}
     tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-    fresh = [name for name in shapes if foreign and name not in tensors and is_new(name)]
+    fresh = [name for name in shapes if foreign and isinstance(model, DiffDis)
+             and name not in tensors and is_new(name)]
     check_fit(tensors, {name: shape for name, shape in shapes.items() if name not in fresh}, path)
     started = start_query_stream(model, set(fresh))
     model.load_state_dict(tensors | started, assign=True)
@@ -1396,8 +1666,9 @@ def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: str | P
     if foreign:
         numbers = sum(value.numel() for value in started.values())
         kinds = sorted({re.search(r"query_\w+|logit_scale", name)[0] for name in fresh})
-        print(f"{path}: loaded {len(tensors)} tensors; new, from random weights: {len(fresh)} tensors, "
-              f"{numbers:,} numbers ({', '.join(kinds) or 'none'}); "
+        new = (f"new, from random weights: {len(fresh)} tensors, {numbers:,} numbers "
+               f"({', '.join(kinds) or 'none'}); " if isinstance(model, DiffDis) else "")
+        print(f"{path}: loaded {len(tensors)} tensors; {new}"
               f"ignored: {len(ignored)} ({', '.join(ignored[:3] + ['...'] * (len(ignored) > 3)) or 'none'})")
 
 
