@@ -26,7 +26,7 @@ from model import Clip, ClipConfig, Config, DiffDis, TextConfig, UNetConfig, pat
 
 
 def import_oracle(name: str) -> types.ModuleType:
-    """A module of torchvision or pytorch-fid, or skip the test.
+    """A module of torchvision or pytorch-fid, or of open_clip, which needs the former; or skip the test.
 
     They stand in a folder of their own (README): a torchvision that is built for another torch lacks two
     operators, without which it cannot be imported, and transformers would try to where it finds one.
@@ -43,7 +43,7 @@ def import_oracle(name: str) -> types.ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         pytest.skip(f"nothing to compare with ({error}): "
-                    "pip install --no-deps --target .oracles torchvision pytorch-fid")
+                    "see the README, \"Two commands\"")
     finally:
         sys.path.remove(str(ROOT / ".oracles"))
 

@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import import_oracle, randomise
 from torch import nn
 
 import model as models
@@ -228,10 +228,7 @@ def test_heads_of_another_width_in_open_clip(tokenizer, tmp_path) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("quick", [True, False])
 def test_open_clip_itself_computes_the_same(tokenizer, tmp_path, quick: bool) -> None:
-    try:
-        import open_clip
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"open_clip is the oracle here and does not import: {error}")
+    open_clip = import_oracle("open_clip")
     config = open_clip_config(tokenizer.vocab_size, quick_gelu=quick)
     theirs = randomise(open_clip.CLIP(**config["model_cfg"])).eval()
     file = put_open_clip(tmp_path / "oc", tokenizer, theirs.state_dict(), config=config)
