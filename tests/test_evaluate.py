@@ -381,6 +381,31 @@ def test_knn_and_its_controls(base, monkeypatch) -> None:
         assert at_chance(run(evaluate.knn, oracle, Numbered(200), "--control", control)), control
 
 
+def test_a_copying_model_is_not_above_chance_by_any_method(base, monkeypatch) -> None:
+    """It returns the noised input it was given, query or latents."""
+    copying = Oracle(base, TEXTS, copies=True)
+    copying.image_features = lambda noisy_query, t_text, latents: noisy_query
+    copying.denoise_image = lambda noisy_latents, t_image, context: noisy_latents
+    monkeypatch.setattr(evaluate, "open_bank", lambda args: Numbered(150))
+    for task, flags in ((evaluate.zeroshot, ()), (evaluate.zeroshot, DC), (evaluate.knn, ())):
+        result = run(task, copying, Numbered(200), *flags)
+        assert result["top1_interval"][0] <= result["chance"] + 0.03, f"{task.__name__} {flags}"
+
+
+def test_a_list_chooses_images_and_names_classes(base, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    models.save(tmp_path / "c.pt", base)
+    for i in range(12):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (i, i, i)).save(tmp_path / f"pictures/{i}.png")
+    (tmp_path / "list.txt").write_text("".join(f"{i}.png\tkind{i % 3}\n" for i in range(0, 12, 2)))
+    for task, flags in (("zeroshot", []), ("knn", ["--bank", "pictures", "--bank-list", "list.txt"])):
+        evaluate.main([task, "--ckpt", "c.pt", "--data", "pictures", "--list", "list.txt", "--device", "cpu",
+                       "--json", "r.json", *flags])
+        result = json.loads((tmp_path / "r.json").read_text())
+        assert result["n"] == 6 and result["classes"] == 3 and result["settings"]["list"] == "list.txt"
+
+
 def test_the_vote_equals_a_slow_reference() -> None:
     generator = torch.Generator().manual_seed(0)
     queries, bank = (torch.randn(n, 6, generator=generator) for n in (17, 40))
