@@ -445,6 +445,10 @@ class Source:
         """Which file each sample lies in, int32 [len(self)]; None where that makes no difference."""
         return None
 
+    def paths(self) -> list[Path]:
+        """The files that samples lie in."""
+        return []
+
     def usable_captions(self, limit: int) -> Iterator[list[str]]:
         """The captions of up to `limit` samples, evenly spaced over the source, bad ones passed over."""
         for i in range(0, len(self), -(-len(self) // limit)):
@@ -510,6 +514,8 @@ class TarSource(Source):
         """Take the index of an earlier run, mapped: all processes of a machine share its memory."""
         try:
             self.table = np.load(kept / "table.npy", mmap_mode="r")
+            if self.table.dtype.names != ("key", "shard", "place"):
+                return False
             notes = json.loads((kept / "notes.json").read_text())
             self.skipped, self.warnings = Counter(notes["skipped"]), list(notes["warnings"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -576,6 +582,9 @@ class TarSource(Source):
 
     def key(self, index: int) -> str:
         return self.table[index]["key"].decode(errors="replace")
+
+    def paths(self) -> list[Path]:
+        return self.tars
 
     def shards(self) -> np.ndarray:
         return self.table["shard"]
@@ -644,6 +653,9 @@ class FileSource(Source):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def paths(self) -> list[Path]:
+        return self.images
 
     def captions(self, index: int) -> list[str]:
         if self.labels is not None:
@@ -714,6 +726,9 @@ class CifarSource(Source):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def paths(self) -> list[Path]:
+        return self.files
+
     def captions(self, index: int) -> list[str]:
         return [class_caption(self.classes[self.labels[index]])]
 
@@ -742,6 +757,9 @@ class Subset(Source):
     def read(self, index: int, side: int | None = None) -> Sample:
         return self.source.read(int(self.indices[index]), side)
 
+    def paths(self) -> list[Path]:
+        return self.source.paths()
+
     def shards(self) -> np.ndarray | None:
         shards = self.source.shards()
         return None if shards is None else shards[self.indices]
@@ -751,7 +769,9 @@ def evenly_spaced(source: Source, count: int | None) -> Source:
     """`count` samples from all over the source, or all of it: the first ones might be all of one class."""
     if count is None or count >= len(source):
         return source
-    return Subset(source, np.linspace(0, len(source) - 1, count).astype(np.int64))
+    some = Subset(source, np.linspace(0, len(source) - 1, count).astype(np.int64))
+    some.skipped = Counter()      # what the whole source lost is nothing to judge so few by
+    return some
 
 
 def hold_out(source: Source, count: int) -> tuple[Source, Source]:
@@ -1461,7 +1481,7 @@ class Shapes(Source):
         scene = self.scene(index)
         label = index % len(KINDS) if self.split == "classes" else None
         return Sample(Image.fromarray(render(scene)), [scene.caption()],
-                      f"shapes-{self.split}-{index}", label)
+                      f"shapes-{self.split}-{index}" + f"-seed{self.seed}" * (self.seed > 0), label)
 
     def usable_captions(self, limit: int) -> Iterator[list[str]]:
         return map(self.captions, range(min(limit, len(self), 1000)))       # a thousand hold every word

@@ -12,7 +12,7 @@ else (of a CLIP, its image tower and pixels); its text queries are compared with
 texts, and only then with the truth. Whatever has right answers has controls (`--control`) in which a sound
 evaluation must fall to chance.
 
-Under torchrun the ranks share every task. Read next: train.py, which scores as it goes.
+Under torchrun the ranks share every task but checker and speed. Read next: train.py, which scores as it goes.
 """
 import argparse
 import contextlib
@@ -27,7 +27,8 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import date, timedelta
 from functools import cache
@@ -46,8 +47,8 @@ from tqdm import tqdm
 
 import model as models
 from data import (CACHE, IMAGE_SUFFIXES, SIDE, FileSource, Sample, Shapes, SkipReport, Source, Subset,
-                  Tokenizer, check, evaluation_batches, evenly_spaced, files_below, held_out_captions,
-                  open_source, to_square, words)
+                  Tokenizer, check, check_index, evaluation_batches, evenly_spaced, files_below,
+                  held_out_captions, open_source, to_square, words)
 from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
                        q_sample, signal_and_noise)
 from model import CLIPS, LIKE, Clip, ClipConfig, DiffDis
@@ -97,13 +98,18 @@ def everybody(value):
 
 
 def in_turn(do: Callable):
-    """`do`, by the first rank of each machine before the others: what it keeps or downloads they find."""
-    first, world = int(os.environ.get("LOCAL_RANK", 0)) == 0, rank_and_world()[1]
-    if world > 1 and not first:
-        dist.barrier()
-    result = do()
-    if world > 1 and first:
-        dist.barrier()
+    """`do`, by the first rank of each machine before the others: what it keeps or downloads they find.
+    Where one fails, all do, with its ValueError or OSError."""
+    first, result = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
+    for turn in (True, False):
+        error = None
+        if first == turn:
+            try:
+                result = do()
+            except (ValueError, OSError) as raised:
+                error = raised
+        for error in filter(None, everybody(error)):
+            raise error
     return result
 
 
@@ -120,13 +126,14 @@ def together(count: int, rows_of: Callable[[range], Tensor]) -> Tensor:
     return whole.to(mine.device) if mine is not None else whole
 
 
-def kept(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What `make` returns, from the cache's file of this name if all ranks can read it; else it is made, and
-    kept there. name: must tell apart whatever makes a difference."""
-    path, found = CACHE / f"{name}.pt", None
-    with contextlib.suppress(ValueError, OSError):
+def kept(name: str, make: Callable[[], dict], fits: Callable[[dict], bool]) -> dict:
+    """What `make` returns, from the cache's file of this name if all ranks can read it and it fits; else it
+    is made, and kept there. name: must tell apart whatever makes a difference."""
+    path, usable = CACHE / f"{name}.pt", False
+    with contextlib.suppress(ValueError, OSError, KeyError, TypeError, AttributeError):
         found = models.read_torch(path)
-    if all(everybody(found is not None)):
+        usable = fits(found)
+    if all(everybody(usable)):
         return found
     found = make()
     if rank_and_world()[0] == 0:
@@ -160,6 +167,7 @@ class Read(NamedTuple):
     values: Tensor                # [N, ...], on the CPU
     captions: list[list[str]]
     labels: list
+    keys: list[str]
     skips: SkipReport
     seconds: float                # per image and device, decoding included
 
@@ -178,11 +186,14 @@ def over_images(model: DiffDis | Clip, source: Source, args: argparse.Namespace,
             raise ValueError(f"{source.name} holds latents, and a CLIP reads pixels: name the images")
         if model.autoencoder is not None:      # None while training on it: checked then
             models.check_latents(source.cache, model, source.name)
+    if args.control.startswith("shuffle") and len(source) < 2:
+        raise ValueError(f"--control {args.control} needs two samples or more, {source.name} has "
+                         f"{len(source)}")
     if args.control == "shuffle-images":
         source = Mismatched(source, args.seed)
     rank, world = rank_and_world()
     mine = Subset(source, np.arange(rank, len(source), world)) if world > 1 else source
-    skips, found, began = SkipReport(args.max_bad), [], time.perf_counter()
+    skips, values, rows, began = SkipReport(args.max_bad), [], [], time.perf_counter()
     with tqdm(total=len(mine), unit="image", desc="read", disable=None if rank == 0 else True,
               leave=False) as bar:
         for batch in evaluation_batches(mine, model.config.image_size, args.batch_size, args.workers or 0):
@@ -191,20 +202,30 @@ def over_images(model: DiffDis | Clip, source: Source, args: argparse.Namespace,
                 inputs, places = model.read_batch(batch.images.to(model.device)), [
                     i * world + rank for i in batch.places]
                 inputs = torch.zeros_like(inputs) if args.control == "no-image" else inputs
-                found += zip(places, values_of(inputs, places).cpu(), batch.captions, batch.labels)
+                values.append(values_of(inputs, places).cpu())
+                rows += zip(places, batch.captions, batch.labels, batch.keys)
             bar.update(batch.visited)
     seconds = time.perf_counter() - began
-    if world > 1:
-        parts, skips = everybody((found, skips)), SkipReport(args.max_bad)
-        for _, report in parts:
-            skips.add(report.skipped, report.visited)
-        found = sorted((row for part, _ in parts for row in part), key=lambda row: row[0])
-    skips.add(source.skipped, sum(source.skipped.values()))
-    skips.check(final=True)
-    if not found:
+    # One tensor a rank: pickled, a row that is a view of its batch would take the batch along.
+    parts = everybody((torch.cat(values) if values else None, rows))
+    skips = join_reports(skips, source, args)
+    rows = [row for _, part in parts for row in part]
+    if not rows:
         raise ValueError(f"{source.name} has no usable sample ({skips})")
-    _, values, captions, labels = zip(*found)
-    return Read(torch.stack(values), list(captions), list(labels), skips, seconds * world / len(found))
+    order = sorted(range(len(rows)), key=lambda i: rows[i][0])
+    whole = torch.cat([part for part, _ in parts if part is not None])[order]
+    _, captions, labels, keys = zip(*(rows[i] for i in order))
+    return Read(whole, list(captions), list(labels), list(keys), skips, seconds * world / len(rows))
+
+
+def join_reports(skips: SkipReport, source: Source, args: argparse.Namespace) -> SkipReport:
+    """What all ranks left out, and what the source's index did. Raises ValueError, on all, if it is much."""
+    whole = SkipReport(args.max_bad)
+    for report in everybody(skips):
+        whole.add(report.skipped, report.visited)
+    whole.add(+source.skipped, sum(source.skipped.values()))
+    whole.check(final=True)
+    return whole
 
 
 def read_queries(model: DiffDis | Clip, inputs: Tensor, places: list[int],
@@ -254,7 +275,7 @@ def shuffled(n: int, seed: int) -> Tensor:
 def wilson(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % Wilson score interval of a rate in [0, 1] observed over n trials."""
     middle, spread = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
 
 
 def ranks_of_best_match(queries: Tensor, candidates: Tensor, matches: list[list[int]],
@@ -315,7 +336,7 @@ def retrieval(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
             ("i2t", ranks_of_best_match(queries, texts, texts_of), texts_of, len(texts)),
             ("t2i", ranks_of_best_match(texts, queries, images_of), images_of, len(queries))):
         for k in (1, 5, 10):
-            rate = (ranks < k).float().mean().item()
+            rate = (ranks < k).double().mean().item()
             result[f"{name}_r{k}"] = rate
             # An image's captions succeed and fail together: no more trials than images.
             result[f"{name}_r{k}_interval"] = wilson(rate, min(len(ranks), len(queries)))
@@ -326,8 +347,11 @@ def retrieval(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
 
 
 def fill(template: str, name: str) -> str:
-    """A class name in a template; "a {}" becomes "an {}" before a vowel."""
-    return (template.replace("a {}", "an {}") if name[0].lower() in "aeiou" else template).replace("{}", name)
+    """A class name in a template of ours; "a {}" becomes "an {}" before the letter of a vowel, as in the
+    captions that training makes of class folders."""
+    if name[0].lower() in "aeiou":
+        template = re.sub(r"\ba \{\}", "an {}", template)
+    return template.replace("{}", name)
 
 
 ENSEMBLE = ("a photo of a {}", "a picture of a {}", "an image of a {}", "a close-up photo of a {}",
@@ -335,8 +359,8 @@ ENSEMBLE = ("a photo of a {}", "a picture of a {}", "an image of a {}", "a close
             "a photo of a small {}", "a photo of a large {}", "a photo of one {}", "a cropped photo of a {}",
             "a drawing of a {}", "a {} outdoors", "a {} on a plain background", "this is a {}",
             "there is a {} in this picture")
-# Data sets for which the field quotes the mean of the classes' accuracies, by a part of the folder's name.
-MEAN_PER_CLASS = re.compile("aircraft|pets|caltech|flowers", re.IGNORECASE)
+# Data sets for which the field quotes the mean of the classes' accuracies, by the last folders' names.
+MEAN_PER_CLASS = re.compile("aircraft|(?<![a-z])pets?(?![a-z])|caltech|flowers", re.IGNORECASE)
 
 
 def pick_templates(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> list[str]:
@@ -350,21 +374,30 @@ def pick_templates(model: DiffDis | Clip, source: Source, args: argparse.Namespa
     return some or [ENSEMBLE[0]]
 
 
-def class_queries(model: DiffDis | Clip, names: list[str], templates: list[str]) -> Tensor:
-    """Names of K classes -> the normalised mean of each one's prompts [K, D]. Where prompts are many they are
-    kept, by text encoder and prompts, for the next evaluation."""
-    prompts = [fill(template, name) for name in names for template in templates]
+def class_queries(model: DiffDis | Clip, names: list[str], templates: list[str],
+                  verbatim: bool = False) -> Tensor:
+    """Names of K classes -> the normalised mean of each one's prompts [K, D]; verbatim: no "an" for "a".
+    Where prompts are many they are kept, by text encoder and prompts, for the next evaluation."""
+    prompts = [template.replace("{}", name) if verbatim else fill(template, name)
+               for name in names for template in templates]
 
     def make() -> dict[str, Tensor]:
         queries = encode_texts(model, prompts).unflatten(0, (len(names), -1))
         return {"classes": F.normalize(queries.mean(dim=1), dim=-1).cpu()}
     if len(prompts) < 2000:
         return make()["classes"]
-    digest = hashlib.sha256(json.dumps([prompts, model.tokenizer.merges]).encode())
+    about = [prompts, model.tokenizer.merges, model.config.to_dict()]
+    digest = hashlib.sha256(json.dumps(about).encode())
     for name, value in model.state_dict().items():
         if name.startswith("text_"):
             digest.update(value.float().cpu().contiguous().numpy().tobytes())
-    return kept(f"classes-{digest.hexdigest()[:16]}", make)["classes"]
+    return kept(f"classes-{digest.hexdigest()[:16]}", make, lambda found: (
+        len(found["classes"]) == len(names) and bool(found["classes"].isfinite().all())))["classes"]
+
+
+def spread(values: Sequence[int], count: int) -> list[int]:
+    """`count` of the values, evenly spaced."""
+    return [values[(2 * i + 1) * len(values) // (2 * count)] for i in range(count)]
 
 
 @torch.no_grad()
@@ -384,17 +417,21 @@ def classify_by_loss(model: DiffDis, latents: Tensor, places: list[int], context
     alive = torch.arange(classes, device=model.device).repeat(count, 1)               # [B, classes left]
     for stage, samples in enumerate(args.dc_samples):
         left = alive.shape[1]
-        new = [j for j in ((2 * i + 1) * total // (2 * samples) for i in range(samples)) if j not in drawn]
-        for j in new:       # timesteps evenly spaced in every stage
+        rows = torch.arange(count * left, device=model.device).split(args.batch_size)
+        # Timesteps evenly spaced in the first stage and in all, and nearly so in between.
+        open_to = [j for j in spread(range(total), samples) if j not in drawn]
+        new = spread(open_to, samples - len(drawn))
+        for j in new:
             noise = torch.stack([torch.randn(latents.shape[1:], generator=generator_of(args.seed, place, j))
                                  for place in places]).to(model.device)
             t = torch.full((count,), (2 * j + 1) * config.timesteps // (2 * total), device=model.device)
             a, s = signal_and_noise(t, latents, alphas)
             target = make_target(config.image_target, latents, noise, a, s)
-            inputs = [q_sample(latents, t, noise, alphas), t, target]
-            rows = [x.repeat_interleave(left, dim=0).split(args.batch_size) for x in inputs]
-            found = [generation_loss(model.denoise_image(noisy, time, contexts[which]), aim) for
-                     noisy, time, aim, which in zip(*rows, alive.flatten().split(args.batch_size))]
+            noisy, found = q_sample(latents, t, noise, alphas), []
+            for some in rows:       # pairs of image and class
+                image, which = some // left, alive.flatten()[some]
+                pred = model.denoise_image(noisy[image], t[image], contexts[which])
+                found.append(generation_loss(pred, target[image]))
             losses.scatter_add_(1, alive, torch.cat(found).double().view(count, left))
         drawn += new
         mean = losses.gather(1, alive) / len(drawn)
@@ -415,8 +452,10 @@ def zeroshot(model: DiffDis | Clip, source: Source, args: argparse.Namespace) ->
         raise ValueError(f"{source.name} has no classes: "
                          "zeroshot needs class folders (DIR/CLASS/*.jpg) or another layout of the README")
     templates, names = pick_templates(model, source, args), source.classes
+    where = "/".join(Path(args.data).resolve().parts[-3:])
     if args.method == "alignment":
-        classes, read = class_queries(model, names, templates), image_queries(model, source, args)
+        classes = class_queries(model, names, templates, verbatim=args.templates is not None)
+        read = image_queries(model, source, args)
         similarity = read.values @ classes.cpu().T
     else:
         templates = templates[:1]
@@ -433,7 +472,7 @@ def zeroshot(model: DiffDis | Clip, source: Source, args: argparse.Namespace) ->
         labels = labels[shuffled(len(labels), args.seed)]
     return {"method": args.method, "classes": len(names), "templates": templates,
             **accuracies(similarity, labels), "seconds_per_image": read.seconds,
-            "quoted": "mean_per_class" if MEAN_PER_CLASS.search(args.data) else "top1",
+            "quoted": "mean_per_class" if MEAN_PER_CLASS.search(where) else "top1",
             "skipped": read.skips.to_dict()}
 
 
@@ -441,11 +480,11 @@ def accuracies(similarity: Tensor, labels: Tensor) -> dict:
     """similarity [N, K], labels [N] -> top-1 with its interval, top-5, mean per class, n, chance."""
     truth = similarity.gather(1, labels[:, None])
     ranks = (~(similarity < truth)).sum(dim=1) - 1        # ties count against the model, as above
-    hits = (ranks == 0).float()
+    hits = (ranks == 0).double()
     per_class = [hits[labels == c].mean().item() for c in labels.unique()]
     top1 = hits.mean().item()
     return {"n": len(labels), "chance": 1 / similarity.shape[1], "top1": top1,
-            "top1_interval": wilson(top1, len(labels)), "top5": (ranks < 5).float().mean().item(),
+            "top1_interval": wilson(top1, len(labels)), "top5": (ranks < 5).double().mean().item(),
             "mean_per_class": sum(per_class) / len(per_class)}
 
 
@@ -475,13 +514,10 @@ def vote(queries: Tensor, bank: Tensor, labels: Tensor, classes: int, k: int, te
 
 
 def open_bank(args: argparse.Namespace) -> Source:
-    """The labelled images that knn looks in: --bank, else the training half of --data. Raises ValueError."""
+    """The labelled images that knn looks in: --bank, else the training half of --data."""
     if args.bank is None and args.data == "shapes":
         return evenly_spaced(Shapes("classes", seed=1), args.bank_limit)
-    bank = open_source(args.bank or args.data, "train", args.bank_list)
-    if args.bank is None and bank.read(0).key == open_source(args.data, "val", args.list).read(0).key:
-        raise ValueError(f"{args.data} has no training half: expected DIR/train and DIR/val, or --bank DIR")
-    return evenly_spaced(bank, args.bank_limit)
+    return evenly_spaced(open_source(args.bank or args.data, "train", args.bank_list), args.bank_limit)
 
 
 def knn(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict:
@@ -502,7 +538,11 @@ def knn(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict
         return over_images(model, source, args, lambda inputs, places: torch.cat(
             [read_queries(model, inputs, places, args),
              image_tokens(model, inputs, places, args.seed)], dim=1))
-    known, read = read_both(bank, plain), read_both(source, args)
+    read, known = read_both(source, args), read_both(bank, plain)
+    shared = {os.path.realpath(key) for key in read.keys} & {os.path.realpath(key) for key in known.keys}
+    if shared:
+        raise ValueError(f"{len(shared)} of the images of --data are in the bank too, where they would find "
+                         "themselves: expected DIR/train and DIR/val, or --bank DIR, or --bank-list FILE")
     width = model.config.embedding if isinstance(model, Clip) else model.config.text.width
     labels = torch.tensor(read.labels)
     if args.control == "shuffle-labels":
@@ -680,10 +720,14 @@ class Features:
             self.name = f"Inception pool3, {args.resize} resize"
         else:
             self.network = models.load(args.features, device)
+            if "alignment" not in self.network.tasks:
+                raise ValueError(f"--features {args.features} was trained to draw only, and its image tokens "
+                                 "mean nothing: expected one trained with --tasks alignment, or a CLIP")
             clip = isinstance(self.network, Clip)
             self.width = self.network.config.width if clip else self.network.config.fusion.query_width
             self.name = f"image tokens of {args.features} ({fingerprint(models.locate(args.features))})"
-        digest = hashlib.sha256(self.name.encode())
+        config = None if args.features is None else self.network.config.to_dict()
+        digest = hashlib.sha256(json.dumps([self.name, config]).encode())
         for value in self.network.state_dict().values():
             digest.update(value.cpu().contiguous().numpy().tobytes())
         self.hash = digest.hexdigest()[:16]
@@ -701,34 +745,41 @@ class Features:
         return image_tokens(self.network, inputs, places, self.args.seed).float()
 
 
-def reference_statistics(features: Features, source: Source, size: int, args: argparse.Namespace
-                         ) -> tuple[Statistics, SkipReport]:
-    """Of the source's centre squares at `size` px, by all ranks; kept for the next time that the same files
-    are compared in the same features."""
-    skips = SkipReport(args.max_bad)
-    path = Path(args.data)
-    stamp = [str(path.resolve()), args.data == "shapes", len(source), size, features.hash, args.seed]
-    if path.exists():
-        stamp += [[str(file), (stat := file.stat()).st_size, stat.st_mtime_ns]
-                  for file in ([path] if path.is_file() else files_below(path))]
+def identity(source: Source) -> list:
+    """Equal for the same samples of the same, unchanged files; plain values."""
+    if isinstance(source, Subset):
+        return [identity(source.source), hashlib.sha256(source.indices.tobytes()).hexdigest()]
+    files = [(str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns)
+             for path in source.paths()]
+    return [type(source).__name__, source.name, len(source), files]
 
-    def make() -> dict[str, Tensor]:
+
+def statistics_of(features: Features, source: Source, size: int, args: argparse.Namespace
+                  ) -> tuple[Statistics, dict]:
+    """Of the source's centre squares at `size` px, by all ranks, and the report on what was left out; kept
+    for the next time that the same files are compared in the same features. Raises ValueError."""
+    def make() -> dict:
         rank, world = rank_and_world()
-        found, mine = Statistics(features.width), Subset(source, np.arange(rank, len(source), world))
+        skips, found = SkipReport(args.max_bad), Statistics(features.width)
+        mine = Subset(source, np.arange(rank, len(source), world))
         for batch in tqdm(evaluation_batches(mine, size, args.batch_size, args.workers or 0), unit="batch",
-                          desc="reference", disable=None if rank == 0 else True, leave=False,
+                          desc="read", disable=None if rank == 0 else True, leave=False,
                           total=-(-len(mine) // args.batch_size)):
             skips.add(batch.skipped, batch.visited)
             if batch.captions:
                 found.add(features(batch.images, [i * world + rank for i in batch.places]))
-        return found.gather().to_dict()
-    digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:16]
-    return Statistics.from_dict(kept(f"statistics-{digest}", make)), skips
+        skips = join_reports(skips, source, args)
+        return {**found.gather().to_dict(), "skips": skips.to_dict()}
+    stamp = json.dumps([identity(source), size, features.hash, args.seed, args.max_bad])
+    found = kept(f"statistics-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}", make, lambda found: (
+        Statistics.from_dict(found).mean.shape == (features.width,) and "skipped" in found["skips"]))
+    return Statistics.from_dict(found), found["skips"]
 
 
-def drawn_statistics(features: Features, model: DiffDis, prompts: list[str], args: argparse.Namespace
-                     ) -> Statistics:
-    """Of one picture per prompt, drawn by all ranks; picture i comes from seed + i, whatever the batches."""
+def drawn_statistics(features: Features, model: DiffDis, prompts: list[str], size: int,
+                     args: argparse.Namespace) -> Statistics:
+    """Of one picture per prompt, drawn by all ranks, at `size` px; picture i comes from seed + i, whatever
+    the batches."""
     rank, world = rank_and_world()
     found, mine = Statistics(features.width), range(rank, len(prompts), world)
     for first in tqdm(range(0, len(mine), args.batch_size), unit="batch", desc="draw",
@@ -736,7 +787,7 @@ def drawn_statistics(features: Features, model: DiffDis, prompts: list[str], arg
         some = list(mine[first:first + args.batch_size])
         images = draw_images(model, [prompts[i] for i in some], [args.seed + i for i in some], args.steps,
                              args.guidance_scale, sampler=args.sampler)
-        pixels = np.stack([np.asarray(to_pil(image)) for image in images])
+        pixels = np.stack([to_square(to_pil(image), size) for image in images])
         if args.out:
             for i, picture in zip(some, pixels):
                 Image.fromarray(picture).save(Path(args.out) / f"{i:06d}.png")
@@ -752,6 +803,14 @@ def open_pictures(args: argparse.Namespace) -> Source:
     return evenly_spaced(FileSource(found, args.images, ["picture"], [0] * len(found)), args.n)
 
 
+def check_number(args: argparse.Namespace, **numbers: int) -> None:
+    """Raises ValueError if there are fewer than Inception has features, and nobody said to go on."""
+    for what, n in numbers.items():
+        if n < 2048 and not args.allow_small:
+            raise ValueError(f"{n} {what.replace('_', ' ')}, and below 2048 the distance says more about "
+                             "their number than about the pictures: take more, or see it with --allow-small")
+
+
 def fid(model: DiffDis | None, source: Source, args: argparse.Namespace) -> dict:
     """Fréchet distance between drawn pictures, or those of --images, and the images of --data.
 
@@ -759,6 +818,8 @@ def fid(model: DiffDis | None, source: Source, args: argparse.Namespace) -> dict
     """
     if args.control != "none":
         raise ValueError(f"--control {args.control}: fid has no right answers to break, leave it out")
+    if source.cache is not None:
+        raise ValueError(f"{args.data} holds latents, and fid compares pictures: name the images")
     size = args.image_size or (256 if model is None else model.config.image_size)
     if model is None:
         ours = open_pictures(args)
@@ -767,27 +828,23 @@ def fid(model: DiffDis | None, source: Source, args: argparse.Namespace) -> dict
         some = evenly_spaced(source, args.n or 30000)
         prompts = [captions[0] for captions in some.usable_captions(len(some))]
         count = len(prompts)
-    for what, n in (("pictures", count), ("reference images", len(source))):
-        if n < 2048 and not args.allow_small:
-            raise ValueError(f"{n} {what}, and below 2048 the distance says more about their number than "
-                             "about the pictures: take more (--n, --limit), or see it with --allow-small")
+    check_number(args, pictures=count, reference_images=len(source))
     features = Features(args, args.device if model is None else model.device)
-    reference, skips = reference_statistics(features, source, size, args)
+    reference, skips = statistics_of(features, source, size, args)
     if model is None:
-        plain = argparse.Namespace(**{**vars(args), "data": args.images})
-        found, _ = reference_statistics(features, ours, size, plain)
-        protocol = {"pictures": args.images}
+        found, lost = statistics_of(features, ours, size, args)
+        protocol, skips = {"pictures": args.images}, {**skips, "skipped_pictures": lost["skipped"]}
     else:
-        found = drawn_statistics(features, model, prompts, args)
+        found = drawn_statistics(features, model, prompts, size, args)
         scale = model.config.guidance_scale if args.guidance_scale is None else args.guidance_scale
         protocol = {"pictures": f"one per caption, seeds from {args.seed}",
                     "checkpoint": f"{args.ckpt} ({fingerprint(Path(args.ckpt))})", "sampler": args.sampler,
                     "steps": args.steps, "guidance_scale": scale}
+    check_number(args, pictures=found.count, reference_images=reference.count)
     protocol |= {"features": features.name, "features_hash": features.hash, "image_size": size,
                  "reference": f"{args.data}, centre squares, bicubic"}
-    skips.check(final=True)
     return {"n": found.count, "n_reference": reference.count, "chance": None,
-            "fid": frechet_distance(found, reference), "protocol": protocol, "skipped": skips.to_dict()}
+            "fid": frechet_distance(found, reference), "protocol": protocol, "skipped": skips}
 
 
 # ---------------------------------------------------------------- speed (Table 6)
@@ -1081,7 +1138,8 @@ def speed_model(args: argparse.Namespace) -> DiffDis:
 # ---------------------------------------------------------------- command line
 def print_table(title: str, result: dict, metrics: tuple[str, ...]) -> None:
     print(f"{title}  (n = {result['n']})")
-    skipped = result.get("skipped", {"skipped": {}})["skipped"]
+    left_out = result.get("skipped", {"skipped": {}})
+    skipped = Counter(left_out["skipped"]) + Counter(left_out.get("skipped_pictures", {}))
     if skipped:
         print(f"  left out: {', '.join(f'{count} {cause}' for cause, count in sorted(skipped.items()))}")
     if "fid" in result:
@@ -1092,9 +1150,11 @@ def print_table(title: str, result: dict, metrics: tuple[str, ...]) -> None:
     for name in metrics:
         low, high = result.get(f"{name}_interval", (None, None))
         interval = "" if low is None else f"   95 % interval {100 * low:5.1f} – {100 * high:5.1f}"
-        chance = result.get(f"{name}_chance", result["chance"] if name.startswith("top1") else None)
+        rates = name.startswith(("top1", "mean_per_class"))
+        chance = result.get(f"{name}_chance", result["chance"] if rates else None)
         print(f"  {name:<15}{100 * result[name]:6.1f} %{interval}"
-              + ("" if chance is None else f"   chance {100 * chance:.2f}"))
+              + ("" if chance is None else f"   chance {100 * chance:.2f}")
+              + "   (what the field quotes)" * (name == result.get("quoted")))
 
 
 TASKS: dict[str, tuple[Callable, tuple[str, ...]]] = {
@@ -1112,7 +1172,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, (function, _) in TASKS.items():
         task = tasks.add_parser(name, help=function.__doc__.split("\n")[0].replace("%", "%%"))
         add = task.add_argument
-        add("--ckpt", help=CKPT_HELP)
+        add("--ckpt", help=f"{CKPT_HELP}; to read images also a CLIP, trained here, or transformers' folder, "
+            "OpenCLIP's or OpenAI's file")
         add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights, or the last step's")
         add("--json", metavar="FILE", help="also write the numbers here; rates are fractions")
         add("--seed", type=natural, default=0, help="seed of all noise and of the controls' shuffling")
@@ -1138,6 +1199,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 help="images of the bank to use, evenly spaced; without it all, of shapes 2,400")
         elif name == "fid":
             add_fid_flags(add)
+            task.set_defaults(batch_size=16)         # drawing takes more memory than reading
     add_speed_flags(tasks.add_parser("speed", help=speed.__doc__.split("\n")[0]).add_argument)
     return parser.parse_args(argv)
 
@@ -1166,8 +1228,8 @@ def add_zeroshot_flags(add: Callable) -> None:
         help="what decides: the denoised text query, or the generation loss under each class's prompt")
     add("--dc-samples", type=positive, nargs="+", default=[50, 500], metavar="N",
         help="diffusion-classifier: timesteps drawn per class up to the end of each stage")
-    add("--dc-keep", type=positive, nargs="*", default=[5], metavar="K",
-        help="diffusion-classifier: classes that go on after each stage but the last")
+    add("--dc-keep", type=positive, nargs="*", metavar="K",
+        help="diffusion-classifier: classes that go on after each stage but the last; without it 5")
 
 
 def add_fid_flags(add: Callable) -> None:
@@ -1240,7 +1302,8 @@ def check_task(task: str, model: DiffDis | Clip | None, args: argparse.Namespace
         raise ValueError("these weights only read images, and this needs a model that draws them: one "
                          "trained with --tasks generation,alignment or generation")
     if task == "zeroshot":
-        stages, kept = args.dc_samples, args.dc_keep
+        stages = args.dc_samples
+        kept = args.dc_keep = [5] * (len(stages) - 1) if args.dc_keep is None else args.dc_keep
         if len(kept) + 1 != len(stages) or sorted(set(stages)) != stages:
             raise ValueError(f"--dc-samples {stages} --dc-keep {kept}: expected growing numbers of samples, "
                              "and one number of classes less than those")
@@ -1278,6 +1341,8 @@ def write_json(args: argparse.Namespace, result: dict, argv: list[str] | None, p
 def run_task(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path | str]:
     """Open what the flags name and run the task -> the numbers, the checkpoint's path."""
     model, source, path = None, None, "none"
+    if args.task == "fid" and args.images is not None and (args.ckpt or args.out):
+        raise ValueError("--images compares pictures that are there: leave out --ckpt and --out")
     if args.task == "fid" and args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.task != "fid" or args.images is None:
@@ -1290,6 +1355,7 @@ def run_task(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path
         args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
         labelled = args.data == "shapes" and args.task in ("zeroshot", "knn")
         source = in_turn(lambda: open_source(args.data, "classes" if labelled else "val", args.list))
+        check_index(source, args.max_bad)
         source = evenly_spaced(source, args.limit)
     args.device = device
     return report(args.task, model, source, args), path
@@ -1298,7 +1364,7 @@ def run_task(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        if args.json and not Path(args.json).resolve().parent.is_dir():
+        if args.json and (not Path(args.json).resolve().parent.is_dir() or Path(args.json).is_dir()):
             raise ValueError(f"--json is {args.json!r}, expected a file in an existing folder")
         if args.task == "speed":
             write_json(args, run_speed(args), argv, str(args.ckpt or args.preset), args.device)

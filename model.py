@@ -1701,10 +1701,13 @@ def load_inception(path: str | Path | None = None, device: str | torch.device = 
     # How many batches a batch norm was trained on: only training reads it, and not every file has it.
     counters = {name: torch.tensor(0) for name in network.state_dict()
                 if name.endswith(".num_batches_tracked")}
-    tensors = {name: value for name, value in tensors_of(read_torch(path), path).items()
-               if name not in counters}
-    check_fit(tensors, {name: value.shape for name, value in network.state_dict().items()
-                        if name not in counters}, path, "FID's Inception")
+    try:
+        tensors = {name: value for name, value in tensors_of(read_torch(path), path).items()
+                   if name not in counters}
+        check_fit(tensors, {name: value.shape for name, value in network.state_dict().items()
+                            if name not in counters}, path, "FID's Inception")
+    except ValueError as error:
+        raise ValueError(f"{error}; if it was downloaded, delete it to fetch it again") from None
     network.load_state_dict({name: value.float() for name, value in tensors.items()} | counters, assign=True)
     return network.to(device).eval().requires_grad_(False)
 

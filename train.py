@@ -135,7 +135,7 @@ def add_run_flags(add: Callable, switch: dict) -> None:
     add("--shuffle-buffer", "samples mixed with each other; tars are read one after another, so many at once",
         type=positive, default=100_000)
     add("--augment", "random crops and RandAugment instead of the centre square, never where images are "
-        "drawn; without it: for CLIP", **switch)
+        "drawn; without it: for CLIP, but not on shapes", **switch)
     add("--recompute", "keep fewer activations, compute them again in the backward pass (checkpointing)",
         **switch)
     add("--micro-batch", "pairs per forward pass and rank, gradients summed; the alignment loss stays that "
@@ -222,7 +222,8 @@ def settle(args: argparse.Namespace, device: torch.device) -> None:
         args.precision = "bf16" if device.type == "cuda" else "fp32"
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
-    args.augment = args.model != "diffdis" if args.augment is None else args.augment
+    if args.augment is None:        # whose captions are about colours and places
+        args.augment = args.model != "diffdis" and args.data != "shapes"
     args.sample_every = args.sample_every or max(1, args.steps // 4)
     args.eval_every = args.eval_every or max(1, args.steps // 4)
 
@@ -232,6 +233,9 @@ def make_config(base: Config | ClipConfig, args: argparse.Namespace) -> Config |
     def given(*names: str) -> dict:
         return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if isinstance(base, ClipConfig):
+        if args.init is not None and args.image_size not in (None, base.image_size):
+            raise ValueError(f"--image-size {args.image_size} with --init: a CLIP's positions are those of "
+                             f"its size, {base.image_size} px")
         return replace(base, **given("image_size"))
     fusion = replace(base.fusion, **given("fusion", "shared_attention", "own_ffn", "align_blocks"))
     return replace(base, fusion=fusion, **given("image_size", "image_target", "text_target", "image_schedule",

@@ -52,8 +52,8 @@ class Numbered(Source):
     """Picture i has colour i; it has two captions of its own, and label i % 5."""
     name, skipped = "numbered", Counter()
 
-    def __init__(self, count: int) -> None:
-        self.count, self.classes = count, [f"kind{k}" for k in range(5)]
+    def __init__(self, count: int, prefix: str = "") -> None:
+        self.count, self.prefix, self.classes = count, prefix, [f"kind{k}" for k in range(5)]
 
     def __len__(self) -> int:
         return self.count
@@ -63,7 +63,7 @@ class Numbered(Source):
 
     def read(self, index: int, side: int | None = None) -> Sample:
         image = Image.fromarray(np.full((32, 32, 3), index, np.uint8))
-        return Sample(image, self.captions(index), str(index), index % 5)
+        return Sample(image, self.captions(index), f"{self.prefix}{index}", index % 5)
 
 
 TEXTS = [f"picture {i}" for i in range(100)]
@@ -219,6 +219,7 @@ def test_wilson_and_chance() -> None:
 
 def test_templates(tmp_path) -> None:
     assert fill("a photo of a {}", "owl") == "a photo of an owl" and fill("the {}", "owl") == "the owl"
+    assert fill("data {}, a {}", "owl") == "data owl, an owl" and fill("a {}", "dog") == "a dog"
     (tmp_path / "t.txt").write_text("no braces\n")
     with pytest.raises(ValueError, match="{}"):
         evaluate.read_templates(str(tmp_path / "t.txt"))
@@ -372,7 +373,7 @@ def test_diffusion_classifier_equals_a_slow_reference(target: str) -> None:
 
 
 def test_knn_and_its_controls(base, monkeypatch) -> None:
-    monkeypatch.setattr(evaluate, "open_bank", lambda args: Numbered(150))
+    monkeypatch.setattr(evaluate, "open_bank", lambda args: Numbered(150, "bank"))
     oracle = Feature(base, TEXTS)
     result = run(evaluate.knn, oracle, Numbered(200))
     assert result["top1"] == 1.0 and result["n_bank"] == 150
@@ -386,7 +387,7 @@ def test_a_copying_model_is_not_above_chance_by_any_method(base, monkeypatch) ->
     copying = Oracle(base, TEXTS, copies=True)
     copying.image_features = lambda noisy_query, t_text, latents: noisy_query
     copying.denoise_image = lambda noisy_latents, t_image, context: noisy_latents
-    monkeypatch.setattr(evaluate, "open_bank", lambda args: Numbered(150))
+    monkeypatch.setattr(evaluate, "open_bank", lambda args: Numbered(150, "bank"))
     for task, flags in ((evaluate.zeroshot, ()), (evaluate.zeroshot, DC), (evaluate.knn, ())):
         result = run(task, copying, Numbered(200), *flags)
         assert result["top1_interval"][0] <= result["chance"] + 0.03, f"{task.__name__} {flags}"
@@ -399,11 +400,26 @@ def test_a_list_chooses_images_and_names_classes(base, tmp_path, monkeypatch) ->
         (tmp_path / "pictures").mkdir(exist_ok=True)
         Image.new("RGB", (32, 32), (i, i, i)).save(tmp_path / f"pictures/{i}.png")
     (tmp_path / "list.txt").write_text("".join(f"{i}.png\tkind{i % 3}\n" for i in range(0, 12, 2)))
-    for task, flags in (("zeroshot", []), ("knn", ["--bank", "pictures", "--bank-list", "list.txt"])):
+    (tmp_path / "rest.txt").write_text("".join(f"{i}.png\tkind{i % 3}\n" for i in range(1, 12, 2)))
+    for task, flags in (("zeroshot", []), ("knn", ["--bank", "pictures", "--bank-list", "rest.txt"])):
         evaluate.main([task, "--ckpt", "c.pt", "--data", "pictures", "--list", "list.txt", "--device", "cpu",
                        "--json", "r.json", *flags])
         result = json.loads((tmp_path / "r.json").read_text())
         assert result["n"] == 6 and result["classes"] == 3 and result["settings"]["list"] == "list.txt"
+
+
+@pytest.mark.parametrize("flags", [["--bank-list", "list.txt"], ["--bank", "pictures"], []])
+def test_images_that_would_find_themselves_are_refused(base, tmp_path, monkeypatch, capsys, flags) -> None:
+    monkeypatch.chdir(tmp_path)
+    models.save(tmp_path / "c.pt", base)
+    for i in range(6):
+        (tmp_path / f"pictures/{i % 2}").mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (32, 32), (i, i, i)).save(tmp_path / f"pictures/{i % 2}/{i}.png")
+    (tmp_path / "list.txt").write_text("1/5.png\n0/2.png\n")
+    chosen = ["--list", "list.txt"] if flags else []
+    with pytest.raises(SystemExit):
+        evaluate.main(["knn", "--ckpt", "c.pt", "--data", "pictures", *chosen, *flags, "--device", "cpu"])
+    assert "in the bank too" in capsys.readouterr().err
 
 
 def test_the_vote_equals_a_slow_reference() -> None:
@@ -445,6 +461,27 @@ def test_the_ensemble_leaves_out_what_the_model_has_never_read(base) -> None:
     base.known_words = None
 
 
+def test_a_users_templates_stay_as_they_are(base, monkeypatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(evaluate, "encode_texts", lambda model, texts: (seen.extend(texts), torch.ones(
+        len(texts), 4))[1])
+    evaluate.class_queries(base, ["owl"], ["a {}"], verbatim=True)
+    evaluate.class_queries(base, ["owl"], ["a {}"])
+    assert seen == ["a owl", "an owl"]
+
+
+def test_stages_draw_what_they_say(base, monkeypatch) -> None:
+    times: list[float] = []
+    original = type(base).denoise_image
+    monkeypatch.setattr(type(base), "denoise_image", lambda self, z, t, c: (
+        times.extend(t.tolist()), original(self, z, t, c))[1])
+    args = parse_args(["zeroshot", "--method", "diffusion-classifier", "--dc-samples", "7", "13", "100",
+                       "--dc-keep", "3", "2", "--batch-size", "2"])
+    contexts = base.encode_text(["a", "b", "c", "d", "e"])[0]
+    evaluate.classify_by_loss(base, torch.zeros(1, 192, 4, 4), [0], contexts, args)
+    assert len(times) == 7 * 5 + 6 * 3 + 87 * 2 and set(times) == set(range(5, 1000, 10))
+
+
 def test_many_prompts_are_encoded_once_for_all(base, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(evaluate, "CACHE", tmp_path)
     names, templates = [f"kind{k}" for k in range(200)], [f"{i} {{}}" for i in range(10)]
@@ -453,6 +490,10 @@ def test_many_prompts_are_encoded_once_for_all(base, monkeypatch, tmp_path) -> N
         slow = torch.stack([base.encode_text([f"{i} {name}" for i in range(10)])[1].mean(dim=0)
                             for name in names])
     assert torch.allclose(first, F.normalize(slow, dim=-1), atol=1e-6)
+    (file,) = tmp_path.glob("classes-*.pt")
+    for damage in ({}, {"classes": torch.ones(3, 2)}, {"classes": 1.0}, [1]):
+        torch.save(damage, file)
+        assert torch.equal(evaluate.class_queries(base, names, templates), first), "made anew"
     monkeypatch.setattr(evaluate, "encode_texts", None)
     assert torch.equal(evaluate.class_queries(base, names, templates), first)
     other = build(seed=1)
@@ -493,7 +534,7 @@ if int(os.environ["WORLD_SIZE"]) > 1:
     dist.init_process_group("gloo")
 model = build()
 found = []
-evaluate.open_bank = lambda args: Broken(17)
+evaluate.open_bank = lambda args: Broken(17, "bank")
 for task, *flags in (["retrieval", "--draws", "2"], ["zeroshot", "--draws", "2"], ["knn", "--k", "3"],
                      ["zeroshot", "--method", "diffusion-classifier", "--dc-samples", "2", "--dc-keep"]):
     for control in ("none", "shuffle-images"):

@@ -436,12 +436,13 @@ def drawer(tmp_path, monkeypatch):
     return tmp_path
 
 
-FID = ["fid", "--data", "refs", "--ckpt", "c.pt", "--allow-small", "--steps", "2", "--device", "cpu",
-       "--workers", "0", "--json", "r.json", "--features", "c.pt"]
+FID = ["fid", "--data", "refs", "--allow-small", "--steps", "2", "--device", "cpu", "--workers", "0",
+       "--json", "r.json", "--features", "c.pt"]
 
 
 def result_of(*flags: str) -> dict:
-    evaluate.main([*FID, *flags])
+    drawn = [] if "--images" in flags else ["--ckpt", "c.pt"]
+    evaluate.main([*FID, *drawn, *flags])
     return json.loads(Path("r.json").read_text())
 
 
@@ -487,6 +488,30 @@ def test_reference_statistics_are_kept_until_anything_changes(drawer, monkeypatc
     models.save("other.pt", build(seed=1))
     result_of("--features", "other.pt")
     assert len(read) == 3
+    for half in ("a", "b"):
+        names = [f"{i:02d}.png\tc" for i in range(20 * (half == "b"), 20 + 20 * (half == "b"))]
+        Path(f"{half}.txt").write_text("\n".join(names))
+    a, b = (result_of("--list", f"{half}.txt", "--n", "20")["fid"] for half in "ab")
+    assert a != b, "another list is another reference"
+
+
+def test_damaged_pictures_are_told_again_and_refused_again(drawer, capsys) -> None:
+    for i in (3, 9):
+        Path(f"refs/{i:02d}.png").write_bytes(b"no picture")
+    for _ in range(2):       # the second time from what was kept
+        found = result_of("--max-bad", "0.1", "--images", "refs")
+        assert found["n"] == found["n_reference"] == 38
+        assert found["skipped"]["skipped"] == found["skipped"]["skipped_pictures"] == {"unreadable image": 2}
+        assert "left out: 4 unreadable image" in capsys.readouterr().out
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            evaluate.main([*FID, "--ckpt", "c.pt", "--max-bad", "0.01"])
+        assert "unusable" in capsys.readouterr().err
+
+
+def test_both_sets_are_compared_at_the_same_size(drawer) -> None:
+    result_of("--image-size", "16", "--out", "drawn")
+    assert Image.open("drawn/000000.png").size == (16, 16)
 
 
 def test_inception_from_a_file(drawer, weights) -> None:
@@ -502,14 +527,14 @@ def test_inception_from_a_file(drawer, weights) -> None:
     (["--data", "nowhere"], "no data"), (["--images", "refs", "--features", "none.pt"], "none.pt")])
 def test_mistakes_end_in_one_line_and_status_2(drawer, capsys, flags: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        evaluate.main([*FID, *flags])
+        evaluate.main([*FID, *([] if "--images" in flags else ["--ckpt", "c.pt"]), *flags])
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and message in error and "\n" not in error
 
 
 def test_few_pictures_are_refused(drawer, capsys) -> None:
     with pytest.raises(SystemExit):
-        evaluate.main([flag for flag in FID if flag != "--allow-small"])
+        evaluate.main([*[flag for flag in FID if flag != "--allow-small"], "--ckpt", "c.pt"])
     assert "40 pictures" in capsys.readouterr().err
 
 
@@ -517,8 +542,8 @@ def test_ranks_share_it_and_agree(drawer) -> None:
     alone = result_of("--batch-size", "6")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_HOME": str(drawer / "home")}
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--standalone",
-                    str(ROOT / "evaluate.py"), *FID, "--batch-size", "6"], check=True, env=env,
-                   capture_output=True, timeout=300)
+                    str(ROOT / "evaluate.py"), *FID, "--ckpt", "c.pt", "--batch-size", "6"], check=True,
+                   env=env, capture_output=True, timeout=300)
     shared = json.loads(Path("r.json").read_text())
     assert shared["ranks"] == 3 and shared["n"] == shared["n_reference"] == 40
     assert shared["fid"] == pytest.approx(alone["fid"], rel=1e-4)
