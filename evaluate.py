@@ -346,10 +346,10 @@ def retrieval(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
             "seconds_per_image": read.seconds, "skipped": read.skips.to_dict()}
 
 
-def fill(template: str, name: str) -> str:
-    """A class name in a template of ours; "a {}" becomes "an {}" before the letter of a vowel, as in the
-    captions that training makes of class folders."""
-    if name[0].lower() in "aeiou":
+def fill(template: str, name: str, verbatim: bool = False) -> str:
+    """A class name in a template; if it is one of ours, "a {}" becomes "an {}" before the letter of a vowel,
+    as in the captions that training makes of class folders."""
+    if name[0].lower() in "aeiou" and not verbatim:
         template = re.sub(r"\ba \{\}", "an {}", template)
     return template.replace("{}", name)
 
@@ -378,8 +378,7 @@ def class_queries(model: DiffDis | Clip, names: list[str], templates: list[str],
                   verbatim: bool = False) -> Tensor:
     """Names of K classes -> the normalised mean of each one's prompts [K, D]; verbatim: no "an" for "a".
     Where prompts are many they are kept, by text encoder and prompts, for the next evaluation."""
-    prompts = [template.replace("{}", name) if verbatim else fill(template, name)
-               for name in names for template in templates]
+    prompts = [fill(template, name, verbatim) for name in names for template in templates]
 
     def make() -> dict[str, Tensor]:
         queries = encode_texts(model, prompts).unflatten(0, (len(names), -1))
@@ -452,15 +451,15 @@ def zeroshot(model: DiffDis | Clip, source: Source, args: argparse.Namespace) ->
         raise ValueError(f"{source.name} has no classes: "
                          "zeroshot needs class folders (DIR/CLASS/*.jpg) or another layout of the README")
     templates, names = pick_templates(model, source, args), source.classes
-    where = "/".join(Path(args.data).resolve().parts[-3:])
+    verbatim, where = args.templates is not None, "/".join(Path(args.data).resolve().parts[-3:])
     if args.method == "alignment":
-        classes = class_queries(model, names, templates, verbatim=args.templates is not None)
+        classes = class_queries(model, names, templates, verbatim)
         read = image_queries(model, source, args)
         similarity = read.values @ classes.cpu().T
     else:
         templates = templates[:1]
         with torch.no_grad():
-            contexts = model.encode_text([fill(templates[0], name) for name in names])[0]
+            contexts = model.encode_text([fill(templates[0], name, verbatim) for name in names])[0]
         read = over_images(model, source, args, lambda latents, places: classify_by_loss(
             model, latents, places, contexts, args))
         similarity = read.values
