@@ -8,7 +8,7 @@ Notation: x_t = a x0 + s ε with a = γ √ᾱ_t and s = √(1-ᾱ_t); γ is 1 f
 Read next: train.py (how it is trained), sample.py and evaluate.py (how it is used).
 """
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -28,6 +28,11 @@ def generator_of(*key: int) -> torch.Generator:
     # The length goes in because numpy pads a key with zeros: (1,) and (1, 0) would be one.
     seed = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> 1))
+
+
+def noise_of(shape: tuple[int, ...], keys: Iterable[tuple[int, ...]]) -> Tensor:
+    """Standard normal noise, a row per key [B, *shape], on the CPU; a row is a function of its key alone."""
+    return torch.stack([torch.randn(shape, generator=generator_of(*key)) for key in keys])
 
 
 # ---------------------------------------------------------------- schedules

@@ -49,8 +49,8 @@ import model as models
 from data import (CACHE, IMAGE_SUFFIXES, SIDE, FileSource, Sample, Shapes, SkipReport, Source, Subset,
                   Tokenizer, check, check_index, evaluation_batches, evenly_spaced, files_below,
                   held_out_captions, open_source, to_square, words)
-from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
-                       q_sample, signal_and_noise)
+from diffusion import (alignment_loss, generation_loss, make_alphas_cumprod, make_target, noise_of, q_sample,
+                       signal_and_noise)
 from model import CLIPS, LIKE, Clip, ClipConfig, DiffDis
 from sample import (CKPT_HELP, SAMPLERS, Parser, best_of, draw_images, draw_queries, fail, find_checkpoint,
                     fingerprint, finite, natural, pick_device, positive, to_pil)
@@ -421,8 +421,7 @@ def classify_by_loss(model: DiffDis, latents: Tensor, places: list[int], context
         open_to = [j for j in spread(range(total), samples) if j not in drawn]
         new = spread(open_to, samples - len(drawn))
         for j in new:
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=generator_of(args.seed, place, j))
-                                 for place in places]).to(model.device)
+            noise = noise_of(latents.shape[1:], [(args.seed, place, j) for place in places]).to(model.device)
             t = torch.full((count,), (2 * j + 1) * config.timesteps // (2 * total), device=model.device)
             a, s = signal_and_noise(t, latents, alphas)
             target = make_target(config.image_target, latents, noise, a, s)
@@ -494,8 +493,7 @@ def image_tokens(model: DiffDis | Clip, inputs: Tensor, places: list[int], seed:
     (from t = T-1), of a CLIP after the last layer, averaged [B, D]."""
     if isinstance(model, Clip):
         return model.vision_model.tokens(inputs)[:, 1:].mean(dim=1)
-    noise = torch.stack([torch.randn(model.config.text.width, generator=generator_of(seed, place, 0))
-                         for place in places]).to(model.device)
+    noise = noise_of((model.config.text.width,), [(seed, place, 0) for place in places]).to(model.device)
     t = torch.full((len(places),), model.config.timesteps - 1, device=model.device)
     return model.image_features(noise, t, inputs)
 
@@ -654,12 +652,8 @@ class Statistics:
 
     def gather(self) -> "Statistics":
         """-> the statistics of all ranks' rows, the same on each; alone: of one's own."""
-        parts = [self]
-        if dist.is_initialized():
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, self)
         whole = Statistics(len(self.mean))
-        whole.merge(parts)
+        whole.merge(everybody(self))
         return whole
 
     def covariance(self) -> Tensor:
@@ -1345,7 +1339,7 @@ def run_task(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path
     if args.task == "fid" and args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.task != "fid" or args.images is None:
-        path = models.locate(in_turn(lambda: models.locate(find_checkpoint(args.ckpt))))
+        path = in_turn(lambda: models.locate(find_checkpoint(args.ckpt)))
         args.ckpt, model = str(path), models.load(path, device, args.weights)
         check_task(args.task, model, args)
     if args.task == "zeroshot":

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import model as models
 from data import MAX_PIXELS, words
-from diffusion import (ddim, dpm_solver, generator_of, guide, make_alphas_cumprod, make_denoiser,
+from diffusion import (ddim, dpm_solver, guide, make_alphas_cumprod, make_denoiser, noise_of,
                        sampling_timesteps)
 from model import DiffDis
 
@@ -56,7 +56,7 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
     """
     config, device = model.config, model.device
     shape = model.latent_shape(*(size or (config.image_size, config.image_size)))
-    z_T = torch.stack([torch.randn(shape, generator=generator_of(seed)) for seed in seeds]).to(device)
+    z_T = noise_of(shape, [(seed,) for seed in seeds]).to(device)
     both = model.encode_text([negative] * len(prompts) + prompts)[0]      # [2B, L, D], unconditional first
     alphas_cumprod = make_alphas_cumprod(config.image_schedule, config.timesteps).to(device)
     scale = config.guidance_scale if guidance_scale is None else guidance_scale
@@ -73,8 +73,7 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
         latents = dpm_solver(denoise, z_T, timesteps, alphas_cumprod, progress)
     else:
         def noise(step: int) -> Tensor:
-            fresh = [torch.randn(shape, generator=generator_of(seed, step)) for seed in seeds]
-            return torch.stack(fresh).to(device)
+            return noise_of(shape, [(seed, step) for seed in seeds]).to(device)
         last = float(alphas_cumprod[0]) if config.image_target == "noise" else 1.0
         latents = ddim(denoise, z_T, timesteps, alphas_cumprod, 1.0, last, eta, noise, progress)
     return model.decode_image(latents).float().clamp(-1, 1)
@@ -105,9 +104,8 @@ def draw_queries(model: DiffDis, latents: Tensor, indices: list[int], steps: int
     denoise = make_denoiser(predict, config.text_target, alphas_cumprod, config.gamma, unit_norm=True)
     total = 0
     for draw in range(draws):
-        noise = [torch.randn(config.text.width, generator=generator_of(seed, index, draw))
-                 for index in indices]
-        query = ddim(denoise, torch.stack(noise).to(device), timesteps, alphas_cumprod, config.gamma)
+        noise = noise_of((config.text.width,), [(seed, index, draw) for index in indices]).to(device)
+        query = ddim(denoise, noise, timesteps, alphas_cumprod, config.gamma)
         total = total + F.normalize(query, dim=-1)
     return F.normalize(total, dim=-1)
 
@@ -280,11 +278,11 @@ def draw_all(model: DiffDis, args: argparse.Namespace) -> tuple[Tensor, list[dic
 
 
 def fingerprint(path: Path) -> str:
-    """The first 10 digits of a checkpoint's SHA-256 (of a folder: its UNet's, of a CLIP's its one file's), as
-    other programs show it."""
+    """The first 10 digits of a checkpoint's SHA-256 (of a folder: its UNet's, of a CLIP's its largest
+    file's), as other programs show it."""
     if path.is_dir():
         path = (models.part_file(path / "unet", "diffusion_pytorch_model") if (path / "unet").is_dir() else
-                models.part_file(path, "model"))
+                max(filter(Path.is_file, path.iterdir()), key=lambda file: file.stat().st_size))
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2 ** 24):

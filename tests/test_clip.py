@@ -9,6 +9,7 @@ from conftest import import_oracle, randomise
 from torch import nn
 
 import model as models
+import sample
 from data import Shapes, Tokenizer
 
 transformers = pytest.importorskip(
@@ -213,6 +214,11 @@ def test_files_of_open_clip(tokenizer, tmp_path, capsys, name: str, what: str, q
     file = put_open_clip(tmp_path / "oc", tokenizer, tensors, name, config)
     check_same(models.load(file.parent if what == "folder" else file), theirs, tokenizer)
     assert f"loaded {len(theirs.state_dict())} tensors" in capsys.readouterr().out
+
+
+def test_a_folder_has_the_fingerprint_of_its_weights(tokenizer, tmp_path) -> None:
+    file = put_open_clip(tmp_path / "oc", tokenizer, openai_names(clip_of_transformers(tokenizer.vocab_size)))
+    assert sample.fingerprint(tmp_path / "oc") == sample.fingerprint(file)
 
 
 def test_heads_of_another_width_in_open_clip(tokenizer, tmp_path) -> None:

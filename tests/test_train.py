@@ -181,13 +181,16 @@ def test_a_clip_trains_alike_on_any_ranks_in_any_parts_and_resumed(tmp_path) -> 
         for name in ("loss", "loss_alignment", "accuracy", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), f"step {a['step']}: {name}"
         assert "loss_generation" not in a and "loss_alignment_by_t" not in a
-    processes = start(tmp_path / "stopped", *flags, "--steps", "4", "--save-every", "2")
+    flags += ["--steps", "60", "--save-every", "1000", "--eval-every", "60"]
+    finish(start(tmp_path / "long", *flags))
+    processes = start(tmp_path / "stopped", *flags)
     while not (tmp_path / "stopped/log.jsonl").exists() or len(log_of(tmp_path / "stopped")) < 2:
         time.sleep(0.002)
     processes[0].send_signal(signal.SIGTERM)
     finish(processes)
-    finish(start(tmp_path / "stopped", *flags, "--steps", "4", "--save-every", "2", "--resume"))
-    expected, got = weights_of(tmp_path / "whole"), weights_of(tmp_path / "stopped")
+    assert log_of(tmp_path / "stopped")[-1]["step"] < 60, "else nothing was resumed"
+    finish(start(tmp_path / "stopped", *flags, "--resume"))
+    expected, got = weights_of(tmp_path / "long"), weights_of(tmp_path / "stopped")
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
