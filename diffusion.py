@@ -84,6 +84,15 @@ def read_prediction(kind: str, pred: Tensor, x_t: Tensor, a: Tensor, s: Tensor) 
 
 
 # ---------------------------------------------------------------- losses
+def min_snr_weight(kind: str, a: Tensor, s: Tensor, cap: float) -> Tensor:
+    """Min-SNR weighting (Hang et al. 2023): x̂0's squared error counts min(SNR, cap) times, SNR = a²/s².
+
+    Said of the error of target `kind`, of which x̂0's is 1, 1/SNR or 1/(1 + SNR) -> weight, shape of a and s.
+    """
+    snr = (a / s) ** 2
+    return snr.clamp(max=cap) / {"data": 1, "noise": snr, "v": 1 + snr}[kind]
+
+
 def generation_loss(pred: Tensor, target: Tensor) -> Tensor:
     """‖ target − Φ_u ‖², mean over numbers -> one value per sample [B], float32 (Eq. 4)."""
     return F.mse_loss(pred.float(), target.float(), reduction="none").flatten(1).mean(dim=1)

@@ -28,7 +28,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date, timedelta
 from functools import cache
@@ -50,7 +50,7 @@ from data import (CACHE, IMAGE_SUFFIXES, SIDE, FileSource, Sample, Shapes, SkipR
                   Tokenizer, check, check_index, evaluation_batches, evenly_spaced, files_below,
                   held_out_captions, open_source, to_square, words)
 from diffusion import (alignment_loss, generation_loss, make_alphas_cumprod, make_target, noise_of, q_sample,
-                       signal_and_noise)
+                       read_prediction, signal_and_noise)
 from model import CLIPS, LIKE, Clip, ClipConfig, DiffDis
 from sample import (CKPT_HELP, SAMPLERS, Parser, best_of, draw_images, draw_queries, fail, find_checkpoint,
                     fingerprint, finite, natural, pick_device, positive, to_pil)
@@ -769,12 +769,12 @@ def statistics_of(features: Features, source: Source, size: int, args: argparse.
     return Statistics.from_dict(found), found["skips"]
 
 
-def drawn_statistics(features: Features, model: DiffDis, prompts: list[str], size: int,
-                     args: argparse.Namespace) -> Statistics:
-    """Of one picture per prompt, drawn by all ranks, at `size` px; picture i comes from seed + i, whatever
-    the batches."""
+def drawn_pictures(model: DiffDis, prompts: list[str], size: int,
+                   args: argparse.Namespace) -> Iterator[tuple[list[int], np.ndarray]]:
+    """This rank's share of one picture per prompt, at `size` px, in batches -> numbers of the prompts, uint8
+    [B, size, size, 3]; picture i comes from seed + i, whatever the batches."""
     rank, world = rank_and_world()
-    found, mine = Statistics(features.width), range(rank, len(prompts), world)
+    mine = range(rank, len(prompts), world)
     for first in tqdm(range(0, len(mine), args.batch_size), unit="batch", desc="draw",
                       disable=None if rank == 0 else True):
         some = list(mine[first:first + args.batch_size])
@@ -784,7 +784,15 @@ def drawn_statistics(features: Features, model: DiffDis, prompts: list[str], siz
         if args.out:
             for i, picture in zip(some, pixels):
                 Image.fromarray(picture).save(Path(args.out) / f"{i:06d}.png")
-        found.add(features(torch.from_numpy(pixels), some))
+        yield some, pixels
+
+
+def drawn_statistics(features: Features, model: DiffDis, prompts: list[str], size: int,
+                     args: argparse.Namespace) -> Statistics:
+    """Of `drawn_pictures`, by all ranks."""
+    found = Statistics(features.width)
+    for places, pixels in drawn_pictures(model, prompts, size, args):
+        found.add(features(torch.from_numpy(pixels), places))
     return found.gather()
 
 
@@ -838,6 +846,79 @@ def fid(model: DiffDis | None, source: Source, args: argparse.Namespace) -> dict
                  "reference": f"{args.data}, centre squares, bicubic"}
     return {"n": found.count, "n_reference": reference.count, "chance": None,
             "fid": frechet_distance(found, reference), "protocol": protocol, "skipped": skips}
+
+
+# ---------------------------------------------------------------- a row of the paper's tables
+@torch.no_grad()
+def denoising_error(model: DiffDis, source: Source, args: argparse.Namespace, levels: int = 10) -> float:
+    """Mean squared error of ẑ_0, predicted from z_t and the image's own caption, over evenly spaced t: the
+    loss of generation (Eq. 4) with target data, whatever the target that was trained, on images not seen."""
+    config = model.config
+    alphas = make_alphas_cumprod(config.image_schedule, config.timesteps).to(model.device)
+
+    def values_of(latents: Tensor, places: list[int]) -> Tensor:
+        context, errors = model.encode_text([source.captions(place)[0] for place in places])[0], []
+        for j, t in enumerate(spread(range(config.timesteps), levels)):
+            noise = noise_of(latents.shape[1:], [(args.seed, place, j) for place in places]).to(model.device)
+            t = torch.full((len(places),), t, device=model.device)
+            noisy, (a, s) = q_sample(latents, t, noise, alphas), signal_and_noise(t, latents, alphas)
+            found = read_prediction(config.image_target, model.denoise_image(noisy, t, context), noisy, a, s)
+            errors.append(generation_loss(found[0], latents))
+        return torch.stack(errors).mean(dim=0)
+    return over_images(model, source, args, values_of).values.mean().item()
+
+
+def row(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict:
+    """All that a checkpoint was trained for, in one go: a row of the paper's tables in small.
+
+    Reading: retrieval where there are captions, zero-shot where there are classes; `shapes` has both.
+    Drawing: the denoising error, and --n pictures for captions of --data: judged if it is `shapes`, and with
+    --features their Fréchet distance to the images of --data in that checkpoint's image tokens.
+    """
+    if args.control != "none":
+        raise ValueError(f"--control {args.control}: a row has no right answers to break, but retrieval and "
+                         "zeroshot have")
+    result: dict = {"n": len(source), "chance": None, "tasks": list(model.tasks)}
+    if "alignment" in model.tasks:
+        own = argparse.Namespace(**{**vars(args), "templates": None, "method": "alignment",
+                                    "guidance_scale": 1.0})
+        shapes = args.data == "shapes"
+        if source.classes is None:
+            result |= {name: value for name, value in retrieval(model, source, own).items()
+                       if name.startswith(("i2t", "t2i", "mean"))}
+        if source.classes is not None or shapes:
+            things = evenly_spaced(open_source("shapes", "classes"), args.limit) if shapes else source
+            found = zeroshot(model, things, own)
+            result |= {name: value for name, value in found.items() if name.startswith("top")}
+            result["top1_chance"] = found["chance"]
+    if "generation" in model.tasks:
+        result |= drawing_row(model, source, args)
+    return result
+
+
+def drawing_row(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
+    some = evenly_spaced(source, args.n)
+    result = {"denoising_error": denoising_error(model, some, args)}
+    prompts = [captions[0] for captions in some.usable_captions(args.n)]
+    features, verdicts, size = args.features and Features(args, model.device), [], model.config.image_size
+    found = Statistics(features.width if features else 1)
+    for places, pixels in drawn_pictures(model, prompts, size, args):
+        if features:
+            found.add(features(torch.from_numpy(pixels), places))
+        if args.data == "shapes":
+            at_side = [to_square(Image.fromarray(picture), SIDE) for picture in pixels]
+            verdicts += [check(picture, prompts[i]) for i, picture in zip(places, at_side)]
+    verdicts = [verdict for part in everybody(verdicts) for verdict in part]
+    for name in verdicts[0] if verdicts else ():
+        result[name] = sum(verdict[name] for verdict in verdicts) / len(verdicts)
+    if verdicts:
+        result["all_interval"], result["all_chance"] = wilson(result["all"], len(verdicts)), 0.0
+    if features:
+        reference = statistics_of(features, source, size, args)[0]
+        result |= {"fid": frechet_distance(found.gather(), reference), "n_reference": reference.count,
+                   "protocol": {"pictures": len(prompts), "sampler": args.sampler, "steps": args.steps,
+                                "features": features.name}}
+    return result
 
 
 # ---------------------------------------------------------------- speed (Table 6)
@@ -1140,7 +1221,9 @@ def print_table(title: str, result: dict, metrics: tuple[str, ...]) -> None:
               + "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in result["protocol"].items()))
     if "seconds_per_image" in result:
         print(f"  {1000 * result['seconds_per_image']:.2f} ms per image and device")
-    for name in metrics:
+    if "denoising_error" in result:
+        print(f"  denoising error {result['denoising_error']:.5f}")
+    for name in (name for name in metrics if name in result):
         low, high = result.get(f"{name}_interval", (None, None))
         interval = "" if low is None else f"   95 % interval {100 * low:5.1f} – {100 * high:5.1f}"
         rates = name.startswith(("top1", "mean_per_class"))
@@ -1156,6 +1239,7 @@ TASKS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "knn": (knn, ("top1", "mean_per_class", "top1_tokens", "mean_per_class_tokens")),
     "fid": (fid, ()),
     "checker": (checker, ("colour", "shape", "size", "relation", "all", "all_single")),
+    "row": (row, ("top1", "i2t_r1", "t2i_r1", "mean_r1", "colour", "shape", "size", "relation", "all")),
 }
 
 
@@ -1171,7 +1255,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         add("--json", metavar="FILE", help="also write the numbers here; rates are fractions")
         add("--seed", type=natural, default=0, help="seed of all noise and of the controls' shuffling")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-        if name in ("checker", "fid"):
+        if name in ("checker", "fid", "row"):
             add("--steps", type=positive, default=50, help="sampler steps")
             add("--guidance-scale", type=finite, help="1 + w, 1: none; without it the checkpoint's own")
         if name == "checker":
@@ -1180,7 +1264,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             continue
         add_data_flags(add)
         if name != "fid":
-            add_reading_flags(add)
+            add("--text-steps", type=positive, default=1, help="denoising steps of the text query")
+            add("--draws", type=positive, default=1, help="noise draws averaged per image")
+        if name not in ("fid", "row"):
+            add("--guidance-scale", type=finite, default=1.0, help="1 + w; 1: no guidance")
         if name == "zeroshot":
             add_zeroshot_flags(add)
         elif name == "knn":
@@ -1192,6 +1279,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 help="images of the bank to use, evenly spaced; without it all, of shapes 2,400")
         elif name == "fid":
             add_fid_flags(add)
+        elif name == "row":
+            add("--n", type=positive, default=256, help="pictures to draw")
+            add("--sampler", choices=tuple(SAMPLERS), default="ddim", help="as in sample.py")
+            add("--features", metavar="CKPT", help="measure fid in this checkpoint's image features")
+            task.set_defaults(out=None)
+        if name in ("fid", "row"):
             task.set_defaults(batch_size=16)         # drawing takes more memory than reading
     add_speed_flags(tasks.add_parser("speed", help=speed.__doc__.split("\n")[0]).add_argument)
     return parser.parse_args(argv)
@@ -1206,12 +1299,6 @@ def add_data_flags(add: Callable) -> None:
     add("--workers", type=natural, help="processes that read and decode; without it 0 for shapes, else 2")
     add("--max-bad", type=finite, default=0.05, help="stop when more than this share of samples is unusable")
     add("--control", choices=CONTROLS, default="none", help="break the evaluation on purpose: expect chance")
-
-
-def add_reading_flags(add: Callable) -> None:
-    add("--text-steps", type=positive, default=1, help="denoising steps of the text query")
-    add("--draws", type=positive, default=1, help="noise draws averaged per image")
-    add("--guidance-scale", type=finite, default=1.0, help="1 + w; 1: no guidance")
 
 
 def add_zeroshot_flags(add: Callable) -> None:
@@ -1287,6 +1374,8 @@ def read_templates(path: str | None) -> list[str] | None:
 
 def check_task(task: str, model: DiffDis | Clip | None, args: argparse.Namespace) -> None:
     """Refuse what these weights were not trained for. Raises ValueError."""
+    if task == "row":        # which is of what they were trained for
+        return
     if task in ("retrieval", "knn") or task == "zeroshot" and args.method == "alignment":
         if "alignment" not in model.tasks:
             raise ValueError("these weights only draw images, they do not read them: "

@@ -41,9 +41,10 @@ from tqdm import tqdm
 
 import evaluate
 import model as models
-from data import Batch, SkipReport, Source, Tokenizer, check_index, hold_out, open_source, training_batches
+from data import (Batch, SkipReport, Source, Tokenizer, check_index, evenly_spaced, hold_out, open_source,
+                  training_batches)
 from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
-                       q_sample, read_prediction, signal_and_noise)
+                       min_snr_weight, q_sample, read_prediction, signal_and_noise)
 from evaluate import everybody, in_turn, join_ranks, restarts
 from model import (CLIPS, LIKE, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextEncoder,
                    UNet, is_new)
@@ -69,7 +70,7 @@ RECIPES["clip-vit-b32"] = RECIPES["clip-vit-l14"]
 START_OVER = "the last checkpoint is from before it: start anew from that one with --init and a lower --lr"
 # Flags that may differ between a run and its resumption without changing what is computed.
 FREE_ON_RESUME = ("resume", "out", "device", "workers", "log_every", "save_every", "sample_every",
-                  "eval_every", "keep", "tensorboard", "ema_on_cpu", "micro_batch", "recompute")
+                  "eval_every", "keep", "tensorboard", "ema_on_cpu", "micro_batch", "recompute", "validate")
 BINS = 4                  # equal stretches of timesteps by which the logged losses are also told apart
 # Dense bfloat16 FLOP/s of one device, from its data sheet, by a part of the name that CUDA gives it.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12,
@@ -131,6 +132,8 @@ def add_run_flags(add: Callable, switch: dict) -> None:
     add("--sample-every", "steps between sample grids; without it a quarter of the steps", type=positive)
     add("--eval-every", "steps between scores on the held-out pairs, of which best.pt has the highest; "
         "without it a quarter of the steps", type=positive)
+    add("--validate", "print what the averaged weights can do when the run is done", default=True,
+        action=argparse.BooleanOptionalAction)
     add("--tensorboard", "also write the log for TensorBoard, which must be installed", action="store_true")
     add("--shuffle-buffer", "samples mixed with each other; tars are read one after another, so many at once",
         type=positive, default=100_000)
@@ -172,6 +175,10 @@ def add_method_flags(add: Callable, switch: dict) -> None:
     add("--own-ffn", "the query has a feed-forward of its own (Table 5)", **switch)
     add("--align-blocks", "M, transformer blocks after the middle block; without it the preset's",
         type=natural)
+    add("--min-snr", "count x̂0's squared error min(SNR, this) times, e.g. 5 (Hang et al. 2023); without it "
+        "the target's own error counts alike at every timestep", type=finite)
+    add("--text-timestep-min", "lowest t_e that is drawn: where noise is little, e_t shows its answer; "
+        "without it 0", type=natural)
     add("--train-text-encoder", "train T; without it: only if it did not come pretrained", **switch)
 
 
@@ -189,8 +196,10 @@ def check_args(args: argparse.Namespace) -> None:
     for field, low, high in (("p_uncond", 0, 1), ("p_drop_image", 0, 1), ("ema", 0, 1), ("max_bad", 0, 1),
                              ("lr", 0, math.inf), ("lr_pretrained", 0, math.inf), ("warmup", 0, math.inf),
                              ("weight_decay", 0, math.inf), ("grad_clip", 0, math.inf), ("val", 1, math.inf),
-                             ("align_weight", 0, math.inf), ("beta2", 0, 1 - 1e-9)):
-        if not low <= getattr(args, field) <= high:
+                             ("align_weight", 0, math.inf), ("beta2", 0, 1 - 1e-9),
+                             ("min_snr", 1e-9, math.inf),
+                             ("text_timestep_min", 0, PRESETS[args.preset].timesteps - 1)):
+        if getattr(args, field) is not None and not low <= getattr(args, field) <= high:
             raise ValueError(f"--{field.replace('_', '-')} is {getattr(args, field)}, "
                              f"expected {low} to {high}")
     if args.init is not None and args.preset == "sd-v1" and args.image_size is None:
@@ -207,7 +216,8 @@ def check_clip_args(args: argparse.Namespace) -> None:
     """A CLIP has one task and none of the method's choices. Raises ValueError."""
     given = [name for name in ("image_target", "text_target", "image_schedule", "text_schedule", "gamma",
                                "condition_timestep", "fusion", "shared_attention", "own_ffn", "align_blocks",
-                               "train_text_encoder", "recompute") if getattr(args, name) is not None]
+                               "train_text_encoder", "recompute", "min_snr",
+                               "text_timestep_min") if getattr(args, name) is not None]
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')} is DiffDis's, and --model is {args.model}: "
                          "leave one of the two out")
@@ -243,14 +253,15 @@ def make_config(base: Config | ClipConfig, args: argparse.Namespace) -> Config |
 
 
 # ---------------------------------------------------------------- the loss (Algorithm 1)
-def draw(config: Config, latent_shape: tuple, seed: int, step: int, rows: range) -> dict[str, Tensor]:
+def draw(config: Config, latent_shape: tuple, seed: int, step: int, rows: range,
+         text_timestep_min: int = 0) -> dict[str, Tensor]:
     """All that is random in one step for these rows of the global batch, each row from its own generator."""
     drawn = []
     for row in rows:
         generator = generator_of(seed, step, row)
         drawn.append({
             "t_image": torch.randint(config.timesteps, (), generator=generator),
-            "t_text": torch.randint(config.timesteps, (), generator=generator),
+            "t_text": torch.randint(text_timestep_min, config.timesteps, (), generator=generator),
             "u": torch.rand(2, generator=generator),          # against p_uncond and p_drop_image
             "noise": torch.randn(latent_shape, generator=generator),
             "query_noise": torch.randn(config.text.width, generator=generator),
@@ -286,7 +297,7 @@ class JointLoss(Loss):
 
     def __init__(self, model: DiffDis, args: argparse.Namespace) -> None:
         super().__init__(model, args)
-        self.p_uncond, self.p_drop_image = args.p_uncond, args.p_drop_image
+        self.p_uncond, self.p_drop_image, self.min_snr = args.p_uncond, args.p_drop_image, args.min_snr
         for name in ("image", "text"):
             table = make_alphas_cumprod(getattr(model.config, f"{name}_schedule"), model.config.timesteps)
             self.register_buffer(f"{name}_alphas", table)
@@ -309,7 +320,9 @@ class JointLoss(Loss):
         context = torch.where((drawn["u"][:, 0] < self.p_uncond)[:, None, None], null_context, context)
         noisy_latents = q_sample(latents, t, noise, self.image_alphas)
         a, s = signal_and_noise(t, latents, self.image_alphas)
-        return (noisy_latents, t, context), make_target(self.model.config.image_target, latents, noise, a, s)
+        kind = self.model.config.image_target
+        weight = 1.0 if self.min_snr is None else min_snr_weight(kind, a, s, self.min_snr).flatten()
+        return (noisy_latents, t, context), make_target(kind, latents, noise, a, s), weight
 
     def noise_query(self, latents: Tensor, text_query: Tensor, null_context: Tensor, drawn: dict):
         """Eq. 6's e_t and t_e, the clean image and the null prompt (the text condition masked)."""
@@ -329,7 +342,7 @@ class JointLoss(Loss):
             context, text_query = self.encode_text(model.text_encoder, tokens)
             null_context = model.text_encoder(model.null_tokens)[0]                          # [1, L, D]
             if draws:
-                image, target = self.noise_image(latents, context, null_context, drawn)
+                image, target, weight = self.noise_image(latents, context, null_context, drawn)
             if reads:
                 query = self.noise_query(latents, text_query, null_context, drawn)
             if draws and reads:
@@ -339,7 +352,7 @@ class JointLoss(Loss):
             else:
                 query_pred = self.denoise_query(model.unet, *query)
         if draws:
-            out["generation"] = generation_loss(pred, target)
+            out["generation"] = weight * generation_loss(pred, target)
         if reads:
             noisy_query, t = query[:2]
             a, s = signal_and_noise(t, noisy_query, self.text_alphas, config.gamma)
@@ -670,7 +683,8 @@ def draw_curves(log: Path, path: Path, size: tuple[int, int] = (480, 240)) -> No
         return
     panels = [[name] for name in ("loss_generation", "loss_alignment", "accuracy") if name in lines[-1]]
     scores = sorted({name for line in lines for name in line if name.startswith("val_")})
-    panels += [scores] if scores else []
+    panels += [part for part in ([n for n in scores if "error" not in n], [n for n in scores if "error" in n])
+               if part]
     width, height, edge = *size, 34
     picture = Image.new("RGB", (2 * width, -(-len(panels) // 2) * height), "white")
     pen, colours = ImageDraw.Draw(picture), ("#1f5fa8", "#c2571a")
@@ -967,7 +981,8 @@ class Trainer:
         if isinstance(self.model, DiffDis):
             shape = self.model.latent_shape(config.image_size, config.image_size)
             drawn = partial(draw, config, shape, args.seed,
-                            rows=range(self.rank, args.batch_size, self.world))
+                            rows=range(self.rank, args.batch_size, self.world),
+                            text_timestep_min=args.text_timestep_min or 0)
         return training_batches(self.source, config.image_size, args.batch_size, args.seed, self.step,
                                 self.rank, self.world, args.workers, self.model.tokenizer,
                                 args.shuffle_buffer, drawn, args.augment)
@@ -1057,18 +1072,23 @@ class Trainer:
             self.averages.swap()
             self.model.train()
 
-    def evaluate(self) -> bool:
-        """Scores of the averaged weights on the held-out pairs, by all ranks together -> the best so far?"""
-        if "alignment" not in self.args.tasks:
-            return False
+    def evaluate(self, images: int = 100) -> bool:
+        """Scores of the averaged weights on the held-out pairs, by all ranks together -> the best so far?
+        The denoising error is that of `images` of them."""
         task = "zeroshot" if self.val.classes else "retrieval"
         # Training has judged the share of bad samples; this handful is too few to.
-        flags = evaluate.parse_args([task, "--seed", str(self.args.seed), "--max-bad", "1"])
+        flags, names = evaluate.parse_args([task, "--seed", str(self.args.seed), "--max-bad", "1"]), []
         with self.averaged() as model:
-            result = evaluate.TASKS[task][0](model, self.val, flags)
-        names = ["top1"] if task == "zeroshot" else ["i2t_r1", "t2i_r1"]
-        self.scores = {f"val_{name}": round(result[name], 6) for name in names}
-        score = sum(self.scores.values()) / len(names)
+            if "alignment" in self.args.tasks:
+                result = evaluate.TASKS[task][0](model, self.val, flags)
+                names = ["top1"] if task == "zeroshot" else ["i2t_r1", "t2i_r1"]
+                self.scores = {f"val_{name}": round(result[name], 6) for name in names}
+            if "generation" in self.args.tasks:
+                error = evaluate.denoising_error(model, evenly_spaced(self.val, images), flags)
+                self.scores["val_denoising_error"] = round(error, 6)
+        if not names:
+            return False
+        score = sum(self.scores[f"val_{name}"] for name in names) / len(names)
         if score <= self.best:
             return False
         self.best, self.best_step = score, self.step
@@ -1118,11 +1138,11 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{'trained' if done else 'stopped'} after {time.monotonic() - started:.0f} s; "
                   f"wrote {trainer.run.checkpoint}")
             draw_curves(trainer.run.log, trainer.run.folder / "log.png")
-            if done:
+            if done and args.validate:
                 if dist.is_initialized():      # from here on this rank works alone
                     dist.destroy_process_group()
                 trainer.validate()
-            else:
+            elif not done:
                 print(f"stopped by {signal.Signals(trainer.stop_signal or signal.SIGTERM).name} after step "
                       f"{trainer.step} of {args.steps}; to go on, give the same command with --resume "
                       f"--out {trainer.run.folder}")
