@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from diffusion import (alignment_loss, ddim, dpm_solver, generator_of, guide, make_alphas_cumprod,
-                       make_denoiser, make_target, q_sample, read_prediction, sampling_timesteps,
-                       signal_and_noise)
+                       make_denoiser, make_target, min_snr_weight, q_sample, read_prediction,
+                       sampling_timesteps, signal_and_noise)
 
 
 def test_linear_schedule_is_stable_diffusions() -> None:
@@ -42,6 +42,21 @@ def test_a_perfect_prediction_gives_back_data_and_noise(kind: str, gamma: float,
     x0_pred, eps_pred = read_prediction(kind, make_target(kind, x0, noise, a, s), x_t, a, s)
     assert torch.allclose(x0_pred, x0, atol=2e-4), "reading the prediction must undo what the target says"
     assert torch.allclose(eps_pred, noise, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["noise", "v", "data"])
+def test_min_snr_counts_the_same_error_alike_whatever_the_target(kind: str) -> None:
+    alphas, t = make_alphas_cumprod("linear", 1000), torch.tensor([0, 60, 200, 500, 999])
+    x0, noise = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
+    a, s = signal_and_noise(t, x0, alphas)
+    x_t, guess = q_sample(x0, t, noise, alphas), x0 + 0.1 * torch.randn(x0.shape)
+    pred = make_target(kind, guess, (x_t - a * guess) / s, a, s)          # the network that believes `guess`
+    loss = min_snr_weight(kind, a, s, 5.0).flatten() * F.mse_loss(
+        pred, make_target(kind, x0, noise, a, s), reduction="none").flatten(1).mean(1)
+    snr = (alphas[t] / (1 - alphas[t])).clamp(max=5)
+    assert 0 < (snr == 5).sum() < 5
+    expected = snr * (guess - x0).square().flatten(1).mean(1)
+    assert torch.allclose(loss.double(), expected, rtol=2e-3)
 
 
 def test_alignment_loss_equals_slow_infonce() -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 import evaluate
 import model as models
-from data import Sample, Source, evenly_spaced
+from data import Sample, Shapes, Source, evenly_spaced
 from diffusion import generator_of, make_alphas_cumprod
 from evaluate import chance_of_hit, fill, parse_args, ranks_of_best_match, score, wilson
 from model import AutoencoderConfig, ClipConfig
@@ -71,7 +72,7 @@ TEXTS = [f"picture {i}" for i in range(100)]
 
 def run(task, model, source, *flags: str) -> dict:
     args = parse_args([task.__name__, *flags])
-    return task(model, source, args)
+    return task(model, args) if source is None else task(model, source, args)
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +336,49 @@ def knows_the_target(monkeypatch, oracle) -> None:
 
 
 DC = ("--method", "diffusion-classifier", "--dc-samples", "2", "6", "--dc-keep", "3", "--batch-size", "1000")
+
+
+@pytest.mark.parametrize("target", ["data", "v", "noise"])
+def test_the_denoising_error_equals_a_slow_reference(target: str) -> None:
+    """And no picture's error depends on who else is in its batch."""
+    model, source = build(replace(tiny_config(), image_target=target)), Numbered(3)
+    args = parse_args(["row", "--batch-size", "2", "--seed", "4"])
+    errors, alphas = [], make_alphas_cumprod("linear", 1000)
+    for i in range(3):
+        pixels = torch.full((1, 3, 32, 32), i / 127.5 - 1)
+        z, context = model.encode_image(pixels), model.encode_text([f"picture {i}"])[0]
+        for j, t in enumerate(range(50, 1000, 100)):
+            noise = torch.randn(z.shape[1:], generator=generator_of(4, i, j))[None]
+            a, s = alphas[t].sqrt().float(), (1 - alphas[t]).sqrt().float()
+            z_t = a * z + s * noise
+            with torch.no_grad():
+                pred = model.denoise_image(z_t, torch.tensor([t]), context)
+            x0 = {"data": pred, "v": a * z_t - s * pred, "noise": (z_t - s * pred) / a}[target]
+            errors.append((x0 - z).square().mean().item())
+    assert evaluate.denoising_error(model, source, args) == pytest.approx(sum(errors) / 30, rel=1e-4)
+
+
+def test_a_row_is_what_the_single_tasks_say(base, monkeypatch) -> None:
+    """Its scores are those of retrieval, zeroshot and checker; of what was trained, and of no more."""
+    flags = ["--limit", "20"]
+    args = parse_args(["row", *flags, "--n", "8", "--steps", "2"])
+    args.data, val = "shapes", evenly_spaced(Shapes("val"), 20)
+    found = evaluate.row(base, val, args)
+    retrieval = run(evaluate.retrieval, base, val, *flags)
+    classes = run(evaluate.zeroshot, base, evenly_spaced(Shapes("classes"), 20), *flags)
+    assert found["mean_r1"] == retrieval["mean_r1"] and found["top1"] == classes["top1"]
+    asked = [captions[0] for captions in evenly_spaced(val, 8).usable_captions(8)]
+    monkeypatch.setattr(evaluate, "held_out_captions", lambda count: asked)
+    judged = run(evaluate.checker, base, None, "--n", "8", "--steps", "2")
+    assert all(found[name] == judged[name] for name in ("colour", "shape", "size", "relation", "all"))
+    for tasks, there, absent in ((("generation",), "denoising_error", "top1"),
+                                 (("alignment",), "top1", "denoising_error")):
+        one = build()
+        one.tasks = tasks
+        some = evaluate.row(one, val, args)
+        assert there in some and absent not in some and "fid" not in some
+    with pytest.raises(ValueError, match="no right answers"):
+        evaluate.row(base, val, parse_args(["row", "--control", "no-image"]))
 
 
 def test_diffusion_classifier_and_its_controls(base, monkeypatch) -> None:

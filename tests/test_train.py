@@ -214,6 +214,7 @@ ABLATIONS = [("--no-fusion", "fusion.fusion", False),
              ("--image-schedule cosine", "image_schedule", "cosine"),
              ("--condition-timestep 0", "condition_timestep", 0),
              ("--tasks generation", None, None), ("--tasks alignment", None, None),
+             ("--min-snr 5", None, None), ("--text-timestep-min 999", None, None),
              ("--no-train-text-encoder", None, None)]
 
 
@@ -716,6 +717,29 @@ def test_draws_depend_on_seed_step_and_row_alone() -> None:
     for name in whole:
         assert torch.equal(whole[name][1::2], odd[name]), name
         assert not torch.equal(whole[name], train.draw(config, (4, 2, 2), 1, 8, range(6))[name])
+
+
+def test_late_text_timesteps_leave_everything_else_as_it_was() -> None:
+    config = tiny_config()
+    plain = train.draw(config, (4, 2, 2), 1, 7, range(200))
+    late = train.draw(config, (4, 2, 2), 1, 7, range(200), text_timestep_min=900)
+    assert plain["t_text"].min() < 100 and 900 <= late["t_text"].min() <= late["t_text"].max() == 999
+    assert all(torch.equal(plain[name], late[name]) for name in plain if name != "t_text")
+
+
+def test_min_snr_weighs_each_pair_by_its_own_timestep(small) -> None:
+    """The logged loss of a pair is its plain one times min(SNR, 5), for target data."""
+    losses = []
+    for flags in ((), ("--min-snr", "5")):
+        args = small("--image-target", "data", "--out", f"run{len(flags)}", *flags)
+        train.settle(args, torch.device("cpu"))
+        trainer = train.Trainer(args, 0, 1, torch.device("cpu"))
+        batch = next(trainer.batches())
+        with torch.no_grad():
+            losses.append(trainer.joint(*trainer.split(batch)[0])["generation"])
+    alphas = make_alphas_cumprod("linear", 1000)[batch.drawn["t_image"]]
+    expected = losses[0] * (alphas / (1 - alphas)).clamp(max=5)
+    assert torch.allclose(losses[1], expected.float(), rtol=1e-4) and not torch.allclose(*losses)
 
 
 def test_each_seed_sees_its_own_shapes() -> None:

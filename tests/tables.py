@@ -1,0 +1,173 @@
+"""The README's tables from the results of its loop: means over seeds, and what they say of the paper.
+
+    python tests/tables.py tables                      print the table, of every NAME-SEED.json in a folder
+    python tests/tables.py tables --runs runs --out .  and draw curves and one sheet of pictures per seed
+
+A row differs from the joint run if their means are further apart than twice the standard error of their
+difference, whose standard deviation over seeds is pooled over all rows; else it is within noise.
+"""
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from conftest import ROOT      # which also puts the project on the import path
+from PIL import Image, ImageDraw
+
+from train import read_log
+
+# Of evaluate.py's JSON: title, factor, digits, and whether more is better.
+METRICS = {"top1": ("zero-shot top-1", 100, 1, True), "mean_r1": ("mean R@1", 100, 1, True),
+           "denoising_error": ("denoising error ×1000", 1000, 2, False),
+           "fid": ("Fréchet distance", 1, 3, False),
+           "colour": ("colours right", 100, 1, True), "relation": ("relation right", 100, 1, True),
+           "all": ("all right", 100, 1, True)}
+# What the paper says of a row against its own default: zero-shot top-1, R@1, FID (README, "Choices of ours").
+PAPER = {"text-noise": (22.62 - 23.44, 29.38 - 28.64, 10.78 - 11.52),           # Table 2
+         "no-fusion": (24.53 - 25.92, 32.97 - 33.60, 10.05 - 9.80),             # Table 4
+         "shared-ffn": (25.92 - 25.92, 33.75 - 33.60, 10.26 - 9.80),            # Table 5
+         "own-attention": (26.25 - 25.92, 33.07 - 33.60, 10.19 - 9.80),
+         "t-0": (21.97 - 22.13, 27.20 - 27.56, 12.35 - 11.35),                  # Table 7
+         "t-999": (21.73 - 22.13, 27.56 - 27.56, 12.02 - 11.35),
+         "clip": (21.1 - 25.9, None, None), "generation": (None, None, 10.8 - 9.8)}      # Table 6
+BASE = "joint"
+
+
+def read(folder: Path) -> dict[str, dict[int, dict]]:
+    """NAME-SEED.json -> row -> seed -> the numbers."""
+    rows: dict[str, dict[int, dict]] = defaultdict(dict)
+    for path in sorted(folder.glob("*-[0-9]*.json")):
+        name, seed = path.stem.rsplit("-", 1)
+        rows[name][int(seed)] = json.loads(path.read_text())
+    return rows
+
+
+def summary(rows: dict, metric: str) -> tuple[dict[str, list[float]], float]:
+    """-> row -> its values over seeds, and their standard deviation pooled over rows."""
+    values = {name: [found[metric] for found in seeds.values() if metric in found]
+              for name, seeds in rows.items()}
+    values = {name: some for name, some in values.items() if some}
+    several = [some for some in values.values() if len(some) > 1]
+    degrees = sum(len(some) - 1 for some in several)
+    squares = sum(statistics.variance(some) * (len(some) - 1) for some in several)
+    return values, math.sqrt(squares / degrees) if degrees else math.inf
+
+
+def effect(values: dict[str, list[float]], deviation: float, name: str) -> tuple[float, float] | None:
+    """Difference of a row's mean from the base's, and in standard errors; None where there is none."""
+    if name == BASE or name not in values or BASE not in values:
+        return None
+    error = deviation * math.sqrt(1 / len(values[name]) + 1 / len(values[BASE]))
+    difference = statistics.mean(values[name]) - statistics.mean(values[BASE])
+    return difference, difference / error if error else 0.0
+
+
+def verdict(ours: tuple[float, float] | None, paper: float | None) -> str:
+    """Whether an effect of ours has the sign of the paper's."""
+    if ours is None or paper is None:
+        return "–"
+    if abs(ours[1]) < 2:
+        return "within noise"
+    return "agrees" if ours[0] * paper > 0 else "disagrees" if paper else "paper: none"
+
+
+def table(rows: dict) -> str:
+    found = {metric: summary(rows, metric) for metric in METRICS}
+    lines = ["| row | seeds | " + " | ".join(METRICS[m][0] for m in METRICS) + " |",
+             "|---|" + "---|" * (len(METRICS) + 1)]
+    for name, seeds in rows.items():
+        cells = [name, str(len(seeds))]
+        for metric, (values, deviation) in found.items():
+            _, factor, digits, more_is_better = METRICS[metric]
+            if name not in values:
+                cells.append("")
+                continue
+            mean, ours = statistics.mean(values[name]), effect(values, deviation, name)
+            spread = statistics.stdev(values[name]) if len(values[name]) > 1 else 0.0
+            better = ours is not None and (ours[1] > 0) == more_is_better
+            mark = "" if ours is None or abs(ours[1]) < 2 else " ▲" if better else " ▼"
+            cells.append(f"{factor * mean:.{digits}f} ± {factor * spread:.{digits}f}{mark}")
+        lines.append("| " + " | ".join(cells) + " |")
+    pooled = "; ".join(f"{METRICS[m][0]} {METRICS[m][1] * found[m][1]:.{METRICS[m][2]}f}" for m in METRICS)
+    lines += ["", f"Pooled standard deviation over seeds: {pooled}.", "",
+              "| row | zero-shot: paper, ours | R@1: paper, ours | FID: paper, our Fréchet distance |",
+              "|---|---|---|---|"]
+    for name, paper in PAPER.items():
+        if name not in rows:
+            continue
+        cells = [name]
+        for metric, theirs in zip(("top1", "mean_r1", "fid"), paper):
+            ours, factor, digits = effect(*found[metric], name), *METRICS[metric][1:3]
+            cells.append("–" if theirs is None or ours is None else
+                         f"{theirs:+.2f}, {factor * ours[0]:+.{digits}f}: {verdict(ours, theirs)}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def curves(runs: Path, rows: dict, path: Path,
+           names: tuple[str, ...] = (BASE, "generation", "alignment")) -> None:
+    """Held-out scores of both tasks over steps, joint against single-task; a line per seed."""
+    width, height, edge = 480, 300, 40
+    picture = Image.new("RGB", (2 * width, height), "white")
+    pen, colours = ImageDraw.Draw(picture), dict(zip(names, ("#1f5fa8", "#c2571a", "#2e8b57")))
+    for k, (metric, title) in enumerate((("val_i2t_r1", "held-out R@1, image to text"),
+                                         ("val_denoising_error", "held-out denoising error"))):
+        lines = {(name, seed): [(line["step"], line[metric]) for line in
+                                read_log(runs / f"{name}-{seed}" / "log.jsonl") if metric in line]
+                 for name in names for seed in rows[name]}
+        lines = {key: points for key, points in lines.items() if points}
+        last = max(step for points in lines.values() for step, _ in points)
+        high = max(value for points in lines.values() for _, value in points)
+        left, top, right, bottom = k * width + edge, edge, (k + 1) * width - 10, height - edge
+        pen.rectangle((left, top, right, bottom), outline="#999999")
+        pen.text((left, top - 28), title, fill="black")
+        pen.text((left - 36, top), f"{high:.3g}", fill="black")
+        pen.text((left - 12, bottom - 10), "0", fill="black")
+        pen.text((right - 60, bottom + 4), f"step {last}", fill="black")
+        for j, name in enumerate(sorted({name for name, _ in lines}, key=names.index)):
+            pen.text((left + 100 * j, top - 14), name, fill=colours[name])
+        for (name, _), points in lines.items():
+            pen.line([(left + (right - left) * step / last, bottom - (bottom - top) * value / high)
+                      for step, value in points], fill=colours[name], width=2)
+    picture.save(path)
+
+
+def sheet(runs: Path, rows: dict, seed: int, path: Path, count: int = 16, side: int = 32) -> None:
+    """A line of pictures per row, each run's last for the same prompts and noise, at their own size."""
+    strips = []
+    for name in rows:
+        grids = sorted((runs / f"{name}-{seed}" / "samples").glob("step_*.png"))
+        if grids:
+            grid = Image.open(grids[-1])
+            tile = (grid.width - 2) // 8          # as train.py makes it: 8 columns, gaps of 2
+            corners = [(2 + i % 8 * tile, 2 + i // 8 * tile) for i in range(count)]
+            tiles = [grid.crop((x, y, x + tile - 2, y + tile - 2))
+                     .resize((side, side), Image.Resampling.NEAREST) for x, y in corners]
+            strips.append((name, tiles))
+    if strips:
+        picture = Image.new("RGB", (100 + count * (side + 2), len(strips) * (side + 2)), "white")
+        for j, (name, tiles) in enumerate(strips):
+            ImageDraw.Draw(picture).text((2, j * (side + 2) + side // 3), name, fill="black")
+            for i, tile in enumerate(tiles):
+                picture.paste(tile, (100 + i * (side + 2), j * (side + 2)))
+        picture.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("tables", type=Path, help="folder of NAME-SEED.json")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs NAME-SEED")
+    parser.add_argument("--out", type=Path, help="folder for curves and sheets; without it none are drawn")
+    args = parser.parse_args()
+    rows = read(args.tables)
+    print(table(rows))
+    if args.out:
+        curves(args.runs, rows, args.out / "curves.png")
+        for seed in sorted({seed for seeds in rows.values() for seed in seeds}):
+            sheet(args.runs, rows, seed, args.out / f"pictures-seed{seed}.png")
+
+
+if __name__ == "__main__":
+    main()
