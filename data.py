@@ -1493,6 +1493,142 @@ def held_out_captions(count: int) -> list[str]:
     return [val.captions(i)[0] for i in range(min(count, len(val)))]
 
 
+# ---------------------------------------------------------------- long-tailed data
+class LongTail(NamedTuple):
+    """A data set with few images of most classes, and what is said of each (VL-LTR; Tian et al. 2022)."""
+    train: Source                 # labelled, as are the others
+    val: Source
+    test: Source
+    names: list[str]              # K classes
+    sentences: list[list[str]]    # of each class, from its description; none without one
+
+    @property
+    def name(self) -> str:
+        return self.test.name
+
+    def labels(self) -> Tensor:
+        """Of all training images [N]."""
+        return torch.tensor([label_of(self.train, i) for i in range(len(self.train))])
+
+    def counts(self) -> list[int]:
+        """Training images of each class."""
+        return torch.bincount(self.labels(), minlength=len(self.names)).tolist()
+
+
+def label_of(source: Source, index: int) -> int:
+    """The label of a sample that has one, without reading it."""
+    if isinstance(source, Subset):
+        return label_of(source.source, int(source.indices[index]))
+    return index % len(KINDS) if isinstance(source, Shapes) else int(source.labels[index])
+
+
+PLACES_LT = {"train": 62500, "val": 7300, "test": 36500}       # images of its lists, 365 classes
+# Sections of a Wikipedia article that tell nothing of its subject.
+DROPPED_SECTIONS = {"References", "External links", "Further reading", "Bibliography"}
+
+
+def open_longtail(name: str) -> LongTail:
+    """A long-tailed data set in Places-LT's layout, as VL-LTR has it.
+
+    name: a folder, or "places-lt" (./places-lt, ./data/places-lt or $DIFFDIS_DATA/places-lt), with
+    *train.txt, *val.txt and *test.txt, lines "PATH LABEL", PATH below the folder, LABEL from 0;
+    labels.txt, lines "NAME LABEL" (without it a class is called as the folder of its images);
+    wiki/desc_LABEL.txt, if there, an article on the class; or "shapes": 24 kinds of things, by Zipf's law.
+    Raises FileNotFoundError or ValueError before any image is read: lists or images that are not there,
+    labels out of range, classes without a training image, other counts than Places-LT's in its own lists.
+    """
+    if name == "shapes":
+        return zipf_shapes()
+    places = [Path(name)] if name != "places-lt" else [Path(name), Path("data") / name, *(
+        [Path(os.environ["DIFFDIS_DATA"]) / name] if "DIFFDIS_DATA" in os.environ else [])]
+    root = next((place for place in places if place.is_dir()), None)
+    if root is None:
+        raise FileNotFoundError(f"no folder at {', '.join(map(str, places))}: expected one with lists "
+                                "*train.txt, *val.txt, *test.txt, or 'shapes'")
+    tables, lists = {}, {}
+    for split in PLACES_LT:
+        found = sorted(root.glob(f"*{split}.txt"))
+        if len(found) != 1:
+            raise ValueError(f"{root} has {len(found)} files *{split}.txt, expected one list of images")
+        tables[split], lists[split] = found[0], read_label_list(found[0])
+    names = label_names(root, lists["train"], tables["train"])
+    for split, entries in lists.items():
+        check_labels(tables[split], entries, names, split)
+    sources = []
+    for split, entries in lists.items():
+        missing = [path for path, _ in entries if not os.path.isfile(root / path)]
+        refuse_missing(missing, entries, tables[split], root)
+        sources.append(FileSource([root / path for path, _ in entries], f"{root.name} {split}", names,
+                                  [label for _, label in entries]))
+    articles = [root / "wiki" / f"desc_{label}.txt" for label in range(len(names))]
+    return LongTail(*sources, names, [read_sentences(path) if path.is_file() else [] for path in articles])
+
+
+def check_labels(table: Path, entries: list[tuple[str, int]], names: list[str], split: str) -> None:
+    """Raises ValueError on a label out of range, a class without training, or a part of Places-LT's list."""
+    for path, label in entries:
+        if label >= len(names):
+            raise ValueError(f"{table}: {path} has label {label}, expected 0 to {len(names) - 1}")
+    if "Places_LT" in table.name and (len(entries), len(names)) != (PLACES_LT[split], 365):
+        raise ValueError(f"{table} has {len(entries)} images, of {len(names)} classes, and Places-LT's has "
+                         f"{PLACES_LT[split]}, of 365: complete it, or give it another name")
+    empty = sorted(set(range(len(names))) - {label for _, label in entries})
+    if split == "train" and empty:
+        raise ValueError(f"{table} has no image of {len(empty)} of {len(names)} classes, the first is "
+                         f"{empty[0]} ({names[empty[0]]}): there is nothing to learn it from")
+
+
+def read_label_list(table: Path) -> list[tuple[str, int]]:
+    """Lines "PATH LABEL" -> [(path, label)]. Raises ValueError."""
+    entries = []
+    for number, line in text_lines(table):
+        path, _, label = line.strip().rpartition(" ")
+        if not path or not label.isdecimal():
+            raise ValueError(f"{table}, line {number}: {line[:60]!r}, expected 'PATH LABEL', LABEL from 0")
+        entries.append((path.strip().lstrip("/"), int(label)))
+    if not entries:
+        raise ValueError(f"{table} is empty: expected lines 'PATH LABEL'")
+    return entries
+
+
+def label_names(root: Path, entries: list[tuple[str, int]], table: Path) -> list[str]:
+    """Names of the classes 0, 1, …: from labels.txt, else of the folders their images lie in."""
+    if (root / "labels.txt").is_file():
+        table = root / "labels.txt"
+        found = {label: name for name, label in read_label_list(table)}
+    else:
+        found = {label: os.path.basename(os.path.dirname(path)) for path, label in entries}
+    if sorted(found) != list(range(len(found))) or not all(found.values()):
+        raise ValueError(f"{table}: {len(found)} classes, the highest is {max(found)}: expected every number "
+                         "from 0 on, each with a name")
+    return [regex.sub("[_/]", " ", found[label]).strip() for label in range(len(found))]
+
+
+def read_sentences(path: Path) -> list[str]:
+    """A Wikipedia article as text, its sections headed "== Name ==" -> its sentences, less those of
+    DROPPED_SECTIONS."""
+    kept, dropped = [], False
+    for _, line in text_lines(path):
+        if line.startswith("=="):
+            dropped = line.strip("= ") in DROPPED_SECTIONS
+        elif not dropped:
+            kept += regex.split(r"(?<=[.?!])\s+(?=\p{Lu})", line.strip())
+    return [sentence for sentence in kept if clean(sentence)]
+
+
+def zipf_shapes(most: int = 300) -> LongTail:
+    """24 kinds of things, `most` training images of the first, a half, a third, … of that of the next ones.
+
+    The order goes round colours and shapes, so that rare kinds are made of common words.
+    """
+    order = [7 * i % len(KINDS) for i in range(len(KINDS))]
+    rows = [kind + len(KINDS) * i for place, kind in enumerate(order) for i in range(most // (place + 1))]
+    things = [Shapes("classes", seed) for seed in (2, 3, 0)]       # none of them the bank's of knn
+    names = things[0].classes
+    return LongTail(Subset(things[0], np.array(sorted(rows))), evenly_spaced(things[1], 480), things[2],
+                    names, [[f"a {name}", f"a small {name}"] for name in names])
+
+
 # ---------------------------------------------------------------- the checker of shapes
 CAPTION = regex.compile(
     r"a (?:(?P<size>small) )?(?P<colour>{0}) (?P<shape>{1})(?: (?P<relation>{2}) (?P<rest>a .*))?"

@@ -138,6 +138,28 @@ def alignment_loss(x0_pred: Tensor, text_query: Tensor, logit_scale: Tensor) -> 
     return (loss[0] + loss[1]) / 2, image_logits.argmax(dim=1) == labels
 
 
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-Σ target · log softmax(logits), mean over rows. logits, targets [B, K] (rows of targets sum to 1)."""
+    return -(targets * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
+
+
+def class_contrast(logits: Tensor, labels: Tensor, smoothing: float = 0.1) -> Tensor:
+    """Alignment loss of long-tailed recognition: all pairs of one class are right (Tian et al. 2022, L_ccl).
+
+    logits: scaled cosines of B images with a sentence about each one's class [B, B]; labels [B].
+    """
+    same = (labels[:, None] == labels).float()
+    targets = (1 - smoothing) * same / same.sum(dim=1, keepdim=True) + smoothing / len(labels)
+    return (soft_cross_entropy(logits, targets) + soft_cross_entropy(logits.T, targets)) / 2
+
+
+def distillation(logits: Tensor, teacher: Tensor) -> Tensor:
+    """How far the logits' distributions, of texts given an image and the reverse, are from the teacher's
+    (Tian et al. 2022, L_dis). Both [B, B]; the teacher's carry no gradient."""
+    return (soft_cross_entropy(logits, teacher.softmax(dim=1))
+            + soft_cross_entropy(logits.T, teacher.T.softmax(dim=1))) / 2
+
+
 # ---------------------------------------------------------------- sampling
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance, (1+w) cond − w uncond with scale = 1 + w (Algorithms 2 and 3)."""

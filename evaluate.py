@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date, timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,19 +39,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import model as models
-from data import (CACHE, IMAGE_SUFFIXES, SIDE, FileSource, Sample, Shapes, SkipReport, Source, Subset,
-                  Tokenizer, check, check_index, evaluation_batches, evenly_spaced, files_below,
-                  held_out_captions, open_source, to_square, words)
-from diffusion import (alignment_loss, generation_loss, make_alphas_cumprod, make_target, noise_of, q_sample,
-                       read_prediction, signal_and_noise)
-from model import CLIPS, LIKE, Clip, ClipConfig, DiffDis
+from data import (CACHE, IMAGE_SUFFIXES, SIDE, Batch, FileSource, LongTail, Sample, Shapes, SkipReport,
+                  Source, Subset, Tokenizer, check, check_index, evaluation_batches, evenly_spaced,
+                  files_below, held_out_captions, label_of, open_longtail, open_source, rand_augment,
+                  to_square, words)
+from diffusion import (alignment_loss, class_contrast, distillation, generation_loss, generator_of,
+                       make_alphas_cumprod, make_target, noise_of, q_sample, read_prediction,
+                       signal_and_noise, soft_cross_entropy)
+from model import CLIPS, LIKE, Clip, ClipConfig, DiffDis, LanguageGuidedHead
 from sample import (CKPT_HELP, SAMPLERS, Parser, best_of, draw_images, draw_queries, fail, find_checkpoint,
                     fingerprint, finite, natural, pick_device, positive, to_pil)
 
@@ -921,6 +923,314 @@ def drawing_row(model: DiffDis, source: Source, args: argparse.Namespace) -> dic
     return result
 
 
+# ---------------------------------------------------------------- long-tailed recognition (Table 8)
+SHOTS = {"many": (101, math.inf), "medium": (20, 100), "few": (0, 19)}       # training images of a class
+BY_SHOT = ("", *(f"_{name}" for name in SHOTS))
+REPRESENTATIONS = ("query", "tokens")
+
+
+def representation(model: DiffDis | Clip, inputs: Tensor, noise: Tensor) -> Tensor:
+    """An image's features with their gradient [B, D], unit norm: the text query denoised from `noise` [B, D]
+    in one step, as by `read_queries`; of a CLIP its embedding, whatever the noise."""
+    if isinstance(model, Clip):
+        return model.encode_image(inputs)
+    config, t = model.config, torch.full((len(noise),), model.config.timesteps - 1, device=model.device)
+    alphas = make_alphas_cumprod(config.text_schedule, config.timesteps).to(model.device)
+    a, s = signal_and_noise(t, noise, alphas, config.gamma)
+    pred = model.denoise_query(noise, t, inputs).float()
+    return F.normalize(read_prediction(config.text_target, pred, noise, a, s)[0], dim=-1)
+
+
+@torch.no_grad()
+def features_of(model: DiffDis | Clip, inputs: Tensor, places: list[int], args: argparse.Namespace) -> Tensor:
+    """--representation of images, as `over_images` hands them over [B, D], unit norm."""
+    if args.representation == "query":
+        return read_queries(model, inputs, places, args)
+    return F.normalize(image_tokens(model, inputs, places, args.seed), dim=-1)
+
+
+def frozen_features(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> Read:
+    """`features_of` all usable images of a source."""
+    return over_images(model, source, args, partial(features_of, model, args=args))
+
+
+def query_width(model: DiffDis | Clip) -> int:
+    return model.config.embedding if isinstance(model, Clip) else model.config.text.width
+
+
+def class_sentences(model: DiffDis | Clip, data: LongTail,
+                    args: argparse.Namespace) -> tuple[list[str], Tensor]:
+    """Each class's templates, and what its description says -> all texts [M], whose each is [M]."""
+    templates, texts, owners = pick_templates(model, data.test, args), [], []
+    for label, (name, said) in enumerate(zip(data.names, data.sentences)):
+        own = list(dict.fromkeys([fill(t, name, args.templates is not None) for t in templates] + said))
+        texts += own
+        owners += [label] * len(own)
+    return texts, torch.tensor(owners)
+
+
+def balanced(labels: Tensor, counts: list[int], batch_size: int, *key: int) -> Tensor:
+    """An epoch's samples, drawn with replacement, in whole batches: a class of n images counts √n-fold.
+
+    labels: of all samples [N]; counts: the classes' images -> numbers of samples, a function of the key.
+    """
+    size = max(1, len(labels) // batch_size) * batch_size
+    weights = torch.tensor(counts, dtype=torch.float64)[labels] ** -0.5
+    return torch.multinomial(weights, size, replacement=True, generator=generator_of(*key))
+
+
+def balanced_batches(data: LongTail, size: int, epoch: int, skips: SkipReport,
+                     args: argparse.Namespace) -> Iterator[Batch]:
+    """One epoch of training images at `size` px; what was unusable goes into `skips`."""
+    order = balanced(data.labels(), data.counts(), args.batch_size, args.seed, 5, epoch).numpy()
+    for batch in evaluation_batches(Subset(data.train, order), size, args.batch_size, args.workers or 0):
+        skips.add(batch.skipped, batch.visited)
+        skips.check()
+        if batch.captions:
+            yield batch
+
+
+def mix(pixels: Tensor, targets: Tensor, args: argparse.Namespace, rng: np.random.Generator
+        ) -> tuple[Tensor, Tensor]:
+    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of a batch with itself in reverse, as timm's.
+
+    pixels: uint8 [B, S, S, 3]; targets [B, K]; --mixup, --cutmix: α of the Beta distribution of their share,
+    0: never; with both a coin decides -> the same of the mixtures.
+    """
+    cut = args.cutmix > 0 and (args.mixup == 0 or rng.random() < 0.5)
+    alpha, side = args.cutmix if cut else args.mixup, pixels.shape[1]
+    if alpha == 0:
+        return pixels, targets
+    share = rng.beta(alpha, alpha)
+    if cut:
+        half, (y, x) = int(side * math.sqrt(1 - share)) // 2, rng.integers(side, size=2)
+        rows, columns = (slice(max(0, c - half), min(side, c + half)) for c in (y, x))
+        mixed = pixels.clone()
+        mixed[:, rows, columns] = pixels.flip(0)[:, rows, columns]
+        share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / side ** 2
+    else:
+        mixed = (share * pixels + (1 - share) * pixels.flip(0)).round().to(torch.uint8)
+    return mixed, share * targets + (1 - share) * targets.flip(0)
+
+
+def augmented(pixels: Tensor, args: argparse.Namespace, rng: np.random.Generator) -> Tensor:
+    """RandAugment of a batch, uint8 [B, S, S, 3], if --augment."""
+    if not args.augment:
+        return pixels
+    return torch.from_numpy(np.stack([np.asarray(rand_augment(Image.fromarray(picture), rng))
+                                      for picture in pixels.numpy()]))
+
+
+def follow_cosine(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def fine_tune(model: DiffDis | Clip, data: LongTail, texts: list[str], owners: Tensor, skips: SkipReport,
+              args: argparse.Namespace) -> None:
+    """VL-LTR's first stage: class-wise contrast of images and sentences, and distillation from the model as
+    it was, half of the loss each. It changes the model.
+
+    Our choice: a text query is denoised from pure noise, as in evaluation, so that no sentence can leak.
+    """
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    trained = [p.requires_grad_() for name, p in model.named_parameters()
+               if not name.startswith("autoencoder.")]
+    optimizer = torch.optim.AdamW([{"params": trained, "initial_lr": args.lr}], lr=args.lr, weight_decay=0.05)
+    of_class = [torch.nonzero(owners == k).flatten().tolist() for k in range(len(data.names))]
+    per_epoch = max(1, len(data.train) // args.batch_size)
+    bar = tqdm(total=args.epochs * per_epoch, unit="step", desc="stage 1", disable=None)
+
+    def logits_of(some: DiffDis | Clip, inputs: Tensor, noise: Tensor, chosen: list[str]) -> Tensor:
+        return some.logit_scale.exp() * representation(some, inputs, noise) @ some.encode_text(chosen)[1].T
+    for epoch in range(args.epochs):
+        for batch in balanced_batches(data, model.config.image_size, epoch, skips, args):
+            rng = np.random.default_rng([args.seed, 6, bar.n])
+            with torch.no_grad():
+                inputs = model.read_batch(augmented(batch.images, args, rng).to(model.device))
+            noise = noise_of((query_width(model),), [(args.seed, 7, bar.n, i) for i in range(len(inputs))])
+            chosen = [texts[rng.choice(of_class[label])] for label in batch.labels]
+            with torch.no_grad():
+                theirs = logits_of(teacher, inputs, noise.to(model.device), chosen)
+            ours = logits_of(model, inputs, noise.to(model.device), chosen)
+            labels = torch.tensor(batch.labels, device=model.device)
+            loss = 0.5 * class_contrast(ours, labels, args.smoothing) + 0.5 * distillation(ours, theirs)
+            follow_cosine(optimizer, bar.n, bar.total)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    bar.close()
+    model.requires_grad_(False)
+
+
+def nearest(queries: Tensor, candidates: Tensor, k: int, block: int = 1024) -> Tensor:
+    """The k most similar candidates of each query, best first [N, k]. Memory is block · K."""
+    k = min(k, len(candidates))
+    return torch.cat([(some @ candidates.T).topk(k).indices for some in queries.split(block)])
+
+
+def by_shot(hits: Tensor, labels: Tensor, counts: list[int]) -> dict[str, float]:
+    """hits [N], labels [N], training images of each class -> accuracy overall (""), and of the images of
+    classes with many, medium and few ("_many", …; absent where there are none)."""
+    of_image, found = torch.tensor(counts)[labels], {"": hits.double().mean().item()}
+    for name, (low, high) in SHOTS.items():
+        inside = (of_image >= low) & (of_image <= high)
+        if inside.any():
+            found[f"_{name}"] = hits[inside].double().mean().item()
+    return found
+
+
+def sentence_accuracies(images: Tensor, labels: Tensor, texts: Tensor, owners: Tensor,
+                        counts: list[int]) -> dict:
+    """VL-LTR's three of its first stage. Image-Acc: the nearest sentence is of the image's class; Text-Acc:
+    the nearest image is of the sentence's; KNN-Acc: most of the 5 nearest sentences are, ties go to the
+    nearest.
+
+    images [N, D], labels [N]; texts [M, D], owners [M]: their classes; counts: training images by class.
+    """
+    near = owners[nearest(images, texts, 5)]
+    votes = torch.tensor([Counter(row).most_common(1)[0][0] for row in near.tolist()])
+    found = labels[nearest(texts, images, 1)[:, 0]]
+    by_image = by_shot(near[:, 0] == labels, labels, counts)
+    return {**{f"image_acc{shot}": rate for shot, rate in by_image.items()},
+            "text_acc": (found == owners).double().mean().item(),
+            "knn_acc": (votes == labels).double().mean().item()}
+
+
+def select_anchors(images: Tensor, labels: Tensor, texts: Tensor, owners: Tensor, scale: float, keep: int
+                   ) -> tuple[Tensor, Tensor]:
+    """VL-LTR's anchor sentences: of each class those that tell its images from the others' best.
+
+    images [N, D] and labels [N] of training images (VL-LTR's script for Places takes validation's), texts
+    [M, D], owners [M]; scale: inverse temperature -> text queries [K, S, D], S up to `keep`, and which of
+    them are there [K, S].
+    """
+    losses = torch.empty(len(texts))
+    for some in torch.arange(len(texts)).split(1024):
+        right = (owners[some, None] == labels).float()
+        chance = F.log_softmax(scale * texts[some] @ images.T, dim=1)
+        losses[some] = -(right * chance).sum(dim=1) / right.sum(dim=1)
+    best = [torch.nonzero(owners == k).flatten() for k in range(int(owners.max()) + 1)]
+    best = [own[losses[own].argsort()[:keep]] for own in best]
+    anchors = texts.new_zeros(len(best), max(map(len, best)), texts.shape[1])
+    for k, own in enumerate(best):
+        anchors[k, :len(own)] = texts[own]
+    return anchors, anchors.any(dim=2)
+
+
+def head_batches(model: DiffDis | Clip, data: LongTail, skips: SkipReport,
+                 args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features [B, D] and soft targets [B, K] of --head-epochs epochs. The model is frozen: where nothing
+    changes the images, each is read once."""
+    classes, key = len(data.names), (args.seed, 8)
+    if not (args.augment or args.mixup or args.cutmix):
+        read = frozen_features(model, data.train, args)
+        labels = torch.tensor(read.labels)
+        for epoch in range(args.head_epochs):
+            for some in balanced(labels, data.counts(), args.batch_size, *key, epoch).split(args.batch_size):
+                yield read.values[some], F.one_hot(labels[some], classes).float()
+        return
+    for epoch in range(args.head_epochs):
+        for step, batch in enumerate(balanced_batches(data, model.config.image_size, epoch, skips, args)):
+            rng = np.random.default_rng([*key, epoch, step])
+            targets = F.one_hot(torch.tensor(batch.labels), classes).float()
+            pixels, targets = mix(augmented(batch.images, args, rng), targets, args, rng)
+            places = list(range(step * args.batch_size, step * args.batch_size + len(pixels)))
+            with torch.no_grad():
+                inputs = model.read_batch(pixels.to(model.device))
+            yield features_of(model, inputs, places, args).cpu(), targets
+
+
+def train_heads(model: DiffDis | Clip, data: LongTail, head: LanguageGuidedHead, skips: SkipReport,
+                args: argparse.Namespace) -> nn.Linear:
+    """VL-LTR's second stage: trains `head` on frozen features, its two branches' losses summed -> a linear
+    layer trained beside it on the same batches: what sentences must beat."""
+    width, classes = head.anchors.shape[2], len(data.names)
+    linear = nn.Linear(width, classes)
+    parameters = [*head.parameters(), *linear.parameters()]
+    optimizer = torch.optim.AdamW([{"params": parameters, "initial_lr": args.head_lr}], lr=args.head_lr,
+                                  weight_decay=0.05)
+    steps = args.head_epochs * max(1, len(data.train) // args.batch_size)
+    with tqdm(total=steps, unit="step", desc="stage 2", disable=None) as bar:
+        for step, (features, targets) in enumerate(head_batches(model, data, skips, args)):
+            targets = (1 - args.smoothing) * targets + args.smoothing / classes
+            follow_cosine(optimizer, step, steps)
+            optimizer.zero_grad()
+            # Numbers of about 1 for the linear layer, as the head's own perceptron has them.
+            logits = (*head(features), linear(features * width ** 0.5))
+            sum(soft_cross_entropy(some, targets) for some in logits).backward()
+            optimizer.step()
+            bar.update()
+    return linear
+
+
+def second_stage(model: DiffDis | Clip, data: LongTail, read: Read, labels: Tensor, queries: Tensor,
+                 owners: Tensor, skips: SkipReport, args: argparse.Namespace) -> dict:
+    """Anchors, heads, and what they make of the test images' features."""
+    known = frozen_features(model, few_of_each(data), args)
+    head = LanguageGuidedHead(*select_anchors(known.values, torch.tensor(known.labels), queries, owners,
+                                              float(model.logit_scale.exp()), args.anchors))
+    linear, result = train_heads(model, data, head, skips, args), {"anchors": int(head.present.sum())}
+    with torch.no_grad():
+        scores = {"top1": head.predict(read.values),
+                  "linear": linear(read.values * head.anchors.shape[2] ** 0.5)}
+    for name, found in scores.items():
+        by_name = by_shot(found.argmax(dim=1) == labels, labels, data.counts())
+        result |= {f"{name}{shot}": rate for shot, rate in by_name.items()}
+    return {**result, "top1_interval": wilson(result["top1"], len(labels))}
+
+
+def longtail(model: DiffDis | Clip, data: LongTail, args: argparse.Namespace) -> dict:
+    """VL-LTR's two stages with this model as the backbone (Table 8): pretrain, finetune, or all.
+
+    Accuracies by shot count classes of more than 100, of 20 to 100 and of fewer than 20 training images
+    (OLTR's bins), by the same weighted prediction as the whole.
+    """
+    width = model.config.width if isinstance(model, Clip) else None
+    if rank_and_world()[1] > 1:
+        raise ValueError("longtail trains in one process: start it with python, not torchrun")
+    if args.representation == "tokens" and width not in (None, query_width(model)):
+        raise ValueError("--representation tokens compares image tokens with sentences, and of this CLIP "
+                         f"they have different widths, {width} and {query_width(model)}")
+    torch.manual_seed(args.seed)
+    counts, (texts, owners) = data.counts(), class_sentences(model, data, args)
+    skips, plain = SkipReport(args.max_bad), argparse.Namespace(**{**vars(args), "control": "none"})
+    by_shot_classes = {name: sum(low <= n <= high for n in counts) for name, (low, high) in SHOTS.items()}
+    result: dict = {"n": len(data.test), "n_train": sum(counts), "classes": len(counts), "stage": args.stage,
+                    "classes_by_shot": by_shot_classes, "chance": 1 / len(counts), "sentences": len(texts),
+                    "representation": args.representation}
+    if args.stage != "finetune":
+        fine_tune(model, data, texts, owners, skips, args)
+        if args.out:
+            models.save(args.out, model)
+            print(f"wrote {args.out}")
+    queries, read = encode_texts(model, texts).cpu(), frozen_features(model, data.test, args)
+    labels = torch.tensor(read.labels)
+    if args.control == "shuffle-labels":
+        labels = labels[shuffled(len(labels), args.seed)]
+    if args.representation == "query":
+        result |= sentence_accuracies(read.values, labels, queries, owners, counts)
+    if args.stage != "pretrain":
+        result |= second_stage(model, data, read, labels, queries, owners, skips, plain)
+    return {**result, "seconds_per_image": read.seconds, "skipped": read.skips.to_dict(),
+            "skipped_training": skips.to_dict()}
+
+
+def few_of_each(data: LongTail, most: int = 50) -> Source:
+    """Training images, at most 50 of a class."""
+    seen, kept = Counter(), []
+    for i in range(len(data.train)):
+        label = label_of(data.train, i)
+        seen[label] += 1
+        if seen[label] <= most:
+            kept.append(i)
+    return Subset(data.train, np.array(kept))
+
+
 # ---------------------------------------------------------------- speed (Table 6)
 def median_seconds(step: Callable, rounds: int, warm_up: int, device: torch.device) -> float:
     """Median time of calling `step`, its work on the device included."""
@@ -1239,6 +1549,8 @@ TASKS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "knn": (knn, ("top1", "mean_per_class", "top1_tokens", "mean_per_class_tokens")),
     "fid": (fid, ()),
     "checker": (checker, ("colour", "shape", "size", "relation", "all", "all_single")),
+    "longtail": (longtail, (*(f"image_acc{shot}" for shot in BY_SHOT), "text_acc", "knn_acc",
+                            *(f"{name}{shot}" for name in ("top1", "linear") for shot in BY_SHOT))),
     "row": (row, ("top1", "i2t_r1", "t2i_r1", "mean_r1", "colour", "shape", "size", "relation", "all")),
 }
 
@@ -1279,6 +1591,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 help="images of the bank to use, evenly spaced; without it all, of shapes 2,400")
         elif name == "fid":
             add_fid_flags(add)
+        elif name == "longtail":
+            add_longtail_flags(add)
+            task.set_defaults(batch_size=128, max_bad=0.05)
         elif name == "row":
             add("--n", type=positive, default=256, help="pictures to draw")
             add("--sampler", choices=tuple(SAMPLERS), default="ddim", help="as in sample.py")
@@ -1310,6 +1625,25 @@ def add_zeroshot_flags(add: Callable) -> None:
         help="diffusion-classifier: timesteps drawn per class up to the end of each stage")
     add("--dc-keep", type=positive, nargs="*", metavar="K",
         help="diffusion-classifier: classes that go on after each stage but the last; without it 5")
+
+
+def add_longtail_flags(add: Callable) -> None:
+    add("--stage", choices=("pretrain", "finetune", "all"), default="all",
+        help="pretrain changes the model, finetune trains a head on it as it is")
+    add("--out", metavar="FILE", help="also write the pretrained model here, a checkpoint like any other")
+    add("--templates", metavar="FILE", help="as for zeroshot")
+    add("--representation", choices=REPRESENTATIONS, default="query",
+        help="of an image for the head: its denoised text query, or its image tokens averaged")
+    add("--epochs", type=positive, default=50, help="of pretraining")
+    add("--lr", type=finite, default=5e-5, help="of pretraining, falling to 0 as a cosine")
+    add("--head-epochs", type=positive, default=50, help="of the head")
+    add("--head-lr", type=finite, default=1e-4, help="of the head, likewise")
+    add("--smoothing", type=finite, default=0.1, help="share of the label that goes to all classes alike")
+    add("--mixup", type=finite, default=0.8, help="α of mixup in finetuning, 0: none")
+    add("--cutmix", type=finite, default=1.0, help="α of CutMix, 0: none; with both a coin decides")
+    add("--augment", action=argparse.BooleanOptionalAction, default=None,
+        help="RandAugment of training images; without it: not on shapes, whose colours it changes")
+    add("--anchors", type=positive, default=64, help="sentences of a class that the head looks at")
 
 
 def add_fid_flags(add: Callable) -> None:
@@ -1376,7 +1710,7 @@ def check_task(task: str, model: DiffDis | Clip | None, args: argparse.Namespace
     """Refuse what these weights were not trained for. Raises ValueError."""
     if task == "row":        # which is of what they were trained for
         return
-    if task in ("retrieval", "knn") or task == "zeroshot" and args.method == "alignment":
+    if task in ("retrieval", "knn", "longtail") or task == "zeroshot" and args.method == "alignment":
         if "alignment" not in model.tasks:
             raise ValueError("these weights only draw images, they do not read them: "
                              "train their query stream with train.py --init first")
@@ -1420,6 +1754,20 @@ def write_json(args: argparse.Namespace, result: dict, argv: list[str] | None, p
         print(f"wrote {args.json}")
 
 
+def settle_longtail(args: argparse.Namespace) -> LongTail:
+    """What the flags leave open -> the data. Raises ValueError or FileNotFoundError."""
+    for name, low, high in (("smoothing", 0, 1), ("mixup", 0, math.inf), ("cutmix", 0, math.inf),
+                            ("lr", 0, math.inf), ("head_lr", 0, math.inf)):
+        if not low <= getattr(args, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {low} to {high}")
+    if args.list:
+        raise ValueError("--list: longtail has lists of its own, in the folder --data")
+    args.augment = args.data != "shapes" if args.augment is None else args.augment
+    args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
+    data = open_longtail(args.data)
+    return data._replace(test=evenly_spaced(data.test, args.limit))
+
+
 def run_task(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path | str]:
     """Open what the flags name and run the task -> the numbers, the checkpoint's path."""
     model, source, path = None, None, "none"
@@ -1431,9 +1779,11 @@ def run_task(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path
         path = in_turn(lambda: models.locate(find_checkpoint(args.ckpt)))
         args.ckpt, model = str(path), models.load(path, device, args.weights)
         check_task(args.task, model, args)
-    if args.task == "zeroshot":
+    if args.task in ("zeroshot", "longtail"):
         args.templates = read_templates(args.templates)
-    if args.task != "checker":
+    if args.task == "longtail":
+        source = settle_longtail(args)
+    elif args.task != "checker":
         args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
         labelled = args.data == "shapes" and args.task in ("zeroshot", "knn")
         source = in_turn(lambda: open_source(args.data, "classes" if labelled else "val", args.list))

@@ -551,6 +551,47 @@ class Clip(nn.Module):
         return context, F.normalize(self.text_projection(ends).float(), dim=-1)
 
 
+# ---------------------------------------------------------------- a head for long-tailed recognition
+class LanguageGuidedHead(nn.Module):
+    """Classifies an image's features by themselves, and by what is said of each class (Tian et al. 2022).
+
+    An image attends to the sentences about a class, which so become one vector; its cosine with the features
+    is one branch, a perceptron on the features the other. At its start the attention compares the features
+    and sentences as they are: its projections are the identity.
+    anchors: sentences' text queries [K, S, D], unit norm; present: which of them are there [K, S].
+    """
+    temperature, visual_share = 0.07, 0.2       # both fixed; of the prediction, the rest is the text branch's
+
+    def __init__(self, anchors: Tensor, present: Tensor) -> None:
+        super().__init__()
+        classes, _, width = anchors.shape
+        self.register_buffer("anchors", anchors)
+        self.register_buffer("present", present)
+        self.norm_q, self.norm_k = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.to_q, self.to_k = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.visual = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, classes))
+        for layer in (self.to_q, self.to_k):
+            nn.init.eye_(layer.weight)
+        for layer in (self.visual[0], self.visual[2]):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """features [B, D], unit norm -> logits of the visual and of the text branch, [B, K] each."""
+        width = features.shape[1]
+        q, k = self.to_q(self.norm_q(features)), self.to_k(self.norm_k(self.anchors))
+        scores = torch.einsum("bd,ksd->bks", q, k) * width ** -0.5
+        weights = scores.masked_fill(~self.present, -math.inf).softmax(dim=2)
+        classes = F.normalize(torch.einsum("bks,ksd->bkd", weights, self.anchors), dim=2)
+        text = torch.einsum("bkd,bd->bk", classes, features) / self.temperature
+        return self.visual(features * width ** 0.5), text       # numbers of about 1, as a linear layer likes
+
+    def predict(self, features: Tensor) -> Tensor:
+        """features [B, D] -> probabilities [B, K]: 0.2 of the visual branch, 0.8 of the text branch."""
+        visual, text = (logits.softmax(dim=1) for logits in self(features))
+        return self.visual_share * visual + (1 - self.visual_share) * text
+
+
 # ---------------------------------------------------------------- Inception, for FID
 WIDE, TALL = (1, 7), (7, 1)          # kernels, height × width
 FORK = ((1, 3), (3, 1))              # two convolutions of the same input, side by side
