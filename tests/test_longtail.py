@@ -290,7 +290,8 @@ def test_learning_beats_chance_and_its_controls_do_not(places, monkeypatch) -> N
     def run(*more: str) -> dict:
         evaluate.main(["longtail", "--ckpt", str(places / "m.pt"), "--data", str(places), "--workers", "0",
                        "--stage", "finetune", "--mixup", "0", "--cutmix", "0", "--no-augment",
-                       "--batch-size", "8", "--head-epochs", "200", "--head-lr", "1e-2", "--json", str(places / "r.json"), *more])
+                       "--batch-size", "8", "--head-epochs", "200", "--head-lr", "1e-2",
+                       "--json", str(places / "r.json"), *more])
         return json.loads((places / "r.json").read_text())
     found = run()
     assert found["linear"] > 0.9 and found["top1"] > 0.6
