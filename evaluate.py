@@ -9,10 +9,10 @@ What it is: Algorithm 3 (sample.py) turned into the field's numbers, and the bas
     python evaluate.py row       --data shapes        all that a checkpoint was trained for, in one go
     python evaluate.py checker   --best-of 4          pictures for held-out prompts, judged from their pixels
     python evaluate.py speed     --preset tiny        what a training step of either task, and of both, costs
-What it is not: DiffDis's training. What predicts is `sample.draw_queries`, which is handed clean latents and nothing
-else (of a CLIP, its image tower and pixels); its text queries are compared with those of all candidate
-texts, and only then with the truth. Whatever has right answers has controls (`--control`) in which a sound
-evaluation must fall to chance.
+What it is not: DiffDis's training. What predicts is `sample.draw_queries`, which is handed clean latents and
+nothing else (of a CLIP, its image tower and pixels); its text queries are compared with those of all
+candidate texts, and only then with the truth. Whatever has right answers has controls (`--control`) in which
+a sound evaluation must fall to chance.
 
 Under torchrun the ranks share every task but longtail, checker and speed.
 Read next: train.py, which scores as it goes.
