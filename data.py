@@ -1496,9 +1496,8 @@ def held_out_captions(count: int) -> list[str]:
 # ---------------------------------------------------------------- long-tailed data
 class LongTail(NamedTuple):
     """A data set with few images of most classes, and what is said of each (VL-LTR; Tian et al. 2022)."""
-    train: Source                 # labelled, as are the others
-    val: Source
-    test: Source
+    train: Source                 # labelled
+    test: Source                  # likewise
     names: list[str]              # K classes
     sentences: list[list[str]]    # of each class, from its description; none without one
 
@@ -1531,7 +1530,8 @@ def open_longtail(name: str) -> LongTail:
     """A long-tailed data set in Places-LT's layout, as VL-LTR has it.
 
     name: a folder, or "places-lt" (./places-lt, ./data/places-lt or $DIFFDIS_DATA/places-lt), with
-    *train.txt, *val.txt and *test.txt, lines "PATH LABEL", PATH below the folder, LABEL from 0;
+    *train.txt, *val.txt and *test.txt, lines "PATH LABEL", PATH below the folder, LABEL from 0 (of val the
+    list is checked, its images are not needed);
     labels.txt, lines "NAME LABEL" (without it a class is called as the folder of its images);
     wiki/desc_LABEL.txt, if there, an article on the class; or "shapes": 24 kinds of things, by Zipf's law.
     Raises FileNotFoundError or ValueError before any image is read: lists or images that are not there,
@@ -1555,7 +1555,7 @@ def open_longtail(name: str) -> LongTail:
     for split, entries in lists.items():
         check_labels(tables[split], entries, names, split)
     sources = []
-    for split, entries in lists.items():
+    for split, entries in ((split, lists[split]) for split in ("train", "test")):
         missing = [path for path, _ in entries if not os.path.isfile(root / path)]
         refuse_missing(missing, entries, tables[split], root)
         sources.append(FileSource([root / path for path, _ in entries], f"{root.name} {split}", names,
@@ -1582,7 +1582,7 @@ def read_label_list(table: Path) -> list[tuple[str, int]]:
     """Lines "PATH LABEL" -> [(path, label)]. Raises ValueError."""
     entries = []
     for number, line in text_lines(table):
-        path, _, label = line.strip().rpartition(" ")
+        path, label = (line.strip().rsplit(None, 1) + [""])[:2]
         if not path or not label.isdecimal():
             raise ValueError(f"{table}, line {number}: {line[:60]!r}, expected 'PATH LABEL', LABEL from 0")
         entries.append((path.strip().lstrip("/"), int(label)))
@@ -1595,13 +1595,19 @@ def label_names(root: Path, entries: list[tuple[str, int]], table: Path) -> list
     """Names of the classes 0, 1, …: from labels.txt, else of the folders their images lie in."""
     if (root / "labels.txt").is_file():
         table = root / "labels.txt"
-        found = {label: name for name, label in read_label_list(table)}
+        entries = read_label_list(table)
     else:
-        found = {label: os.path.basename(os.path.dirname(path)) for path, label in entries}
-    if sorted(found) != list(range(len(found))) or not all(found.values()):
-        raise ValueError(f"{table}: {len(found)} classes, the highest is {max(found)}: expected every number "
-                         "from 0 on, each with a name")
-    return [regex.sub("[_/]", " ", found[label]).strip() for label in range(len(found))]
+        entries = [(os.path.basename(os.path.dirname(path)), label) for path, label in entries]
+    pairs = {(label, regex.sub("[_/]", " ", name).strip()) for name, label in entries}
+    names = dict(sorted(pairs))
+    if list(names) != list(range(len(pairs))) or not all(names.values()):
+        raise ValueError(f"{table}: {len(pairs)} pairs of label and name, the highest label is {max(names)}: "
+                         "expected every number from 0 on once, each with a name")
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice and table.name != "labels.txt":
+        raise ValueError(f"{table}: two classes have folders {twice[0]!r}, a name that would not tell them "
+                         "apart: write labels.txt, lines 'NAME LABEL'")
+    return list(names.values())
 
 
 def read_sentences(path: Path) -> list[str]:
@@ -1623,10 +1629,9 @@ def zipf_shapes(most: int = 300) -> LongTail:
     """
     order = [7 * i % len(KINDS) for i in range(len(KINDS))]
     rows = [kind + len(KINDS) * i for place, kind in enumerate(order) for i in range(most // (place + 1))]
-    things = [Shapes("classes", seed) for seed in (2, 3, 0)]       # none of them the bank's of knn
-    names = things[0].classes
-    return LongTail(Subset(things[0], np.array(sorted(rows))), evenly_spaced(things[1], 480), things[2],
-                    names, [[f"a {name}", f"a small {name}"] for name in names])
+    train, test = Shapes("classes", seed=2), Shapes("classes")
+    sentences = [[f"a {name}", f"a small {name}"] for name in test.classes]
+    return LongTail(Subset(train, np.array(sorted(rows))), test, test.classes, sentences)
 
 
 # ---------------------------------------------------------------- the checker of shapes

@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date, timedelta
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -855,9 +856,11 @@ def fid(model: DiffDis | None, source: Source, args: argparse.Namespace) -> dict
 
 # ---------------------------------------------------------------- a row of the paper's tables
 @torch.no_grad()
-def denoising_error(model: DiffDis, source: Source, args: argparse.Namespace, levels: int = 10) -> float:
-    """Mean squared error of ẑ_0, predicted from z_t and the image's own caption, over evenly spaced t: the
-    loss of generation (Eq. 4) with target data, whatever the target that was trained, on images not seen."""
+def denoising_error(model: DiffDis, source: Source, args: argparse.Namespace,
+                    levels: int = 10) -> tuple[float, SkipReport]:
+    """Mean squared error of ẑ_0, predicted from z_t and the image's own caption, over evenly spaced t, and
+    what was left out: the loss of generation (Eq. 4) with target data, whatever target was trained, on images
+    not seen. Raises ValueError where it is not finite."""
     config = model.config
     alphas = make_alphas_cumprod(config.image_schedule, config.timesteps).to(model.device)
 
@@ -870,7 +873,10 @@ def denoising_error(model: DiffDis, source: Source, args: argparse.Namespace, le
             found = read_prediction(config.image_target, model.denoise_image(noisy, t, context), noisy, a, s)
             errors.append(generation_loss(found[0], latents))
         return torch.stack(errors).mean(dim=0)
-    return over_images(model, source, args, values_of).values.mean().item()
+    read = over_images(model, source, args, values_of)
+    if not torch.isfinite(read.values).all():
+        raise ValueError("the denoising error is not finite: the model's weights are not usable")
+    return read.values.mean().item(), read.skips
 
 
 def row(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict:
@@ -883,29 +889,37 @@ def row(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict
     if args.control != "none":
         raise ValueError(f"--control {args.control}: a row has no right answers to break, but retrieval and "
                          "zeroshot have")
+    shapes, draws = args.data == "shapes", "generation" in model.tasks
+    if draws and args.features and source.cache is not None:
+        raise ValueError(f"{args.data} holds latents, and --features compares pictures: name the images")
+    # First: a mistaken file is to be found now, not after minutes.
+    features = Features(args, model.device) if draws and args.features else None
     result: dict = {"n": len(source), "chance": None, "tasks": list(model.tasks)}
     if "alignment" in model.tasks:
         own = argparse.Namespace(**{**vars(args), "templates": None, "method": "alignment",
                                     "guidance_scale": 1.0})
-        shapes = args.data == "shapes"
-        if source.classes is None:
-            result |= {name: value for name, value in retrieval(model, source, own).items()
-                       if name.startswith(("i2t", "t2i", "mean"))}
         if source.classes is not None or shapes:
             things = evenly_spaced(open_source("shapes", "classes"), args.limit) if shapes else source
             found = zeroshot(model, things, own)
-            result |= {name: value for name, value in found.items() if name.startswith("top")}
+            result |= {name: found[name] for name in ("n", "top1", "top1_interval", "top5", "skipped")}
             result["top1_chance"] = found["chance"]
-    if "generation" in model.tasks:
-        result |= drawing_row(model, source, args)
+        if source.classes is None:
+            found = retrieval(model, source, own)
+            kept = ("n", "i2t", "t2i", "mean", "skipped")
+            result |= {name: value for name, value in found.items() if name.startswith(kept)}
+    if draws:
+        result |= drawing_row(model, source, features, args)
     return result
 
 
-def drawing_row(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
-    some = evenly_spaced(source, args.n)
-    result = {"denoising_error": denoising_error(model, some, args)}
+def drawing_row(model: DiffDis, source: Source, features: Features | None, args: argparse.Namespace) -> dict:
+    """The denoising error on --n samples, and what pictures for their captions are worth."""
+    some, size, verdicts = evenly_spaced(source, args.n), model.config.image_size, []
+    error, skips = denoising_error(model, some, args)
+    result: dict = {"denoising_error": error, "skipped_drawing": skips.to_dict()}
+    if features is None and args.data != "shapes":       # nobody would look at the pictures
+        return result
     prompts = [captions[0] for captions in some.usable_captions(args.n)]
-    features, verdicts, size = args.features and Features(args, model.device), [], model.config.image_size
     found = Statistics(features.width if features else 1)
     for places, pixels in drawn_pictures(model, prompts, size, args):
         if features:
@@ -918,11 +932,13 @@ def drawing_row(model: DiffDis, source: Source, args: argparse.Namespace) -> dic
         result[name] = sum(verdict[name] for verdict in verdicts) / len(verdicts)
     if verdicts:
         result["all_interval"], result["all_chance"] = wilson(result["all"], len(verdicts)), 0.0
+    scale = model.config.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    result["protocol"] = {"pictures": len(prompts), "sampler": args.sampler, "steps": args.steps,
+                          "guidance_scale": scale, "image_size": size}
     if features:
         reference = statistics_of(features, source, size, args)[0]
-        result |= {"fid": frechet_distance(found.gather(), reference), "n_reference": reference.count,
-                   "protocol": {"pictures": len(prompts), "sampler": args.sampler, "steps": args.steps,
-                                "features": features.name}}
+        result["protocol"] |= {"features": features.name, "features_hash": features.hash}
+        result |= {"fid": frechet_distance(found.gather(), reference), "n_reference": reference.count}
     return result
 
 
@@ -946,15 +962,21 @@ def representation(model: DiffDis | Clip, inputs: Tensor, noise: Tensor) -> Tens
 
 @torch.no_grad()
 def features_of(model: DiffDis | Clip, inputs: Tensor, places: list[int], args: argparse.Namespace) -> Tensor:
-    """--representation of images, as `over_images` hands them over [B, D], unit norm."""
+    """What the head sees of images, as `over_images` hands them over: their text queries [B, D], and with
+    --representation tokens their image tokens beside them [B, D + V]; both of unit norm."""
+    queries = read_queries(model, inputs, places, args)
     if args.representation == "query":
-        return read_queries(model, inputs, places, args)
-    return F.normalize(image_tokens(model, inputs, places, args.seed), dim=-1)
+        return queries
+    tokens = image_tokens(model, inputs, places, args.seed)
+    return torch.cat([queries, F.normalize(tokens, dim=-1)], dim=1)
 
 
 def frozen_features(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> Read:
-    """`features_of` all usable images of a source."""
-    return over_images(model, source, args, partial(features_of, model, args=args))
+    """`features_of` all usable images of a source. Raises ValueError where they are not finite."""
+    read = over_images(model, source, args, partial(features_of, model, args=args))
+    if not torch.isfinite(read.values).all():
+        raise ValueError("the model's features are not finite: its weights are not usable, or --lr too high")
+    return read
 
 
 def query_width(model: DiffDis | Clip) -> int:
@@ -982,11 +1004,28 @@ def balanced(labels: Tensor, counts: list[int], batch_size: int, *key: int) -> T
     return torch.multinomial(weights, size, replacement=True, generator=generator_of(*key))
 
 
-def balanced_batches(data: LongTail, size: int, epoch: int, skips: SkipReport,
+class Drawn(Subset):
+    """Training images in the order they were drawn, centre squares, each with RandAugment if so asked: a
+    function of the key and its place."""
+
+    def __init__(self, source: Source, order: np.ndarray, size: int, augment: bool, key: tuple) -> None:
+        super().__init__(source, order)
+        self.size, self.augment, self.key = size, augment, key
+
+    def read(self, index: int, side: int | None = None) -> Sample:
+        sample = super().read(index, side)
+        if not self.augment:
+            return sample
+        square = Image.fromarray(to_square(sample.image, self.size))
+        return replace(sample, image=rand_augment(square, np.random.default_rng([*self.key, index])))
+
+
+def balanced_batches(data: LongTail, size: int, key: tuple, skips: SkipReport,
                      args: argparse.Namespace) -> Iterator[Batch]:
-    """One epoch of training images at `size` px; what was unusable goes into `skips`."""
-    order = balanced(data.labels(), data.counts(), args.batch_size, args.seed, 5, epoch).numpy()
-    for batch in evaluation_batches(Subset(data.train, order), size, args.batch_size, args.workers or 0):
+    """An epoch of training images at `size` px, a function of the key; what is unusable goes into `skips`."""
+    order = balanced(data.labels(), data.counts(), args.batch_size, *key).numpy()
+    drawn = Drawn(data.train, order, size, args.augment, key)
+    for batch in evaluation_batches(drawn, size, args.batch_size, args.workers or 0):
         skips.add(batch.skipped, batch.visited)
         skips.check()
         if batch.captions:
@@ -1016,58 +1055,67 @@ def mix(pixels: Tensor, targets: Tensor, args: argparse.Namespace, rng: np.rando
     return mixed, share * targets + (1 - share) * targets.flip(0)
 
 
-def augmented(pixels: Tensor, args: argparse.Namespace, rng: np.random.Generator) -> Tensor:
-    """RandAugment of a batch, uint8 [B, S, S, 3], if --augment."""
-    if not args.augment:
-        return pixels
-    return torch.from_numpy(np.stack([np.asarray(rand_augment(Image.fromarray(picture), rng))
-                                      for picture in pixels.numpy()]))
+def make_groups(modules: list[tuple[nn.Module, float]], weight_decay: float = 0.05) -> list[dict]:
+    """(module, peak learning rate) -> AdamW's groups; matrices alone are decayed, as in VL-LTR."""
+    groups = []
+    for module, rate in modules:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        groups += [{"params": [p for p in trained if (p.dim() > 1) == matrix], "lr": rate, "peak_lr": rate,
+                    "weight_decay": weight_decay * matrix} for matrix in (True, False)]
+    return [group for group in groups if group["params"]]
 
 
-def follow_cosine(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, steps: int, warmup: int,
+            what: str) -> None:
+    """A gradient step at a rate that rises for `warmup` steps and falls to 0 as a cosine. Raises ValueError
+    where the loss is not finite."""
+    if not torch.isfinite(loss):
+        raise ValueError(f"{what}, step {step}: the loss is not finite; take a lower learning rate")
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rise, fall = min(1.0, (step + 1) / max(1, warmup)), 0.5 * (1 + math.cos(math.pi * step / steps))
+        group["lr"] = group["peak_lr"] * rise * fall
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def fine_tune(model: DiffDis | Clip, data: LongTail, texts: list[str], owners: Tensor, skips: SkipReport,
               args: argparse.Namespace) -> None:
     """VL-LTR's first stage: class-wise contrast of images and sentences, and distillation from the model as
-    it was, half of the loss each. It changes the model.
+    it was, half of the loss each. It changes the model, which then only reads.
 
     Our choice: a text query is denoised from pure noise, as in evaluation, so that no sentence can leak.
     """
     teacher = copy.deepcopy(model).requires_grad_(False)
-    trained = [p.requires_grad_() for name, p in model.named_parameters()
-               if not name.startswith("autoencoder.")]
-    optimizer = torch.optim.AdamW([{"params": trained, "initial_lr": args.lr}], lr=args.lr, weight_decay=0.05)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith("autoencoder."))
+    optimizer = torch.optim.AdamW(make_groups([(model, args.lr)]))
     of_class = [torch.nonzero(owners == k).flatten().tolist() for k in range(len(data.names))]
-    per_epoch = max(1, len(data.train) // args.batch_size)
-    bar = tqdm(total=args.epochs * per_epoch, unit="step", desc="stage 1", disable=None)
+    per_epoch, size = max(1, len(data.train) // args.batch_size), model.config.image_size
+    batches = chain.from_iterable(balanced_batches(data, size, (args.seed, 5, epoch), skips, args)
+                                  for epoch in range(args.epochs))
 
     def logits_of(some: DiffDis | Clip, inputs: Tensor, noise: Tensor, chosen: list[str]) -> Tensor:
         return some.logit_scale.exp() * representation(some, inputs, noise) @ some.encode_text(chosen)[1].T
-    for epoch in range(args.epochs):
-        for batch in balanced_batches(data, model.config.image_size, epoch, skips, args):
-            rng = np.random.default_rng([args.seed, 6, bar.n])
-            with torch.no_grad():
-                inputs = model.read_batch(augmented(batch.images, args, rng).to(model.device))
-            noise = noise_of((query_width(model),), [(args.seed, 7, bar.n, i) for i in range(len(inputs))])
+    with tqdm(total=args.epochs * per_epoch, unit="step", desc="stage 1", disable=None) as bar:
+        for step, batch in enumerate(batches):
+            rng, labels = np.random.default_rng([args.seed, 6, step]), torch.tensor(batch.labels)
             chosen = [texts[rng.choice(of_class[label])] for label in batch.labels]
+            noise = noise_of((query_width(model),), [(args.seed, 7, step, i) for i in range(len(labels))])
+            noise = noise.to(model.device)
             with torch.no_grad():
-                theirs = logits_of(teacher, inputs, noise.to(model.device), chosen)
-            ours = logits_of(model, inputs, noise.to(model.device), chosen)
-            labels = torch.tensor(batch.labels, device=model.device)
-            loss = 0.5 * class_contrast(ours, labels, args.smoothing) + 0.5 * distillation(ours, theirs)
-            follow_cosine(optimizer, bar.n, bar.total)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+                inputs = model.read_batch(batch.images.to(model.device))
+                theirs = logits_of(teacher, inputs, noise, chosen)
+            ours = logits_of(model, inputs, noise, chosen)
+            loss = 0.5 * class_contrast(ours, labels.to(model.device), args.smoothing)
+            loss = loss + 0.5 * distillation(ours, theirs)
+            descend(optimizer, loss, step, args.epochs * per_epoch, args.warmup_epochs * per_epoch, "stage 1")
             with torch.no_grad():
-                model.logit_scale.clamp_(0, math.log(100))
+                model.logit_scale.clamp_(0, math.log(100))        # as train.py does
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    bar.close()
     model.requires_grad_(False)
+    model.tasks = ("alignment",)
 
 
 def nearest(queries: Tensor, candidates: Tensor, k: int, block: int = 1024) -> Tensor:
@@ -1112,6 +1160,9 @@ def select_anchors(images: Tensor, labels: Tensor, texts: Tensor, owners: Tensor
     [M, D], owners [M]; scale: inverse temperature -> text queries [K, S, D], S up to `keep`, and which of
     them are there [K, S].
     """
+    absent = sorted(set(owners.tolist()) - set(labels.tolist()))
+    if absent:
+        raise ValueError(f"none of the training images of class {absent[0]} can be read")
     losses = torch.empty(len(texts))
     for some in torch.arange(len(texts)).split(1024):
         right = (owners[some, None] == labels).float()
@@ -1127,62 +1178,67 @@ def select_anchors(images: Tensor, labels: Tensor, texts: Tensor, owners: Tensor
 
 def head_batches(model: DiffDis | Clip, data: LongTail, skips: SkipReport,
                  args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features [B, D] and soft targets [B, K] of --head-epochs epochs. The model is frozen: where nothing
-    changes the images, each is read once."""
+    """Features [B, D or D + V] and soft targets [B, K] of --head-epochs epochs, on the model's device. The
+    model is frozen: where nothing changes the images, each is read once."""
     classes, key = len(data.names), (args.seed, 8)
     if not (args.augment or args.mixup or args.cutmix):
         read = frozen_features(model, data.train, args)
+        skips.add(Counter(read.skips.skipped), read.skips.visited)
         labels = torch.tensor(read.labels)
         for epoch in range(args.head_epochs):
             for some in balanced(labels, data.counts(), args.batch_size, *key, epoch).split(args.batch_size):
-                yield read.values[some], F.one_hot(labels[some], classes).float()
+                targets = F.one_hot(labels[some], classes).float()
+                yield read.values[some].to(model.device), targets.to(model.device)
         return
     for epoch in range(args.head_epochs):
-        for step, batch in enumerate(balanced_batches(data, model.config.image_size, epoch, skips, args)):
-            rng = np.random.default_rng([*key, epoch, step])
+        batches = balanced_batches(data, model.config.image_size, (*key, epoch), skips, args)
+        for step, batch in enumerate(batches):
             targets = F.one_hot(torch.tensor(batch.labels), classes).float()
-            pixels, targets = mix(augmented(batch.images, args, rng), targets, args, rng)
-            places = list(range(step * args.batch_size, step * args.batch_size + len(pixels)))
+            pixels, targets = mix(batch.images, targets, args, np.random.default_rng([*key, 9, epoch, step]))
+            places = range(step * args.batch_size, step * args.batch_size + len(pixels))
             with torch.no_grad():
                 inputs = model.read_batch(pixels.to(model.device))
-            yield features_of(model, inputs, places, args).cpu(), targets
+            yield features_of(model, inputs, list(places), args), targets.to(model.device)
 
 
-def train_heads(model: DiffDis | Clip, data: LongTail, head: LanguageGuidedHead, skips: SkipReport,
-                args: argparse.Namespace) -> nn.Linear:
-    """VL-LTR's second stage: trains `head` on frozen features, its two branches' losses summed -> a linear
-    layer trained beside it on the same batches: what sentences must beat."""
-    width, classes = head.anchors.shape[2], len(data.names)
-    linear = nn.Linear(width, classes)
-    parameters = [*head.parameters(), *linear.parameters()]
-    optimizer = torch.optim.AdamW([{"params": parameters, "initial_lr": args.head_lr}], lr=args.head_lr,
-                                  weight_decay=0.05)
+def train_heads(model: DiffDis | Clip, data: LongTail, head: LanguageGuidedHead, linear: nn.Linear,
+                skips: SkipReport, args: argparse.Namespace) -> None:
+    """VL-LTR's second stage: trains `head` on frozen features, its two branches' losses summed; and beside
+    it, on the same batches, a linear layer: what sentences must beat."""
+    attention = nn.ModuleList([head.norm_q, head.norm_k, head.to_q, head.to_k])
+    optimizer = torch.optim.AdamW(make_groups([(attention, args.attention_lr), (head.visual, args.head_lr),
+                                               (linear, args.head_lr)]))
     steps = args.head_epochs * max(1, len(data.train) // args.batch_size)
     with tqdm(total=steps, unit="step", desc="stage 2", disable=None) as bar:
         for step, (features, targets) in enumerate(head_batches(model, data, skips, args)):
-            targets = (1 - args.smoothing) * targets + args.smoothing / classes
-            follow_cosine(optimizer, step, steps)
-            optimizer.zero_grad()
-            # Numbers of about 1 for the linear layer, as the head's own perceptron has them.
-            logits = (*head(features), linear(features * width ** 0.5))
-            sum(soft_cross_entropy(some, targets) for some in logits).backward()
-            optimizer.step()
+            targets = (1 - args.smoothing) * targets + args.smoothing / targets.shape[1]
+            logits = (*head(features), linear(head.visual_input(features)))
+            descend(optimizer, sum(soft_cross_entropy(some, targets) for some in logits), step, steps, 0,
+                    "stage 2")
             bar.update()
-    return linear
 
 
 def second_stage(model: DiffDis | Clip, data: LongTail, read: Read, labels: Tensor, queries: Tensor,
                  owners: Tensor, skips: SkipReport, args: argparse.Namespace) -> dict:
     """Anchors, heads, and what they make of the test images' features."""
-    known = frozen_features(model, few_of_each(data), args)
-    head = LanguageGuidedHead(*select_anchors(known.values, torch.tensor(known.labels), queries, owners,
-                                              float(model.logit_scale.exp()), args.anchors))
-    linear, result = train_heads(model, data, head, skips, args), {"anchors": int(head.present.sum())}
+    # Other noise than the test images': what is alike must be the pictures (as in knn).
+    args = argparse.Namespace(**{**vars(args), "control": "none", "seed": args.seed + 1})
+    known, width = frozen_features(model, few_of_each(data), args), query_width(model)
+    skips.add(Counter(known.skips.skipped), known.skips.visited)
+    anchors = select_anchors(known.values[:, :width], torch.tensor(known.labels), queries, owners,
+                             float(model.logit_scale.exp()), args.anchors)
+    torch.manual_seed(args.seed)      # here: what ran before has drawn from it
+    visual_width = known.values.shape[1] - width or width
+    head = LanguageGuidedHead(*anchors, visual_width).to(model.device)
+    linear = nn.Linear(visual_width, len(data.names)).to(model.device)
+    train_heads(model, data, head, linear, skips, args)
+    scores, result = {"top1": [], "linear": []}, {"anchors": int(head.present.sum())}
     with torch.no_grad():
-        scores = {"top1": head.predict(read.values),
-                  "linear": linear(read.values * head.anchors.shape[2] ** 0.5)}
+        for some in read.values.to(model.device).split(256):
+            scores["top1"].append(head.predict(some).cpu())
+            scores["linear"].append(linear(head.visual_input(some)).cpu())
     for name, found in scores.items():
-        by_name = by_shot(found.argmax(dim=1) == labels, labels, data.counts())
+        by_name = by_shot(torch.cat(found).argmax(dim=1) == labels, labels, data.counts())
         result |= {f"{name}{shot}": rate for shot, rate in by_name.items()}
     return {**result, "top1_interval": wilson(result["top1"], len(labels))}
 
@@ -1193,19 +1249,12 @@ def longtail(model: DiffDis | Clip, data: LongTail, args: argparse.Namespace) ->
     Accuracies by shot count classes of more than 100, of 20 to 100 and of fewer than 20 training images
     (OLTR's bins), by the same weighted prediction as the whole.
     """
-    width = model.config.width if isinstance(model, Clip) else None
     if rank_and_world()[1] > 1:
         raise ValueError("longtail trains in one process: start it with python, not torchrun")
-    if args.representation == "tokens" and width not in (None, query_width(model)):
-        raise ValueError("--representation tokens compares image tokens with sentences, and of this CLIP "
-                         f"they have different widths, {width} and {query_width(model)}")
-    torch.manual_seed(args.seed)
-    counts, (texts, owners) = data.counts(), class_sentences(model, data, args)
-    skips, plain = SkipReport(args.max_bad), argparse.Namespace(**{**vars(args), "control": "none"})
-    by_shot_classes = {name: sum(low <= n <= high for n in counts) for name, (low, high) in SHOTS.items()}
-    result: dict = {"n": len(data.test), "n_train": sum(counts), "classes": len(counts), "stage": args.stage,
-                    "classes_by_shot": by_shot_classes, "chance": 1 / len(counts), "sentences": len(texts),
-                    "representation": args.representation}
+    counts, skips = data.counts(), SkipReport(args.max_bad)
+    texts, owners = class_sentences(model, data, args)
+    described = sum(map(bool, data.sentences))
+    print(f"{len(texts)} sentences on {len(counts)} classes, {described} of which have a description")
     if args.stage != "finetune":
         fine_tune(model, data, texts, owners, skips, args)
         if args.out:
@@ -1215,10 +1264,13 @@ def longtail(model: DiffDis | Clip, data: LongTail, args: argparse.Namespace) ->
     labels = torch.tensor(read.labels)
     if args.control == "shuffle-labels":
         labels = labels[shuffled(len(labels), args.seed)]
-    if args.representation == "query":
-        result |= sentence_accuracies(read.values, labels, queries, owners, counts)
+    by_shot_classes = {name: sum(low <= n <= high for n in counts) for name, (low, high) in SHOTS.items()}
+    result = {"n": len(labels), "n_train": sum(counts), "classes": len(counts), "described": described,
+              "classes_by_shot": by_shot_classes, "chance": 1 / len(counts), "sentences": len(texts),
+              "stage": args.stage, "representation": args.representation,
+              **sentence_accuracies(read.values[:, :query_width(model)], labels, queries, owners, counts)}
     if args.stage != "pretrain":
-        result |= second_stage(model, data, read, labels, queries, owners, skips, plain)
+        result |= second_stage(model, data, read, labels, queries, owners, skips, args)
     return {**result, "seconds_per_image": read.seconds, "skipped": read.skips.to_dict(),
             "skipped_training": skips.to_dict()}
 
@@ -1539,7 +1591,7 @@ def print_table(title: str, result: dict, metrics: tuple[str, ...]) -> None:
     for name in (name for name in metrics if name in result):
         low, high = result.get(f"{name}_interval", (None, None))
         interval = "" if low is None else f"   95 % interval {100 * low:5.1f} – {100 * high:5.1f}"
-        rates = name.startswith(("top1", "mean_per_class"))
+        rates = name.startswith(("top1", "mean_per_class", "image_acc", "knn_acc", "linear"))
         chance = result.get(f"{name}_chance", result["chance"] if rates else None)
         print(f"  {name:<15}{100 * result[name]:6.1f} %{interval}"
               + ("" if chance is None else f"   chance {100 * chance:.2f}")
@@ -1636,11 +1688,14 @@ def add_longtail_flags(add: Callable) -> None:
     add("--out", metavar="FILE", help="also write the pretrained model here, a checkpoint like any other")
     add("--templates", metavar="FILE", help="as for zeroshot")
     add("--representation", choices=REPRESENTATIONS, default="query",
-        help="of an image for the head: its denoised text query, or its image tokens averaged")
+        help="what the head's visual branch sees of an image: its denoised text query, or its image tokens, "
+        "averaged; sentences are always compared with the query")
     add("--epochs", type=positive, default=50, help="of pretraining")
     add("--lr", type=finite, default=5e-5, help="of pretraining, falling to 0 as a cosine")
+    add("--warmup-epochs", type=natural, default=5, help="of pretraining, in which the rate rises")
     add("--head-epochs", type=positive, default=50, help="of the head")
-    add("--head-lr", type=finite, default=1e-4, help="of the head, likewise")
+    add("--head-lr", type=finite, default=1e-4, help="of the head's perceptron, likewise")
+    add("--attention-lr", type=finite, default=1e-6, help="of the head's attention over sentences")
     add("--smoothing", type=finite, default=0.1, help="share of the label that goes to all classes alike")
     add("--mixup", type=finite, default=0.8, help="α of mixup in finetuning, 0: none")
     add("--cutmix", type=finite, default=1.0, help="α of CutMix, 0: none; with both a coin decides")
@@ -1760,11 +1815,16 @@ def write_json(args: argparse.Namespace, result: dict, argv: list[str] | None, p
 def settle_longtail(args: argparse.Namespace) -> LongTail:
     """What the flags leave open -> the data. Raises ValueError or FileNotFoundError."""
     for name, low, high in (("smoothing", 0, 1), ("mixup", 0, math.inf), ("cutmix", 0, math.inf),
-                            ("lr", 0, math.inf), ("head_lr", 0, math.inf)):
+                            ("lr", 0, math.inf), ("head_lr", 0, math.inf), ("attention_lr", 0, math.inf),
+                            ("batch_size", 2, math.inf)):
         if not low <= getattr(args, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {low} to {high}")
     if args.list:
         raise ValueError("--list: longtail has lists of its own, in the folder --data")
+    if args.out and args.stage == "finetune":
+        raise ValueError("--out is for the pretrained model, and --stage finetune changes none: leave it out")
+    if args.out and (not Path(args.out).resolve().parent.is_dir() or Path(args.out).is_dir()):
+        raise ValueError(f"--out is {args.out!r}, expected a file in an existing folder")
     args.augment = args.data != "shapes" if args.augment is None else args.augment
     args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
     data = open_longtail(args.data)

@@ -555,39 +555,48 @@ class Clip(nn.Module):
 class LanguageGuidedHead(nn.Module):
     """Classifies an image's features by themselves, and by what is said of each class (Tian et al. 2022).
 
-    An image attends to the sentences about a class, which so become one vector; its cosine with the features
-    is one branch, a perceptron on the features the other. At its start the attention compares the features
-    and sentences as they are: its projections are the identity.
-    anchors: sentences' text queries [K, S, D], unit norm; present: which of them are there [K, S].
+    An image attends to the sentences about a class, which so become one vector; its cosine with the image's
+    text query is one branch, a perceptron on its visual features the other. At its start the attention
+    compares queries and sentences as they are: its projections are the identity.
+    anchors: sentences' text queries [K, S, D], unit norm; present: which of them are there [K, S];
+    visual_width: V of the visual features, which may be the text query itself.
     """
     temperature, visual_share = 0.07, 0.2       # both fixed; of the prediction, the rest is the text branch's
 
-    def __init__(self, anchors: Tensor, present: Tensor) -> None:
+    def __init__(self, anchors: Tensor, present: Tensor, visual_width: int) -> None:
         super().__init__()
         classes, _, width = anchors.shape
+        self.visual_width = visual_width
         self.register_buffer("anchors", anchors)
         self.register_buffer("present", present)
         self.norm_q, self.norm_k = nn.LayerNorm(width), nn.LayerNorm(width)
         self.to_q, self.to_k = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
-        self.visual = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, classes))
+        self.visual = nn.Sequential(nn.Linear(visual_width, 4 * visual_width), nn.ReLU(),
+                                    nn.Linear(4 * visual_width, classes))
         for layer in (self.to_q, self.to_k):
             nn.init.eye_(layer.weight)
         for layer in (self.visual[0], self.visual[2]):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
+    def visual_input(self, features: Tensor) -> Tensor:
+        """The last V of the features, scaled to numbers of about 1, as a linear layer likes them."""
+        return features[:, -self.visual_width:] * self.visual_width ** 0.5
+
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """features [B, D], unit norm -> logits of the visual and of the text branch, [B, K] each."""
-        width = features.shape[1]
-        q, k = self.to_q(self.norm_q(features)), self.to_k(self.norm_k(self.anchors))
+        """features: text queries [B, D], or those and visual features [B, D + V], both of unit norm
+        -> logits of the visual and of the text branch, [B, K] each."""
+        width = self.anchors.shape[2]
+        query = features[:, :width]
+        q, k = self.to_q(self.norm_q(query)), self.to_k(self.norm_k(self.anchors))
         scores = torch.einsum("bd,ksd->bks", q, k) * width ** -0.5
         weights = scores.masked_fill(~self.present, -math.inf).softmax(dim=2)
         classes = F.normalize(torch.einsum("bks,ksd->bkd", weights, self.anchors), dim=2)
-        text = torch.einsum("bkd,bd->bk", classes, features) / self.temperature
-        return self.visual(features * width ** 0.5), text       # numbers of about 1, as a linear layer likes
+        text = torch.einsum("bkd,bd->bk", classes, query) / self.temperature
+        return self.visual(self.visual_input(features)), text
 
     def predict(self, features: Tensor) -> Tensor:
-        """features [B, D] -> probabilities [B, K]: 0.2 of the visual branch, 0.8 of the text branch."""
+        """features, as above -> probabilities [B, K]: 0.2 of the visual branch, 0.8 of the text branch."""
         visual, text = (logits.softmax(dim=1) for logits in self(features))
         return self.visual_share * visual + (1 - self.visual_share) * text
 

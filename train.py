@@ -208,6 +208,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--tokenizer with --init: a checkpoint brings its own, leave one of the two out")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("--tensorboard, but it is not installed: pip install tensorboard, or leave it out")
+    for field, task in (("min_snr", "generation"), ("text_timestep_min", "alignment")):
+        if getattr(args, field) is not None and task not in args.tasks:
+            raise ValueError(f"--{field.replace('_', '-')} is of the {task} task, and --tasks is "
+                             f"{','.join(args.tasks)}: leave one of the two out")
     if "alignment" in args.tasks and args.batch_size < 2:
         raise ValueError("--batch-size is 1, but alignment compares pairs within a batch: 2 or more")
 
@@ -1072,19 +1076,20 @@ class Trainer:
             self.averages.swap()
             self.model.train()
 
-    def evaluate(self, images: int = 100) -> bool:
+    def evaluate(self) -> bool:
         """Scores of the averaged weights on the held-out pairs, by all ranks together -> the best so far?
-        The denoising error is that of `images` of them."""
-        task = "zeroshot" if self.val.classes else "retrieval"
+        The denoising error is that of a hundred of them."""
+        task, names = "zeroshot" if self.val.classes else "retrieval", []
         # Training has judged the share of bad samples; this handful is too few to.
-        flags, names = evaluate.parse_args([task, "--seed", str(self.args.seed), "--max-bad", "1"]), []
+        flags = evaluate.parse_args([task, "--seed", str(self.args.seed), "--max-bad", "1",
+                                     "--batch-size", str(min(100, self.args.micro_batch or 100))])
         with self.averaged() as model:
             if "alignment" in self.args.tasks:
                 result = evaluate.TASKS[task][0](model, self.val, flags)
                 names = ["top1"] if task == "zeroshot" else ["i2t_r1", "t2i_r1"]
                 self.scores = {f"val_{name}": round(result[name], 6) for name in names}
             if "generation" in self.args.tasks:
-                error = evaluate.denoising_error(model, evenly_spaced(self.val, images), flags)
+                error, _ = evaluate.denoising_error(model, evenly_spaced(self.val, 100), flags)
                 self.scores["val_denoising_error"] = round(error, 6)
         if not names:
             return False

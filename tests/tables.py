@@ -52,7 +52,7 @@ def summary(rows: dict, metric: str) -> tuple[dict[str, list[float]], float]:
     several = [some for some in values.values() if len(some) > 1]
     degrees = sum(len(some) - 1 for some in several)
     squares = sum(statistics.variance(some) * (len(some) - 1) for some in several)
-    return values, math.sqrt(squares / degrees) if degrees else math.inf
+    return values, math.sqrt(squares / degrees) if squares else math.inf
 
 
 def effect(values: dict[str, list[float]], deviation: float, name: str) -> tuple[float, float] | None:
@@ -90,7 +90,8 @@ def table(rows: dict) -> str:
             mark = "" if ours is None or abs(ours[1]) < 2 else " ▲" if better else " ▼"
             cells.append(f"{factor * mean:.{digits}f} ± {factor * spread:.{digits}f}{mark}")
         lines.append("| " + " | ".join(cells) + " |")
-    pooled = "; ".join(f"{METRICS[m][0]} {METRICS[m][1] * found[m][1]:.{METRICS[m][2]}f}" for m in METRICS)
+    pooled = "; ".join(f"{METRICS[m][0]} {METRICS[m][1] * found[m][1]:.{METRICS[m][2]}f}" for m in METRICS
+                       if math.isfinite(found[m][1])) or "unknown, with one seed nothing is told from noise"
     lines += ["", f"Pooled standard deviation over seeds: {pooled}.", "",
               "| row | zero-shot: paper, ours | R@1: paper, ours | FID: paper, our Fréchet distance |",
               "|---|---|---|---|"]
@@ -116,8 +117,10 @@ def curves(runs: Path, rows: dict, path: Path,
                                          ("val_denoising_error", "held-out denoising error"))):
         lines = {(name, seed): [(line["step"], line[metric]) for line in
                                 read_log(runs / f"{name}-{seed}" / "log.jsonl") if metric in line]
-                 for name in names for seed in rows[name]}
+                 for name in names for seed in rows.get(name, ())}
         lines = {key: points for key, points in lines.items() if points}
+        if not lines:
+            continue
         last = max(step for points in lines.values() for step, _ in points)
         high = max(value for points in lines.values() for _, value in points)
         left, top, right, bottom = k * width + edge, edge, (k + 1) * width - 10, height - edge

@@ -355,7 +355,10 @@ def test_the_denoising_error_equals_a_slow_reference(target: str) -> None:
                 pred = model.denoise_image(z_t, torch.tensor([t]), context)
             x0 = {"data": pred, "v": a * z_t - s * pred, "noise": (z_t - s * pred) / a}[target]
             errors.append((x0 - z).square().mean().item())
-    assert evaluate.denoising_error(model, source, args) == pytest.approx(sum(errors) / 30, rel=1e-4)
+    assert evaluate.denoising_error(model, source, args)[0] == pytest.approx(sum(errors) / 30, rel=1e-4)
+    with pytest.raises(ValueError, match="not finite"), torch.no_grad():
+        model.unet.conv_in.weight.fill_(math.nan)
+        evaluate.denoising_error(model, source, args)
 
 
 def test_a_row_is_what_the_single_tasks_say(base, monkeypatch) -> None:
@@ -377,6 +380,8 @@ def test_a_row_is_what_the_single_tasks_say(base, monkeypatch) -> None:
         one.tasks = tasks
         some = evaluate.row(one, val, args)
         assert there in some and absent not in some and "fid" not in some
+    photos = evaluate.row(base, Numbered(6), parse_args(["row", "--data", "photos"]))
+    assert "denoising_error" in photos and "protocol" not in photos, "pictures nobody looks at are not drawn"
     with pytest.raises(ValueError, match="no right answers"):
         evaluate.row(base, val, parse_args(["row", "--control", "no-image"]))
 

@@ -52,12 +52,14 @@ def places(tmp_path):
 def test_the_layout_is_read(places) -> None:
     found = open_longtail(str(places))
     assert found.names == ["airfield", "art gallery", "beer hall"] and found.counts() == [12, 4, 1]
-    assert (len(found.train), len(found.val), len(found.test)) == (17, 6, 9)
+    assert (len(found.train), len(found.test)) == (17, 9)
     assert found.test.read(8).label == 2 and found.labels().tolist() == [0] * 12 + [1] * 4 + [2]
     assert found.sentences[0] == [
         "An airfield is a place.", "Planes land there, e.g. small ones!", "It is flat.",
         "The first one was in the U.S.", "Army.", "Others followed?", "Sport."]
     assert found.sentences[1:] == [[], []]
+    (places / "labels.txt").write_text("airfield\t0\nart gallery\t1\nhall 2\n")
+    assert open_longtail(str(places)).names == ["airfield", "art gallery", "hall"]
     (places / "labels.txt").unlink()
     assert open_longtail(str(places)).names == ["airfield", "art gallery", "hall"]
 
@@ -73,9 +75,11 @@ def test_the_layout_is_read(places) -> None:
     (lambda p: (p / "labels.txt").write_text("a 0\nb 1\nc 2\nd 3\n"),
      "no image of 1 of 4 classes, the first is 3 (d)"),
     (lambda p: (p / "labels.txt").write_text("a 0\nb 2\n"), "expected every number from 0 on"),
+    (lambda p: (p / "labels.txt").write_text("a 0\nb 1\nc 1\n"), "3 pairs of label and name"),
+    (lambda p: (p / "labels.txt").write_text("a 0\nb 1\n_ 2\n"), "each with a name"),
     (lambda p: (p / "Small_LT_train.txt").rename(p / "Places_LT_train.txt"), "has 62500, of 365"),
 ], ids=["no list", "two lists", "no image", "label", "no label", "negative", "empty list", "empty class",
-        "gap", "Places"])
+        "gap", "label twice", "no name", "Places"])
 def test_bad_lists_are_refused_in_one_line_before_any_compute(places, capsys, change, message) -> None:
     change(places)
     models.save(places / "m.pt", build())
@@ -88,8 +92,7 @@ def test_bad_lists_are_refused_in_one_line_before_any_compute(places, capsys, ch
 def test_shapes_follow_zipfs_law_and_share_no_picture() -> None:
     found = open_longtail("shapes")
     assert sorted(found.counts(), reverse=True) == [300 // k for k in range(1, 25)]
-    keys = [source.read(i).key for source in (found.train, found.val, found.test)
-            for i in range(0, len(source), 7)]
+    keys = [source.read(i).key for source in (found.train, found.test) for i in range(0, len(source), 7)]
     assert len(keys) == len(set(keys))
     assert all(found.train.read(i).label == found.labels()[i] for i in range(0, len(found.train), 50))
 
@@ -214,7 +217,7 @@ def test_the_head_equals_a_slow_reference_and_starts_as_the_identity() -> None:
     torch.manual_seed(0)
     anchors, present = unit(4, 3, 8), torch.ones(4, 3, dtype=torch.bool)
     present[2, 1:] = False
-    head, x = LanguageGuidedHead(anchors, present), unit(5, 8)
+    head, x = LanguageGuidedHead(anchors, present, 8), unit(5, 8)
     assert all(torch.equal(layer.weight, torch.eye(8)) for layer in (head.to_q, head.to_k))
     with torch.no_grad():
         assert torch.allclose(head(x)[1], slow_head(head, x), atol=1e-5)
@@ -225,6 +228,10 @@ def test_the_head_equals_a_slow_reference_and_starts_as_the_identity() -> None:
         assert torch.allclose(text, slow_head(head, x), atol=1e-5)
         mixture = 0.2 * visual.softmax(1) + 0.8 * text.softmax(1)
         assert torch.allclose(head.predict(x), mixture, atol=1e-6)
+        two = LanguageGuidedHead(anchors, present, 3)         # query and other visual features
+        visual, text = two(torch.cat([x, 2 * x[:, :3]], dim=1))
+        assert torch.allclose(text, slow_head(two, x), atol=1e-5)
+        assert torch.allclose(visual, two.visual(2 * x[:, :3] * 3 ** 0.5), atol=1e-5)
     trained = {name for name, _ in head.named_parameters()}
     assert not any(name.startswith(("anchors", "temperature")) for name in trained) and len(trained) == 10
 
@@ -238,13 +245,21 @@ def test_the_gradients_representation_is_the_one_that_is_scored(model) -> None:
 
 
 # ---------------------------------------------------------------- both stages
-QUICK = ["--epochs", "2", "--head-epochs", "3", "--batch-size", "8", "--lr", "1e-3", "--head-lr", "1e-3"]
+QUICK = ["--epochs", "2", "--head-epochs", "3", "--batch-size", "8", "--lr", "1e-3", "--head-lr", "1e-3",
+         "--warmup-epochs", "0"]
 
 
 @pytest.mark.parametrize("kind", ["diffdis", "clip"])
-def test_two_stages_are_the_whole_and_the_seed_decides(places, capsys, kind: str) -> None:
+def test_two_stages_are_the_whole_and_the_seed_decides(places, capsys, monkeypatch, kind: str) -> None:
     model = build() if kind == "diffdis" else build(tiny_clip_config())
     models.save(places / "m.pt", model)
+
+    heads, rates = [], []
+    trained, descend = evaluate.train_heads, evaluate.descend
+    monkeypatch.setattr(evaluate, "train_heads", lambda model, data, head, linear, *rest: (
+        trained(model, data, head, linear, *rest), heads.append((head.state_dict(), linear.state_dict()))))
+    monkeypatch.setattr(evaluate, "descend", lambda optimizer, *rest: (
+        descend(optimizer, *rest), rates.append(optimizer.param_groups[0]["lr"])))
 
     def run(*flags: str) -> dict:
         evaluate.main(["longtail", "--data", str(places), "--workers", "0", "--json", str(places / "r.json"),
@@ -257,6 +272,10 @@ def test_two_stages_are_the_whole_and_the_seed_decides(places, capsys, kind: str
     first = run(*start, "--stage", "pretrain", "--out", stage1)
     second = run("--ckpt", stage1, "--stage", "finetune")
     assert whole == {**first, **second} and {"image_acc", "top1", "linear_few"} <= set(whole)
+    for one, two in zip(*heads):
+        assert all(torch.equal(value, two[name]) for name, value in one.items()), "all equals its two stages"
+    assert rates[:4] == pytest.approx([1e-3 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])
+    assert models.load(stage1).tasks == ("alignment",), "it has unlearnt to draw"
     changed = models.load(stage1).state_dict()
     moved = [name for name, value in model.state_dict().items() if not torch.equal(value, changed[name])]
     assert moved and "top1" not in first
@@ -271,7 +290,8 @@ def test_what_nothing_changes_is_read_once_and_what_mixes_is_read_again(places, 
     monkeypatch.setattr(evaluate, "read_queries",
                         lambda model, inputs, *rest: read.append(len(inputs)) or whole(model, inputs, *rest))
     flags = ["longtail", "--data", str(places), "--batch-size", "8", "--head-epochs", "3"]
-    for more, count in ((["--mixup", "0", "--cutmix", "0", "--no-augment"], 17), (["--no-augment"], 3 * 16)):
+    for more, count in ((["--mixup", "0", "--cutmix", "0", "--no-augment"], 17), (["--no-augment"], 3 * 16),
+                        (["--augment", "--mixup", "0", "--cutmix", "0"], 3 * 16)):
         args = evaluate.parse_args([*flags, *more])
         read.clear()
         batches = list(evaluate.head_batches(model, found, SkipReport(1), args))
@@ -289,7 +309,8 @@ def test_learning_beats_chance_and_its_controls_do_not(places, monkeypatch) -> N
 
     def run(*more: str) -> dict:
         evaluate.main(["longtail", "--ckpt", str(places / "m.pt"), "--data", str(places), "--workers", "0",
-                       "--stage", "finetune", "--mixup", "0", "--cutmix", "0", "--no-augment",
+                       "--attention-lr", "1e-2", "--stage", "finetune", "--mixup", "0", "--cutmix", "0",
+                       "--no-augment",
                        "--batch-size", "8", "--head-epochs", "200", "--head-lr", "1e-2",
                        "--json", str(places / "r.json"), *more])
         return json.loads((places / "r.json").read_text())
@@ -300,9 +321,36 @@ def test_learning_beats_chance_and_its_controls_do_not(places, monkeypatch) -> N
         assert broken["linear"] < 0.7 and broken["top1"] < 0.7
 
 
+def test_what_cannot_be_read_is_counted_and_noise_names_no_image(places, capsys, monkeypatch) -> None:
+    """And no training image has the noise of the test image of its number, which would tell its class."""
+    models.save(places / "m.pt", build())
+    (places / "train" / "airfield" / "00000003.png").write_bytes(b"no image")
+    seeds: list[tuple] = []
+    whole = evaluate.read_queries
+    monkeypatch.setattr(evaluate, "read_queries", lambda model, inputs, numbers, args: (
+        seeds.append((args.seed, len(inputs))), whole(model, inputs, numbers, args))[1])
+    flags = ["longtail", "--ckpt", str(places / "m.pt"), "--data", str(places), "--stage", "finetune",
+             "--workers", "0", "--mixup", "0", "--cutmix", "0", "--no-augment", "--head-epochs", "1",
+             "--json", str(places / "r.json"), "--max-bad", "0.5"]
+    evaluate.main(flags)
+    told = json.loads((places / "r.json").read_text())
+    assert told["skipped_training"]["skipped"] == {"unreadable image": 2} and told["n"] == 9      # read twice
+    assert [seed for seed, _ in seeds] == [0, 1, 1]
+    (places / "train" / "hall" / "00000000.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        evaluate.main(flags)
+    assert "none of the training images of class 2 can be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--list", "x.txt"], "has lists of its own"),
     (["--smoothing", "2"], "--smoothing is 2.0, expected 0 to 1"),
+    (["--batch-size", "1"], "--batch-size is 1, expected 2"),
+    (["--out", "x.pt", "--stage", "finetune"], "changes none"),
+    (["--out", "no/x.pt"], "expected a file in an existing folder"),
+    (["--lr", "1e30", "--workers", "0", "--warmup-epochs", "0", "--batch-size", "8"], "not finite"),
+    (["--head-lr", "1e30", "--attention-lr", "1e30", "--stage", "finetune", "--workers", "0",
+      "--batch-size", "8", "--no-augment", "--mixup", "0", "--cutmix", "0"], "stage 2, step"),
     (["--data", "places-lt"], "no folder at places-lt")])
 def test_mistakes_end_in_one_line(places, capsys, monkeypatch, flags, message) -> None:
     monkeypatch.chdir(places)

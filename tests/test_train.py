@@ -214,7 +214,7 @@ ABLATIONS = [("--no-fusion", "fusion.fusion", False),
              ("--image-schedule cosine", "image_schedule", "cosine"),
              ("--condition-timestep 0", "condition_timestep", 0),
              ("--tasks generation", None, None), ("--tasks alignment", None, None),
-             ("--min-snr 5", None, None), ("--text-timestep-min 999", None, None),
+             ("--min-snr 5 --text-timestep-min 999", None, None),
              ("--no-train-text-encoder", None, None)]
 
 
