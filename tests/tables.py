@@ -41,7 +41,9 @@ def read(folder: Path) -> dict[str, dict[int, dict]]:
     for path in sorted(folder.glob("*-[0-9]*.json")):
         name, seed = path.stem.rsplit("-", 1)
         rows[name][int(seed)] = json.loads(path.read_text())
-    return rows
+    first = [BASE, "generation", "alignment", *PAPER]
+    order = [name for name in dict.fromkeys(first) if name in rows]
+    return {name: rows[name] for name in order + sorted(set(rows) - set(order))}
 
 
 def summary(rows: dict, metric: str) -> tuple[dict[str, list[float]], float]:
