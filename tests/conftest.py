@@ -1,4 +1,4 @@
-"""What the tests share: the import path, one thread per test process,
+"""What the tests share: the import path, one thread where tests run side by side,
 and a model small enough to build anywhere."""
 import atexit
 import importlib
@@ -13,6 +13,9 @@ from pathlib import Path
 # Downloads and indices of the tests stay out of the user's cache, also those of the processes they start.
 os.environ["TORCH_HOME"] = tempfile.mkdtemp(prefix="diffdis-tests-")
 atexit.register(shutil.rmtree, os.environ["TORCH_HOME"], ignore_errors=True)
+
+if "PYTEST_XDIST_WORKER" in os.environ:       # as many threads as cores in each would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402  (the environment comes first)
 import torch  # noqa: E402
