@@ -943,7 +943,7 @@ def drawing_row(model: DiffDis, source: Source, features: Features | None, args:
 
 
 # ---------------------------------------------------------------- long-tailed recognition (Table 8)
-SHOTS = {"many": (101, math.inf), "medium": (20, 100), "few": (0, 19)}       # training images of a class
+SHOTS = ("many", "medium", "few")       # training images of a class
 BY_SHOT = ("", *(f"_{name}" for name in SHOTS))
 REPRESENTATIONS = ("query", "tokens")
 
@@ -1124,29 +1124,34 @@ def nearest(queries: Tensor, candidates: Tensor, k: int, block: int = 1024) -> T
     return torch.cat([(some @ candidates.T).topk(k).indices for some in queries.split(block)])
 
 
-def by_shot(hits: Tensor, labels: Tensor, counts: list[int]) -> dict[str, float]:
-    """hits [N], labels [N], training images of each class -> accuracy overall (""), and of the images of
-    classes with many, medium and few ("_many", …; absent where there are none)."""
-    of_image, found = torch.tensor(counts)[labels], {"": hits.double().mean().item()}
-    for name, (low, high) in SHOTS.items():
-        inside = (of_image >= low) & (of_image <= high)
+def shots_of(counts: list[int], many: int, few: int) -> list[str]:
+    """Training images of each class -> "many" (more than that), "few" (fewer than that) or "medium"."""
+    return ["many" if n > many else "few" if n < few else "medium" for n in counts]
+
+
+def by_shot(hits: Tensor, labels: Tensor, shots: list[str]) -> dict[str, float]:
+    """hits [N], labels [N], `shots_of` the classes -> accuracy overall (""), and of the images of classes
+    with many, medium and few ("_many", …; absent where there are none)."""
+    found = {"": hits.double().mean().item()}
+    for name in SHOTS:
+        inside = torch.tensor([shot == name for shot in shots])[labels]
         if inside.any():
             found[f"_{name}"] = hits[inside].double().mean().item()
     return found
 
 
 def sentence_accuracies(images: Tensor, labels: Tensor, texts: Tensor, owners: Tensor,
-                        counts: list[int]) -> dict:
+                        shots: list[str]) -> dict:
     """VL-LTR's three of its first stage. Image-Acc: the nearest sentence is of the image's class; Text-Acc:
     the nearest image is of the sentence's; KNN-Acc: most of the 5 nearest sentences are, ties go to the
     nearest.
 
-    images [N, D], labels [N]; texts [M, D], owners [M]: their classes; counts: training images by class.
+    images [N, D], labels [N]; texts [M, D], owners [M]: their classes; shots: `shots_of` the classes.
     """
     near = owners[nearest(images, texts, 5)]
     votes = torch.tensor([Counter(row).most_common(1)[0][0] for row in near.tolist()])
     found = labels[nearest(texts, images, 1)[:, 0]]
-    by_image = by_shot(near[:, 0] == labels, labels, counts)
+    by_image = by_shot(near[:, 0] == labels, labels, shots)
     return {**{f"image_acc{shot}": rate for shot, rate in by_image.items()},
             "text_acc": (found == owners).double().mean().item(),
             "knn_acc": (votes == labels).double().mean().item()}
@@ -1237,8 +1242,9 @@ def second_stage(model: DiffDis | Clip, data: LongTail, read: Read, labels: Tens
         for some in read.values.to(model.device).split(256):
             scores["top1"].append(head.predict(some).cpu())
             scores["linear"].append(linear(head.visual_input(some)).cpu())
+    shots = shots_of(data.counts(), *args.shots)
     for name, found in scores.items():
-        by_name = by_shot(torch.cat(found).argmax(dim=1) == labels, labels, data.counts())
+        by_name = by_shot(torch.cat(found).argmax(dim=1) == labels, labels, shots)
         result |= {f"{name}{shot}": rate for shot, rate in by_name.items()}
     return {**result, "top1_interval": wilson(result["top1"], len(labels))}
 
@@ -1246,8 +1252,8 @@ def second_stage(model: DiffDis | Clip, data: LongTail, read: Read, labels: Tens
 def longtail(model: DiffDis | Clip, data: LongTail, args: argparse.Namespace) -> dict:
     """VL-LTR's two stages with this model as the backbone (Table 8): pretrain, finetune, or all.
 
-    Accuracies by shot count classes of more than 100, of 20 to 100 and of fewer than 20 training images
-    (OLTR's bins), by the same weighted prediction as the whole.
+    Accuracies by shot (--shots; without it OLTR's: classes of more than 100, of 20 to 100 and of fewer than
+    20 training images) are by the same weighted prediction as the whole.
     """
     if rank_and_world()[1] > 1:
         raise ValueError("longtail trains in one process: start it with python, not torchrun")
@@ -1264,11 +1270,12 @@ def longtail(model: DiffDis | Clip, data: LongTail, args: argparse.Namespace) ->
     labels = torch.tensor(read.labels)
     if args.control == "shuffle-labels":
         labels = labels[shuffled(len(labels), args.seed)]
-    by_shot_classes = {name: sum(low <= n <= high for n in counts) for name, (low, high) in SHOTS.items()}
+    shots = shots_of(counts, *args.shots)
     result = {"n": len(labels), "n_train": sum(counts), "classes": len(counts), "described": described,
-              "classes_by_shot": by_shot_classes, "chance": 1 / len(counts), "sentences": len(texts),
+              "classes_by_shot": {name: shots.count(name) for name in SHOTS}, "chance": 1 / len(counts),
+              "sentences": len(texts),
               "stage": args.stage, "representation": args.representation,
-              **sentence_accuracies(read.values[:, :query_width(model)], labels, queries, owners, counts)}
+              **sentence_accuracies(read.values[:, :query_width(model)], labels, queries, owners, shots)}
     if args.stage != "pretrain":
         result |= second_stage(model, data, read, labels, queries, owners, skips, args)
     return {**result, "seconds_per_image": read.seconds, "skipped": read.skips.to_dict(),
@@ -1702,6 +1709,8 @@ def add_longtail_flags(add: Callable) -> None:
     add("--augment", action=argparse.BooleanOptionalAction, default=None,
         help="RandAugment of training images; without it: not on shapes, whose colours it changes")
     add("--anchors", type=positive, default=64, help="sentences of a class that the head looks at")
+    add("--shots", type=positive, nargs=2, default=[100, 20], metavar=("MANY", "FEW"),
+        help="report classes of more than MANY and of fewer than FEW training images apart")
 
 
 def add_fid_flags(add: Callable) -> None:
@@ -1819,6 +1828,8 @@ def settle_longtail(args: argparse.Namespace) -> LongTail:
                             ("batch_size", 2, math.inf)):
         if not low <= getattr(args, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {low} to {high}")
+    if args.shots[0] < args.shots[1]:
+        raise ValueError(f"--shots is {args.shots[0]} {args.shots[1]}, expected MANY, then FEW, at most MANY")
     if args.list:
         raise ValueError("--list: longtail has lists of its own, in the folder --data")
     if args.out and args.stage == "finetune":

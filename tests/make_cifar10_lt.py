@@ -1,9 +1,9 @@
 """CIFAR-10-LT in Places-LT's layout, out of CIFAR-10 as class folders, for `evaluate.py longtail`.
 
-    python tests/make_cifar10_lt.py data/cifar10 data/cifar10-lt               4,400 images of the first class, 44 of the last
+    python tests/make_cifar10_lt.py data/cifar10 data/cifar10-lt
     python tests/make_cifar10_lt.py data/cifar10 data/cifar10-lt-val --test-on val      to choose settings on
 
-The number of images falls as a geometric series (Cui et al. 2019); training and validation images come from
+4,400 images of the first class, 44 of the last. The number of images falls as a geometric series (Cui et al. 2019); training and validation images come from
 FOLDERS/train, test images are all of FOLDERS/val. Class k of K has int(most · imbalance^(-k / (K - 1))).
 """
 import argparse
@@ -12,26 +12,36 @@ from pathlib import Path
 
 # What an encyclopedia would say first of each class: sentences for the text side to choose from.
 ARTICLES = {
-    "airplane": "An airplane flies through the air with fixed wings. Jet engines or propellers push it forward. "
-                "It stands on a runway or crosses a blue sky. Its body is long and narrow.",
-    "automobile": "An automobile is a car with four wheels. It carries a few people on a road. Most have a bonnet, "
-                  "doors and windows of glass. It is lower and shorter than a truck.",
-    "bird": "A bird has feathers, a beak and two wings. It sits on a branch or flies. Small ones sing, and large "
-            "ones like the ostrich run on the ground. It lays eggs.",
-    "cat": "A cat is a small animal with soft fur. Its ears are pointed and its whiskers long. It lives in houses "
-           "and hunts mice. Many have stripes.",
-    "deer": "A deer is a slender brown animal of forest and meadow. Males grow antlers. It stands on four thin legs "
-            "and eats grass. Its young have white spots.",
-    "dog": "A dog is a tame animal that barks. It has a snout, and its ears often hang. It walks on a lead or plays "
-           "with a ball. There are many breeds, large and small.",
-    "frog": "A frog is a small animal with smooth wet skin. It jumps on long hind legs. It is green or brown and "
-            "lives by the water. Its eyes stand out from its head.",
-    "horse": "A horse is a large animal with a mane and a long tail. People ride it with a saddle. It gallops over "
-             "grass or stands in a stable. It is brown, black or white.",
-    "ship": "A ship is a large vessel that sails the sea. It carries goods and people over water. It has a hull, a "
-            "deck and often masts or funnels. It lies in a harbour.",
-    "truck": "A truck is a large vehicle that carries loads on a road. It has a cab in front and a trailer or a box "
-             "behind. Fire engines are trucks. Its wheels are big.",
+    "airplane":
+        "An airplane flies through the air with fixed wings. Jet engines or propellers push it forward. It "
+        "stands on a runway or crosses a blue sky. Its body is long and narrow.",
+    "automobile":
+        "An automobile is a car with four wheels. It carries a few people on a road. Most have a bonnet, "
+        "doors and windows of glass. It is lower and shorter than a truck.",
+    "bird":
+        "A bird has feathers, a beak and two wings. It sits on a branch or flies. Small ones sing, and "
+        "large ones like the ostrich run on the ground. It lays eggs.",
+    "cat":
+        "A cat is a small animal with soft fur. Its ears are pointed and its whiskers long. It lives in "
+        "houses and hunts mice. Many have stripes.",
+    "deer":
+        "A deer is a slender brown animal of forest and meadow. Males grow antlers. It stands on four thin "
+        "legs and eats grass. Its young have white spots.",
+    "dog":
+        "A dog is a tame animal that barks. It has a snout, and its ears often hang. It walks on a lead or "
+        "plays with a ball. There are many breeds, large and small.",
+    "frog":
+        "A frog is a small animal with smooth wet skin. It jumps on long hind legs. It is green or brown "
+        "and lives by the water. Its eyes stand out from its head.",
+    "horse":
+        "A horse is a large animal with a mane and a long tail. People ride it with a saddle. It gallops "
+        "over grass or stands in a stable. It is brown, black or white.",
+    "ship":
+        "A ship is a large vessel that sails the sea. It carries goods and people over water. It has a "
+        "hull, a deck and often masts or funnels. It lies in a harbour.",
+    "truck":
+        "A truck is a large vehicle that carries loads on a road. It has a cab in front and a trailer or a "
+        "box behind. Fire engines are trucks. Its wheels are big.",
 }
 
 
@@ -48,7 +58,7 @@ def cifar10_lt(folders: Path, out: Path, most: int = 4400, imbalance: float = 10
     for label, (name, count) in enumerate(zip(names, counts)):
         images = sorted((folders / "train" / name).iterdir())
         if len(images) < count + of_val:
-            raise ValueError(f"{folders / 'train' / name} has {len(images)} images, expected {count + of_val}")
+            raise ValueError(f"{folders / 'train' / name}: {len(images)} images, expected {count + of_val}")
         chosen = {"train": images[:count], "val": images[count:count + of_val],
                   "test": sorted((folders / "val" / name).iterdir())[:of_test]}
         for split, paths in chosen.items():

@@ -160,7 +160,8 @@ def test_sentence_accuracies_equal_a_slow_reference() -> None:
     owners, labels = torch.arange(24) % 4, torch.arange(30) % 4
     centres = unit(4, 8)
     images, texts = (F.normalize(centres[c] + 0.3 * torch.randn(len(c), 8), dim=-1) for c in (labels, owners))
-    found = evaluate.sentence_accuracies(images, labels, texts, owners, [200, 50, 20, 3])
+    found = evaluate.sentence_accuracies(images, labels, texts, owners,
+                                         ["many", "medium", "medium", "few"])
     by_image, votes = [], []
     for image in images:
         order = sorted(range(24), key=lambda j: -float(image @ texts[j]))
@@ -180,8 +181,11 @@ def test_sentence_accuracies_equal_a_slow_reference() -> None:
 
 def test_shots_are_the_usual_bins() -> None:
     hits = torch.tensor([True, False, True, True])
-    found = evaluate.by_shot(hits, torch.arange(4), [101, 100, 20, 19])
+    shots = evaluate.shots_of([101, 100, 20, 19], *evaluate.parse_args(["longtail"]).shots)
+    assert shots == ["many", "medium", "medium", "few"]
+    found = evaluate.by_shot(hits, torch.arange(4), shots)
     assert found == {"": 0.75, "_many": 1.0, "_medium": 0.5, "_few": 1.0}
+    assert evaluate.by_shot(hits[:2], torch.arange(2), shots) == {"": 0.5, "_many": 1.0, "_medium": 0.0}
 
 
 def test_anchors_are_the_sentences_of_least_loss() -> None:
@@ -344,6 +348,7 @@ def test_what_cannot_be_read_is_counted_and_noise_names_no_image(places, capsys,
 
 @pytest.mark.parametrize("flags, message", [
     (["--list", "x.txt"], "has lists of its own"),
+    (["--shots", "20", "100"], "--shots is 20 100, expected MANY, then FEW"),
     (["--smoothing", "2"], "--smoothing is 2.0, expected 0 to 1"),
     (["--batch-size", "1"], "--batch-size is 1, expected 2"),
     (["--out", "x.pt", "--stage", "finetune"], "changes none"),
