@@ -3,8 +3,8 @@
     python tests/make_cifar10_lt.py data/cifar10 data/cifar10-lt
     python tests/make_cifar10_lt.py data/cifar10 data/cifar10-lt-val --test-on val      to choose settings on
 
-4,400 images of the first class, 44 of the last. The number of images falls as a geometric series (Cui et al. 2019); training and validation images come from
-FOLDERS/train, test images are all of FOLDERS/val. Class k of K has int(most · imbalance^(-k / (K - 1))).
+4,400 training images of the first class, 44 of the last: class k of K has int(most · imbalance^(-k / (K-1)))
+(Cui et al. 2019). They and the validation images come from FOLDERS/train, test images are all of FOLDERS/val.
 """
 import argparse
 import shutil
