@@ -994,13 +994,14 @@ def class_sentences(model: DiffDis | Clip, data: LongTail,
     return texts, torch.tensor(owners)
 
 
-def balanced(labels: Tensor, counts: list[int], batch_size: int, *key: int) -> Tensor:
-    """An epoch's samples, drawn with replacement, in whole batches: a class of n images counts √n-fold.
+def balanced(labels: Tensor, data: LongTail, args: argparse.Namespace, *key: int) -> Tensor:
+    """An epoch's samples, drawn with replacement, in whole batches: a class of n images counts as
+    n^(1 - balance), with VL-LTR's balance of a half √n-fold.
 
-    labels: of all samples [N]; counts: the classes' images -> numbers of samples, a function of the key.
+    labels: of all samples [N] -> numbers of samples, a function of the key.
     """
-    size = max(1, len(labels) // batch_size) * batch_size
-    weights = torch.tensor(counts, dtype=torch.float64)[labels] ** -0.5
+    size = max(1, len(labels) // args.batch_size) * args.batch_size
+    weights = torch.tensor(data.counts(), dtype=torch.float64)[labels] ** -args.balance
     return torch.multinomial(weights, size, replacement=True, generator=generator_of(*key))
 
 
@@ -1023,7 +1024,7 @@ class Drawn(Subset):
 def balanced_batches(data: LongTail, size: int, key: tuple, skips: SkipReport,
                      args: argparse.Namespace) -> Iterator[Batch]:
     """An epoch of training images at `size` px, a function of the key; what is unusable goes into `skips`."""
-    order = balanced(data.labels(), data.counts(), args.batch_size, *key).numpy()
+    order = balanced(data.labels(), data, args, *key).numpy()
     drawn = Drawn(data.train, order, size, args.augment, key)
     for batch in evaluation_batches(drawn, size, args.batch_size, args.workers or 0):
         skips.add(batch.skipped, batch.visited)
@@ -1191,7 +1192,7 @@ def head_batches(model: DiffDis | Clip, data: LongTail, skips: SkipReport,
         skips.add(Counter(read.skips.skipped), read.skips.visited)
         labels = torch.tensor(read.labels)
         for epoch in range(args.head_epochs):
-            for some in balanced(labels, data.counts(), args.batch_size, *key, epoch).split(args.batch_size):
+            for some in balanced(labels, data, args, *key, epoch).split(args.batch_size):
                 targets = F.one_hot(labels[some], classes).float()
                 yield read.values[some].to(model.device), targets.to(model.device)
         return
@@ -1703,6 +1704,8 @@ def add_longtail_flags(add: Callable) -> None:
     add("--head-epochs", type=positive, default=50, help="of the head")
     add("--head-lr", type=finite, default=1e-4, help="of the head's perceptron, likewise")
     add("--attention-lr", type=finite, default=1e-6, help="of the head's attention over sentences")
+    add("--balance", type=finite, default=0.5, metavar="B",
+        help="a class of n images is drawn n^(1-B)-fold: 0 as they are, 1 all classes alike")
     add("--smoothing", type=finite, default=0.1, help="share of the label that goes to all classes alike")
     add("--mixup", type=finite, default=0.8, help="α of mixup in finetuning, 0: none")
     add("--cutmix", type=finite, default=1.0, help="α of CutMix, 0: none; with both a coin decides")
@@ -1823,7 +1826,7 @@ def write_json(args: argparse.Namespace, result: dict, argv: list[str] | None, p
 
 def settle_longtail(args: argparse.Namespace) -> LongTail:
     """What the flags leave open -> the data. Raises ValueError or FileNotFoundError."""
-    for name, low, high in (("smoothing", 0, 1), ("mixup", 0, math.inf), ("cutmix", 0, math.inf),
+    for name, low, high in (("smoothing", 0, 1), ("balance", 0, 1), ("mixup", 0, math.inf), ("cutmix", 0, math.inf),
                             ("lr", 0, math.inf), ("head_lr", 0, math.inf), ("attention_lr", 0, math.inf),
                             ("batch_size", 2, math.inf)):
         if not low <= getattr(args, name) <= high:
