@@ -1826,9 +1826,9 @@ def write_json(args: argparse.Namespace, result: dict, argv: list[str] | None, p
 
 def settle_longtail(args: argparse.Namespace) -> LongTail:
     """What the flags leave open -> the data. Raises ValueError or FileNotFoundError."""
-    for name, low, high in (("smoothing", 0, 1), ("balance", 0, 1), ("mixup", 0, math.inf), ("cutmix", 0, math.inf),
-                            ("lr", 0, math.inf), ("head_lr", 0, math.inf), ("attention_lr", 0, math.inf),
-                            ("batch_size", 2, math.inf)):
+    for name, low, high in (("smoothing", 0, 1), ("balance", 0, 1), ("mixup", 0, math.inf),
+                            ("cutmix", 0, math.inf), ("lr", 0, math.inf), ("head_lr", 0, math.inf),
+                            ("attention_lr", 0, math.inf), ("batch_size", 2, math.inf)):
         if not low <= getattr(args, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {low} to {high}")
     if args.shots[0] < args.shots[1]:
