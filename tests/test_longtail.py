@@ -7,17 +7,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import build, tiny_clip_config
+from conftest import ROOT, build, tiny_clip_config
+from make_cifar10_lt import cifar10_lt
 from PIL import Image
 from torch.nn import functional as F
 
 import data
 import evaluate
 import model as models
+import train
 from data import SkipReport, open_longtail
 from diffusion import class_contrast, distillation, soft_cross_entropy
 from model import LanguageGuidedHead
 
+CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10" / "train_jpeg.npz"
 NAMES = ["airfield", "art_gallery", "beer/hall"]
 TRAIN = {"airfield": 12, "art_gallery": 4, "hall": 1}
 ARTICLE = """An airfield is a place. Planes land there, e.g. small ones! It is flat.
@@ -369,3 +372,42 @@ def test_mistakes_end_in_one_line(places, capsys, monkeypatch, flags, message) -
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert data.PLACES_LT == {"train": 62500, "val": 7300, "test": 36500}
     assert soft_cross_entropy(torch.zeros(1, 4), torch.full((1, 4), 0.25)) == pytest.approx(math.log(4))
+
+
+# ---------------------------------------------------------------- from training to the head
+def base(tmp_path, name: str, *flags: str) -> str:
+    """A model trained for a moment -> its checkpoint."""
+    train.main(["--out", str(tmp_path / name), "--workers", "0", "--val", "10", "--no-validate", "--warmup", "10",
+                "--tasks", "alignment", *flags])
+    return str(tmp_path / name / "checkpoint.pt")
+
+
+def both_stages(tmp_path, checkpoint: str, *flags: str) -> dict:
+    evaluate.main(["longtail", "--ckpt", checkpoint, "--workers", "0", "--json", str(tmp_path / "r.json"), *flags])
+    return json.loads((tmp_path / "r.json").read_text())
+
+
+@pytest.mark.parametrize("kind", [["--preset", "tiny"], ["--model", "clip-tiny", "--no-augment"]])
+def test_cifar10_lt_from_nothing_to_the_head(tmp_path, kind) -> None:
+    """A tenth of CIFAR-10-LT, imbalance 100: minutes from random weights to what the head says."""
+    if not CIFAR10.is_file():
+        pytest.skip(f"no CIFAR-10 at {CIFAR10}")
+    held = np.load(CIFAR10)
+    names, (labels, ends) = [str(name) for name in held["class_names"]], (held["labels"], held["offsets"])
+    jpegs, taken = held["jpeg"].tobytes(), Counter()
+    for i in range(len(labels)):
+        split = "val" if i % 10 == 0 else "train"
+        taken[split, labels[i]] += 1
+        if taken[split, labels[i]] <= (445 if split == "train" else 30):
+            folder = tmp_path / "cifar10" / split / names[labels[i]]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{i:05d}.jpg").write_bytes(jpegs[ends[i]:ends[i + 1]])
+    counts = cifar10_lt(tmp_path / "cifar10", tmp_path / "lt", most=440, of_val=5)
+    assert counts == [440, 263, 158, 94, 56, 34, 20, 12, 7, 4]
+    checkpoint = base(tmp_path, "run", "--data", str(tmp_path / "lt"), "--steps", "60", *kind)
+    found = both_stages(tmp_path, checkpoint, "--data", str(tmp_path / "lt"), "--epochs", "3", "--lr", "3e-4",
+                        "--warmup-epochs", "0", "--head-epochs", "20", "--head-lr", "3e-3", "--no-augment",
+                        "--mixup", "0", "--cutmix", "0", "--batch-size", "64")
+    assert found["classes_by_shot"] == {"many": 3, "medium": 4, "few": 3} and found["described"] == 10
+    assert found["n"] == 300 and found["n_train"] == sum(counts) and not found["skipped"]["skipped"]
+    assert found["top1"] > 0.15 and found["linear"] > 0.15 and found["image_acc"] > 0.12      # chance is 0.1
