@@ -1,6 +1,7 @@
 """The README's tables from the results of its loop: means over seeds, and what they say of the paper.
 
     python tests/tables.py tables                      print the table, of every NAME-SEED.json in a folder
+    python tests/tables.py longtail                    the same of `evaluate.py longtail`'s
     python tests/tables.py tables --runs runs --out .  and draw curves and one sheet of pictures per seed
 
 A row differs from the joint run if their means are further apart than twice the standard error of their
@@ -24,6 +25,11 @@ METRICS = {"top1": ("zero-shot top-1", 100, 1, True), "mean_r1": ("mean R@1", 10
            "fid": ("Fréchet distance", 1, 3, False),
            "colour": ("colours right", 100, 1, True), "relation": ("relation right", 100, 1, True),
            "all": ("all right", 100, 1, True)}
+LONGTAIL = {"image_acc": ("stage 1: Image-Acc", 100, 1, True), "text_acc": ("Text-Acc", 100, 1, True),
+            "knn_acc": ("KNN-Acc", 100, 1, True), "image_acc_few": ("Image-Acc, few", 100, 1, True),
+            "top1": ("stage 2", 100, 1, True), "top1_many": ("many", 100, 1, True),
+            "top1_medium": ("medium", 100, 1, True), "top1_few": ("few", 100, 1, True),
+            "linear": ("linear layer", 100, 1, True), "linear_few": ("linear layer, few", 100, 1, True)}
 # What the paper says of a row against its own default: zero-shot top-1, R@1, FID (README, "Choices of ours").
 PAPER = {"text-noise": (22.62 - 23.44, 29.38 - 28.64, 10.78 - 11.52),           # Table 2
          "no-fusion": (24.53 - 25.92, 32.97 - 33.60, 10.05 - 9.80),             # Table 4
@@ -76,17 +82,20 @@ def verdict(ours: tuple[float, float] | None, paper: float | None) -> str:
 
 
 def table(rows: dict) -> str:
-    found = {metric: summary(rows, metric) for metric in METRICS}
+    kinds = {run.get("task") for seeds in rows.values() for run in seeds.values()}
+    metrics = LONGTAIL if kinds == {"longtail"} else METRICS
+    found = {metric: summary(rows, metric) for metric in metrics}
+    found = {metric: some for metric, some in found.items() if some[0]}
     # At the floor one lucky picture would look like an effect.
-    floor = [metric for metric, (values, _) in found.items() if METRICS[metric][1] == 100
-             and max((statistics.mean(some) for some in values.values()), default=0.0) < 0.01]
+    floor = [metric for metric, (values, _) in found.items() if metrics[metric][1] == 100
+             and max(statistics.mean(some) for some in values.values()) < 0.01]
     found = {metric: some for metric, some in found.items() if metric not in floor}
-    lines = ["| row | seeds | " + " | ".join(METRICS[m][0] for m in found) + " |",
+    lines = ["| row | seeds | " + " | ".join(metrics[m][0] for m in found) + " |",
              "|---|" + "---|" * (len(found) + 1)]
     for name, seeds in rows.items():
         cells = [name, str(len(seeds))]
         for metric, (values, deviation) in found.items():
-            _, factor, digits, more_is_better = METRICS[metric]
+            _, factor, digits, more_is_better = metrics[metric]
             if name not in values:
                 cells.append("")
                 continue
@@ -96,11 +105,13 @@ def table(rows: dict) -> str:
             mark = "" if ours is None or abs(ours[1]) < 2 else " ▲" if better else " ▼"
             cells.append(f"{factor * mean:.{digits}f} ± {factor * spread:.{digits}f}{mark}")
         lines.append("| " + " | ".join(cells) + " |")
-    pooled = "; ".join(f"{METRICS[m][0]} {METRICS[m][1] * found[m][1]:.{METRICS[m][2]}f}" for m in found
+    pooled = "; ".join(f"{metrics[m][0]} {metrics[m][1] * found[m][1]:.{metrics[m][2]}f}" for m in found
                        if math.isfinite(found[m][1])) or "unknown, with one seed nothing is told from noise"
-    below = f" Under 1 % in every row: {', '.join(METRICS[m][0] for m in floor)}." if floor else ""
-    lines += ["", f"Pooled standard deviation over seeds: {pooled}.{below}", "",
-              "| row | zero-shot: paper, ours | R@1: paper, ours | FID: paper, our Fréchet distance |",
+    below = f" Under 1 % in every row: {', '.join(metrics[m][0] for m in floor)}." if floor else ""
+    lines += ["", f"Pooled standard deviation over seeds: {pooled}.{below}"]
+    if metrics is LONGTAIL:
+        return "\n".join(lines)
+    lines += ["", "| row | zero-shot: paper, ours | R@1: paper, ours | FID: paper, our Fréchet distance |",
               "|---|---|---|---|"]
     for name, paper in PAPER.items():
         if name not in rows:
@@ -110,7 +121,7 @@ def table(rows: dict) -> str:
             if metric not in found:
                 cells.append("–")
                 continue
-            ours, factor, digits = effect(*found[metric], name), *METRICS[metric][1:3]
+            ours, factor, digits = effect(*found[metric], name), *metrics[metric][1:3]
             cells.append("–" if theirs is None or ours is None else
                          f"{theirs:+.2f}, {factor * ours[0]:+.{digits}f}: {verdict(ours, theirs)}")
         lines.append("| " + " | ".join(cells) + " |")

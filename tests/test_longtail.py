@@ -377,8 +377,8 @@ def test_mistakes_end_in_one_line(places, capsys, monkeypatch, flags, message) -
 # ---------------------------------------------------------------- from training to the head
 def base(tmp_path, name: str, *flags: str) -> str:
     """A model trained for a moment -> its checkpoint."""
-    train.main(["--out", str(tmp_path / name), "--workers", "0", "--val", "10", "--no-validate", "--warmup", "10",
-                "--tasks", "alignment", *flags])
+    train.main(["--out", str(tmp_path / name), "--workers", "0", "--val", "10", "--no-validate",
+                "--warmup", "10", "--tasks", "alignment", *flags])
     return str(tmp_path / name / "checkpoint.pt")
 
 

@@ -43,3 +43,14 @@ def test_the_verdict_is_by_sign_and_noise(folder) -> None:
     of_paper = [text for text in told if text.startswith("| no-fusion |")][1]
     assert of_paper.count("agrees") == 2 and "disagrees" not in of_paper
     assert "disagrees" in [text for text in told if text.startswith("| t-0 |")][1]
+
+
+def test_longtail_has_columns_of_its_own(tmp_path) -> None:
+    for seed in range(3):
+        told = {"task": "longtail", "image_acc": 0.3, "top1": 0.4 + 0.1 * seed, "linear_few": 0.0}
+        (tmp_path / f"clip-{seed}.json").write_text(json.dumps(told))
+        (tmp_path / f"shapes-{seed}.json").write_text(json.dumps(told))
+    title, _, row, *rest = tables.table(tables.read(tmp_path)).splitlines()
+    assert title == "| row | seeds | stage 1: Image-Acc | stage 2 |"
+    assert row == "| clip | 3 | 30.0 ± 0.0 | 50.0 ± 10.0 |"
+    assert "Under 1 % in every row: linear layer, few." in rest[-1], "and nothing of the paper's other tables"
