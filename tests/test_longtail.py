@@ -383,7 +383,8 @@ def base(tmp_path, name: str, *flags: str) -> str:
 
 
 def both_stages(tmp_path, checkpoint: str, *flags: str) -> dict:
-    evaluate.main(["longtail", "--ckpt", checkpoint, "--workers", "0", "--json", str(tmp_path / "r.json"), *flags])
+    evaluate.main(["longtail", "--ckpt", checkpoint, "--workers", "0", "--json", str(tmp_path / "r.json"),
+                   *flags])
     return json.loads((tmp_path / "r.json").read_text())
 
 
