@@ -311,11 +311,6 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_tensor(pixels: list[np.ndarray]) -> Tensor:
-    """uint8 [H, W, 3] each -> float32 [B, 3, H, W] in [-1, 1]."""
-    return to_float(torch.from_numpy(np.stack(pixels)))
-
-
 # ---------------------------------------------------------------- augmentation (CLIP's training images)
 # Share of the picture's area. Our choice: the paper only says "random crop", and a caption tells of the whole
 # picture, more than a class name does. OpenCLIP takes (0.9, 1.0), ImageNet's classifiers (0.08, 1.0).
@@ -643,6 +638,14 @@ def class_caption(name: str) -> str:
     return f"a photo of a{'n' if name[0].lower() in 'aeiou' else ''} {name}"
 
 
+def read_bytes(path: Path) -> bytes:
+    """A file that was there when the source was opened. Raises BadSample."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        raise BadSample("unreadable file", str(path)) from None
+
+
 class FileSource(Source):
     """Images as files: each of a class, or with a .txt of captions beside it."""
 
@@ -660,7 +663,7 @@ class FileSource(Source):
     def captions(self, index: int) -> list[str]:
         if self.labels is not None:
             return [class_caption(self.classes[self.labels[index]])]
-        text = self.images[index].with_suffix(".txt").read_text("utf-8-sig", errors="replace")
+        text = read_bytes(self.images[index].with_suffix(".txt")).decode("utf-8-sig", errors="replace")
         found = [line.strip() for line in text.splitlines() if clean(line)]
         if not found:
             raise BadSample("empty caption", str(self.images[index]))
@@ -669,8 +672,7 @@ class FileSource(Source):
     def read(self, index: int, side: int | None = None) -> Sample:
         path = self.images[index]
         label = None if self.labels is None else self.labels[index]
-        return Sample(decode_image(path.read_bytes(), str(path), side), self.captions(index), str(path),
-                      label)
+        return Sample(decode_image(read_bytes(path), str(path), side), self.captions(index), str(path), label)
 
 
 class KarpathySource(FileSource):
@@ -797,8 +799,9 @@ def open_source(name: str, split: str = "train", list_file: str | None = None) -
 
     name: "shapes"; "cc3m" (./cc3m, ./data/cc3m or $DIFFDIS_DATA/cc3m); a tar; or a folder of
     - tars (all below it), or images with .txt beside them;
-    - class folders (DIR/CLASS/*.jpg, or DIR/{train,val}/CLASS/*.jpg, of which `split` chooses), or
-      ImageNet's flat validation images; better names for the classes may be given, see class_names;
+    - class folders (DIR/CLASS/*.jpg), or ImageNet's flat validation images; better names for the classes may
+      be given, see class_names;
+      of these DIR/train or DIR/val if there is one, as `split` says; without DIR/train all but DIR/val;
     - CIFAR-10's or CIFAR-100's binary files, see CifarSource;
     - COCO's or Flickr's images and Karpathy's table of them, see open_karpathy (or the table's own path).
     list_file: the images of the folder that count, and their classes, see open_list.
@@ -824,19 +827,20 @@ def open_source(name: str, split: str = "train", list_file: str | None = None) -
         return open_karpathy([table for table in tables if table.is_file()], split)
     if any((path / p).is_file() for p in ("data_batch_1.bin", "test_batch.bin", "fine_label_names.txt")):
         return CifarSource(path, split)
-    if split == "val" and (path / "val").is_dir():
-        path = path / "val"
+    if (path / split).is_dir() and not (path / CACHE_NOTES).is_file():
+        path = path / split
+    elif split == "val" and (path / "train").is_dir() and any(p.is_dir() for p in (path / "train").iterdir()):
+        raise ValueError(f"{name} has a folder train, but none called val: name the one to evaluate, as "
+                         f"{path / 'test'}")
     files = [path] if path.is_file() else files_below(path)
+    files = [p for p in files if split != "train" or not p.is_relative_to(path / "val")]
     tars = files if path.is_file() else [p for p in files if p.suffix == ".tar"]
-    return open_tars(path, name, split, tars) if tars else open_folder(
-        path, split, [p for p in files if p.suffix[1:].lower() in IMAGE_SUFFIXES])
+    return open_tars(path, name, tars) if tars else open_folder(
+        path, [p for p in files if p.suffix[1:].lower() in IMAGE_SUFFIXES])
 
 
-def open_tars(path: Path, name: str, split: str, tars: list[Path]) -> TarSource:
+def open_tars(path: Path, name: str, tars: list[Path]) -> TarSource:
     """The tars of a folder, or of a latent cache. Raises ValueError."""
-    if split == "train" and any(p.is_relative_to(path / "val") for p in tars):
-        print(f"warning: training on every tar below {path}, {path / 'val'} included, which evaluation "
-              f"would use: if there is one, name {path / 'train'} instead", file=sys.stderr)
     notes = path / CACHE_NOTES
     source = open_cache(notes, tars, path.name) if notes.is_file() else TarSource(tars, path.name)
     if not len(source):
@@ -864,24 +868,22 @@ def files_below(path: Path) -> list[Path]:
     return sorted(p for p in found if p.is_file())
 
 
-def open_folder(path: Path, split: str, images: list[Path]) -> FileSource:
+def open_folder(path: Path, images: list[Path]) -> FileSource:
     """A folder's images, captioned or in class folders. Raises ValueError."""
     captioned = [p for p in images if p.with_suffix(".txt").is_file()]
     if captioned:
         source = FileSource(captioned, path.name)
         source.skipped["no caption"] = len(images) - len(captioned)
         return source
-    root = path / split if (path / split).is_dir() else path
-    images = [p for p in images if p.is_relative_to(root)]
-    in_folders = [p for p in images if p.parent != root]
+    in_folders = [p for p in images if p.parent != path]
     if not in_folders and any(p.name.startswith("ILSVRC2012_val_") for p in images):
-        return open_flat_imagenet(root)
+        return open_flat_imagenet(path)
     if not in_folders:
         raise ValueError(f"{path} holds {len(images)} images and no tars: expected tars, "
                          "images with .txt beside them, class folders of images, Karpathy's table, or "
                          "CIFAR's binary files (not the pickled ones)")
-    folders = [p.relative_to(root).parts[0] for p in in_folders]
-    return FileSource(in_folders, path.name, *class_names(root, folders, "folder"))
+    folders = [p.relative_to(path).parts[0] for p in in_folders]
+    return FileSource(in_folders, path.name, *class_names(path, folders, "folder"))
 
 
 def in_or_above(folder: Path, name: str) -> Path | None:
@@ -1560,6 +1562,11 @@ def open_longtail(name: str) -> LongTail:
         refuse_missing(missing, entries, tables[split], root)
         sources.append(FileSource([root / path for path, _ in entries], f"{root.name} {split}", names,
                                   [label for _, label in entries]))
+    shared = len({os.path.realpath(p) for p in sources[0].images}
+                 & {os.path.realpath(p) for p in sources[1].images})
+    if shared:
+        raise ValueError(f"{shared} images are both in {tables['train']} and in {tables['test']}: what is "
+                         "tested on must not be trained on")
     articles = [root / "wiki" / f"desc_{label}.txt" for label in range(len(names))]
     return LongTail(*sources, names, [read_sentences(path) if path.is_file() else [] for path in articles])
 

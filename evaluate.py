@@ -546,8 +546,7 @@ def knn(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict
     if shared:
         raise ValueError(f"{len(shared)} of the images of --data are in the bank too, where they would find "
                          "themselves: expected DIR/train and DIR/val, or --bank DIR, or --bank-list FILE")
-    width = model.config.embedding if isinstance(model, Clip) else model.config.text.width
-    labels = torch.tensor(read.labels)
+    width, labels = query_width(model), torch.tensor(read.labels)
     if args.control == "shuffle-labels":
         labels = labels[shuffled(len(labels), args.seed)]
     result: dict = {"k": args.k, "n_bank": len(known.labels), "classes": len(source.classes)}
@@ -916,7 +915,7 @@ def drawing_row(model: DiffDis, source: Source, features: Features | None, args:
     """The denoising error on --n samples, and what pictures for their captions are worth."""
     some, size, verdicts = evenly_spaced(source, args.n), model.config.image_size, []
     error, skips = denoising_error(model, some, args)
-    result: dict = {"denoising_error": error, "skipped_drawing": skips.to_dict()}
+    result: dict = {"n_drawn": len(some), "denoising_error": error, "skipped_drawing": skips.to_dict()}
     if features is None and args.data != "shapes":       # nobody would look at the pictures
         return result
     prompts = [captions[0] for captions in some.usable_captions(args.n)]
@@ -1132,12 +1131,13 @@ def shots_of(counts: list[int], many: int, few: int) -> list[str]:
 
 def by_shot(hits: Tensor, labels: Tensor, shots: list[str]) -> dict[str, float]:
     """hits [N], labels [N], `shots_of` the classes -> accuracy overall (""), and of the images of classes
-    with many, medium and few ("_many", …; absent where there are none)."""
-    found = {"": hits.double().mean().item()}
-    for name in SHOTS:
-        inside = torch.tensor([shot == name for shot in shots])[labels]
+    with many, medium and few ("_many", …; absent where there are none), each with its interval."""
+    found = {}
+    for ending in BY_SHOT:
+        inside = torch.tensor([ending in ("", f"_{shot}") for shot in shots])[labels]
         if inside.any():
-            found[f"_{name}"] = hits[inside].double().mean().item()
+            found[ending] = hits[inside].double().mean().item()
+            found[f"{ending}_interval"] = wilson(found[ending], int(inside.sum()))
     return found
 
 
@@ -1225,7 +1225,7 @@ def train_heads(model: DiffDis | Clip, data: LongTail, head: LanguageGuidedHead,
 
 
 def second_stage(model: DiffDis | Clip, data: LongTail, read: Read, labels: Tensor, queries: Tensor,
-                 owners: Tensor, skips: SkipReport, args: argparse.Namespace) -> dict:
+                 owners: Tensor, shots: list[str], skips: SkipReport, args: argparse.Namespace) -> dict:
     """Anchors, heads, and what they make of the test images' features."""
     # Other noise than the test images': what is alike must be the pictures (as in knn).
     args = argparse.Namespace(**{**vars(args), "control": "none", "seed": args.seed + 1})
@@ -1243,11 +1243,10 @@ def second_stage(model: DiffDis | Clip, data: LongTail, read: Read, labels: Tens
         for some in read.values.to(model.device).split(256):
             scores["top1"].append(head.predict(some).cpu())
             scores["linear"].append(linear(head.visual_input(some)).cpu())
-    shots = shots_of(data.counts(), *args.shots)
     for name, found in scores.items():
         by_name = by_shot(torch.cat(found).argmax(dim=1) == labels, labels, shots)
         result |= {f"{name}{shot}": rate for shot, rate in by_name.items()}
-    return {**result, "top1_interval": wilson(result["top1"], len(labels))}
+    return result
 
 
 def longtail(model: DiffDis | Clip, data: LongTail, args: argparse.Namespace) -> dict:
@@ -1278,7 +1277,7 @@ def longtail(model: DiffDis | Clip, data: LongTail, args: argparse.Namespace) ->
               "stage": args.stage, "representation": args.representation,
               **sentence_accuracies(read.values[:, :query_width(model)], labels, queries, owners, shots)}
     if args.stage != "pretrain":
-        result |= second_stage(model, data, read, labels, queries, owners, skips, args)
+        result |= second_stage(model, data, read, labels, queries, owners, shots, skips, args)
     return {**result, "seconds_per_image": read.seconds, "skipped": read.skips.to_dict(),
             "skipped_training": skips.to_dict()}
 
@@ -1572,6 +1571,8 @@ def speed_model(args: argparse.Namespace) -> DiffDis:
     """--ckpt's model, or the preset's with random weights."""
     if args.ckpt is not None:
         model = models.load(args.ckpt, args.device, weights="raw")
+        if isinstance(model, Clip):
+            raise ValueError(f"{args.ckpt} is a CLIP, which is timed beside every DiffDis: name one of those")
         kinds = [name for name, preset in models.PRESETS.items() if preset.unet == model.config.unet]
         args.preset = kinds[0] if kinds else args.preset
         return model
@@ -1585,17 +1586,20 @@ def speed_model(args: argparse.Namespace) -> DiffDis:
 # ---------------------------------------------------------------- command line
 def print_table(title: str, result: dict, metrics: tuple[str, ...]) -> None:
     print(f"{title}  (n = {result['n']})")
-    left_out = result.get("skipped", {"skipped": {}})
-    skipped = Counter(left_out["skipped"]) + Counter(left_out.get("skipped_pictures", {}))
-    if skipped:
-        print(f"  left out: {', '.join(f'{count} {cause}' for cause, count in sorted(skipped.items()))}")
+    for name in ("skipped", "skipped_training", "skipped_drawing"):
+        left_out = result.get(name, {"skipped": {}})
+        skipped = Counter(left_out["skipped"]) + Counter(left_out.get("skipped_pictures", {}))
+        if skipped:
+            told = ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.items()))
+            print(f"  left out{name.removeprefix('skipped').replace('_', ', ')}: {told}")
     if "fid" in result:
-        print(f"  FID {result['fid']:.3f} against {result['n_reference']} images; "
+        what = "Fréchet distance" if "features" in result["protocol"] else "FID"
+        print(f"  {what} {result['fid']:.3f} against {result['n_reference']} images; "
               + "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in result["protocol"].items()))
     if "seconds_per_image" in result:
         print(f"  {1000 * result['seconds_per_image']:.2f} ms per image and device")
     if "denoising_error" in result:
-        print(f"  denoising error {result['denoising_error']:.5f}")
+        print(f"  denoising error {result['denoising_error']:.5f}  (n = {result['n_drawn']})")
     for name in (name for name in metrics if name in result):
         low, high = result.get(f"{name}_interval", (None, None))
         interval = "" if low is None else f"   95 % interval {100 * low:5.1f} – {100 * high:5.1f}"
@@ -1637,7 +1641,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             add("--n", type=positive, default=64, help="held-out prompts to draw")
             add("--best-of", type=positive, default=1, help="draw this many, keep the model's own favourite")
             continue
-        add_data_flags(add)
+        add_data_flags(add, name)
         if name != "fid":
             add("--text-steps", type=positive, default=1, help="denoising steps of the text query")
             add("--draws", type=positive, default=1, help="noise draws averaged per image")
@@ -1656,9 +1660,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             add_fid_flags(add)
         elif name == "longtail":
             add_longtail_flags(add)
-            task.set_defaults(batch_size=128, max_bad=0.05)
+            task.set_defaults(batch_size=128)
         elif name == "row":
-            add("--n", type=positive, default=256, help="pictures to draw")
+            add("--n", type=positive, default=256, help="pictures to draw, and images of the denoising error")
             add("--sampler", choices=tuple(SAMPLERS), default="ddim", help="as in sample.py")
             add("--features", metavar="CKPT", help="measure fid in this checkpoint's image features")
             task.set_defaults(out=None)
@@ -1668,11 +1672,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def add_data_flags(add: Callable) -> None:
-    add("--data", default="shapes", help="shapes, cc3m, or a folder in one of the README's layouts")
-    add("--list", metavar="FILE", help="text file of the images of --data to use, a path per line, its class "
-        "after it unless that is the folder")
-    add("--limit", type=positive, help="images to use, evenly spaced; without it all")
+def add_data_flags(add: Callable, task: str) -> None:
+    if task == "longtail":
+        add("--data", default="shapes", help="shapes, places-lt, or a folder in Places-LT's layout")
+        add("--limit", type=positive, help="test images to use, evenly spaced; without it all")
+    else:
+        add("--data", default="shapes", help="shapes, cc3m, or a folder in one of the README's layouts")
+        add("--list", metavar="FILE", help="text file of the images of --data to use, a path per line, its "
+            "class after it unless that is the folder")
+        add("--limit", type=positive, help="images to use, evenly spaced; without it all")
     add("--batch-size", type=positive, default=100, help="images at once")
     add("--workers", type=natural, help="processes that read and decode; without it 0 for shapes, else 2")
     add("--max-bad", type=finite, default=0.05, help="stop when more than this share of samples is unusable")
@@ -1778,8 +1786,12 @@ def read_templates(path: str | None) -> list[str] | None:
 
 def check_task(task: str, model: DiffDis | Clip | None, args: argparse.Namespace) -> None:
     """Refuse what these weights were not trained for. Raises ValueError."""
+    if isinstance(model, DiffDis) and getattr(args, "text_steps", 1) > model.config.timesteps:
+        raise ValueError(f"--text-steps is {args.text_steps}, of {model.config.timesteps} timesteps in all")
     if task == "row":        # which is of what they were trained for
         return
+    if task == "checker" and args.best_of > 1 and "alignment" not in model.tasks:
+        raise ValueError("--best-of: these weights only draw images, they do not read them to choose one")
     if task in ("retrieval", "knn", "longtail") or task == "zeroshot" and args.method == "alignment":
         if "alignment" not in model.tasks:
             raise ValueError("these weights only draw images, they do not read them: "
@@ -1833,8 +1845,6 @@ def settle_longtail(args: argparse.Namespace) -> LongTail:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {low} to {high}")
     if args.shots[0] < args.shots[1]:
         raise ValueError(f"--shots is {args.shots[0]} {args.shots[1]}, expected MANY, then FEW, at most MANY")
-    if args.list:
-        raise ValueError("--list: longtail has lists of its own, in the folder --data")
     if args.out and args.stage == "finetune":
         raise ValueError("--out is for the pretrained model, and --stage finetune changes none: leave it out")
     if args.out and (not Path(args.out).resolve().parent.is_dir() or Path(args.out).is_dir()):

@@ -1788,6 +1788,8 @@ def export(model: DiffDis, out: str | Path) -> None:
     Raises ValueError for a model that is not of Stable Diffusion v1's make.
     """
     config, out = model.config, Path(out)
+    if not isinstance(model, DiffDis):
+        raise ValueError("a CLIP is not exported: only DiffDis is")
     made = (config.autoencoder.kind, config.image_target, config.image_schedule)
     if made != ("kl", "noise", "linear"):
         raise ValueError("only a model with Stable Diffusion's autoencoder, target and schedule is exported "

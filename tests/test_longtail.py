@@ -1,7 +1,9 @@
 """Long-tailed recognition: layout, losses, selection and head against slow references, both stages."""
 import json
 import math
+import os
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,6 @@ from make_cifar10_lt import cifar10_lt
 from PIL import Image
 from torch.nn import functional as F
 
-import data
 import evaluate
 import model as models
 import train
@@ -20,7 +21,7 @@ from data import SkipReport, open_longtail
 from diffusion import class_contrast, distillation, soft_cross_entropy
 from model import LanguageGuidedHead
 
-CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10" / "train_jpeg.npz"
+CIFAR10 = Path(os.environ.get("DIFFDIS_DATA", ROOT.parent / "shared/data")) / "cifar10/train_jpeg.npz"
 NAMES = ["airfield", "art_gallery", "beer/hall"]
 TRAIN = {"airfield": 12, "art_gallery": 4, "hall": 1}
 ARTICLE = """An airfield is a place. Planes land there, e.g. small ones! It is flat.
@@ -73,6 +74,7 @@ def test_the_layout_is_read(places) -> None:
     (lambda p: (p / "other_train.txt").write_text("x 0\n"), "has 2 files *train.txt"),
     (lambda p: (p / "test" / "hall" / "00000001.png").unlink(), "lacks 1 of the 9 images"),
     (lambda p: (p / "Small_LT_test.txt").write_text("test/hall/0.png 3\n"), "has label 3, expected 0 to 2"),
+    (lambda p: (p / "Small_LT_test.txt").write_text("train/hall/00000000.png 2\n"), "1 images are both in"),
     (lambda p: (p / "Small_LT_test.txt").write_text("test/hall/0.png\n"), "line 1: 'test/hall/0.png'"),
     (lambda p: (p / "Small_LT_test.txt").write_text("test/hall/0.png -1\n"), "LABEL from 0"),
     (lambda p: (p / "Small_LT_val.txt").write_text("\n"), "is empty"),
@@ -82,8 +84,8 @@ def test_the_layout_is_read(places) -> None:
     (lambda p: (p / "labels.txt").write_text("a 0\nb 1\nc 1\n"), "3 pairs of label and name"),
     (lambda p: (p / "labels.txt").write_text("a 0\nb 1\n_ 2\n"), "each with a name"),
     (lambda p: (p / "Small_LT_train.txt").rename(p / "Places_LT_train.txt"), "has 62500, of 365"),
-], ids=["no list", "two lists", "no image", "label", "no label", "negative", "empty list", "empty class",
-        "gap", "label twice", "no name", "Places"])
+], ids=["no list", "two lists", "no image", "label", "trained on", "no label", "negative", "empty list",
+        "empty class", "gap", "label twice", "no name", "Places"])
 def test_bad_lists_are_refused_in_one_line_before_any_compute(places, capsys, change, message) -> None:
     change(places)
     models.save(places / "m.pt", build())
@@ -96,8 +98,9 @@ def test_bad_lists_are_refused_in_one_line_before_any_compute(places, capsys, ch
 def test_shapes_follow_zipfs_law_and_share_no_picture() -> None:
     found = open_longtail("shapes")
     assert sorted(found.counts(), reverse=True) == [300 // k for k in range(1, 25)]
-    keys = [source.read(i).key for source in (found.train, found.test) for i in range(0, len(source), 7)]
-    assert len(keys) == len(set(keys))
+    pictures = [source.read(i).image.tobytes() for source in (found.train, found.test)
+                for i in range(0, len(source), 3)]
+    assert len(pictures) == len(set(pictures))
     assert all(found.train.read(i).label == found.labels()[i] for i in range(0, len(found.train), 50))
 
 
@@ -115,6 +118,10 @@ def test_class_contrast_equals_a_slow_reference() -> None:
     apart = torch.arange(6)       # classes of one image each, no smoothing: plain InfoNCE
     infonce = (F.cross_entropy(logits, apart) + F.cross_entropy(logits.T, apart)) / 2
     assert torch.allclose(class_contrast(logits, apart, 0.0), infonce)
+
+
+def test_soft_cross_entropy_of_knowing_nothing() -> None:
+    assert soft_cross_entropy(torch.zeros(1, 4), torch.full((1, 4), 0.25)) == pytest.approx(math.log(4))
 
 
 def test_distillation_is_least_where_nothing_changed() -> None:
@@ -191,8 +198,11 @@ def test_shots_are_the_usual_bins() -> None:
     shots = evaluate.shots_of([101, 100, 20, 19], *evaluate.parse_args(["longtail"]).shots)
     assert shots == ["many", "medium", "medium", "few"]
     found = evaluate.by_shot(hits, torch.arange(4), shots)
-    assert found == {"": 0.75, "_many": 1.0, "_medium": 0.5, "_few": 1.0}
-    assert evaluate.by_shot(hits[:2], torch.arange(2), shots) == {"": 0.5, "_many": 1.0, "_medium": 0.0}
+    rates = {name: rate for name, rate in found.items() if not name.endswith("_interval")}
+    assert rates == {"": 0.75, "_many": 1.0, "_medium": 0.5, "_few": 1.0}
+    assert found["_medium_interval"] == evaluate.wilson(0.5, 2) and len(found) == 8
+    found = evaluate.by_shot(hits[:2], torch.arange(2), shots)
+    assert (found["_many"], found["_medium"]) == (1, 0) and "_few" not in found
 
 
 def test_anchors_are_the_sentences_of_least_loss() -> None:
@@ -354,7 +364,7 @@ def test_what_cannot_be_read_is_counted_and_noise_names_no_image(places, capsys,
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--list", "x.txt"], "has lists of its own"),
+    (["--text-steps", "2000"], "--text-steps is 2000, of 1000"),
     (["--shots", "20", "100"], "--shots is 20 100, expected MANY, then FEW"),
     (["--smoothing", "2"], "--smoothing is 2.0, expected 0 to 1"),
     (["--batch-size", "1"], "--batch-size is 1, expected 2"),
@@ -369,9 +379,8 @@ def test_mistakes_end_in_one_line(places, capsys, monkeypatch, flags, message) -
     models.save(places / "m.pt", build())
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["longtail", "--ckpt", "m.pt", "--data", str(places), *flags])
-    assert stop.value.code == 2 and message in capsys.readouterr().err
-    assert data.PLACES_LT == {"train": 62500, "val": 7300, "test": 36500}
-    assert soft_cross_entropy(torch.zeros(1, 4), torch.full((1, 4), 0.25)) == pytest.approx(math.log(4))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert stop.value.code == 2 and len(told) == 1 and message in told[0]
 
 
 # ---------------------------------------------------------------- from training to the head

@@ -437,13 +437,44 @@ def test_class_folders_of_one_name_are_refused(tmp_path) -> None:
         open_source(str(tmp_path))
 
 
-def test_training_on_the_validation_tars_is_said(tmp_path, capsys) -> None:
-    for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-        write_tar(tmp_path / split / "0.tar", [("a.jpg", picture()), ("a.txt", b"a")])
-    assert len(open_source(str(tmp_path), "train")) == 2, "every tar below the folder"
-    assert "included" in capsys.readouterr().err
-    assert len(open_source(str(tmp_path), "val")) == 1
+@pytest.mark.parametrize("kind", ["tars", "captions", "classes"])
+def test_training_never_sees_the_validation_half(tmp_path, kind: str) -> None:
+    def put(folder: Path) -> None:
+        if kind == "tars":
+            folder.mkdir(parents=True)
+            write_tar(folder / "0.tar", [("a.jpg", picture()), ("a.txt", b"a")])
+            return
+        folder = folder / "cat" if kind == "classes" else folder
+        folder.mkdir(parents=True)
+        (folder / "a.jpg").write_bytes(picture())
+        if kind == "captions":
+            (folder / "a.txt").write_text("a")
+    put(tmp_path / "both" / "train")
+    put(tmp_path / "both" / "val")
+    put(tmp_path / "one" / "more")
+    put(tmp_path / "one" / "val")
+    for name in ("both", "one"):
+        found = {split: open_source(str(tmp_path / name), split) for split in ("train", "val")}
+        assert [len(source) for source in found.values()] == [1, 1]
+        keys = {split: str(source.paths()[0]) for split, source in found.items()}
+        assert "val" in keys["val"] and "val" not in keys["train"].removeprefix(str(tmp_path))
+    put(tmp_path / "tested" / "train" / "sub")
+    put(tmp_path / "tested" / "test")
+    with pytest.raises(ValueError, match="none called val: name the one to evaluate, as .*test$"):
+        open_source(str(tmp_path / "tested"), "val")
+    assert len(open_source(str(tmp_path / "tested"), "train")) == 1
+
+
+def test_a_file_that_vanishes_is_a_bad_sample(tmp_path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").write_bytes(picture())
+        (tmp_path / f"{name}.txt").write_text(name)
+    source = open_source(str(tmp_path))
+    (tmp_path / "a.jpg").unlink()
+    (tmp_path / "b.txt").unlink()
+    for i in range(2):
+        with pytest.raises(BadSample, match="unreadable file"):
+            source.read(i)
 
 
 @pytest.mark.parametrize("count", [2, 3, 6, 10, 16, 30])

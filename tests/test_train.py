@@ -21,7 +21,7 @@ import evaluate
 import model as models
 import sample
 import train
-from data import Shapes, to_square, to_tensor
+from data import Shapes, to_float, to_square
 from diffusion import make_alphas_cumprod
 
 TIMINGS = ("images_per_s", "data_wait", "memory_gib", "mfu")
@@ -41,6 +41,10 @@ def start(folder: Path, *flags: str, ranks: int = 1) -> list[subprocess.Popen]:
     env |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(ranks)]
+
+
+def squares(samples) -> torch.Tensor:
+    return to_float(torch.stack([torch.from_numpy(to_square(sample.image, 32)) for sample in samples]))
 
 
 def finish(processes: list[subprocess.Popen]) -> str:
@@ -301,7 +305,7 @@ def test_parts_and_recomputed_activations_change_nothing(small, tasks, dtype, si
     model = build().to(dtype).requires_grad_(True)
     train.freeze_unused(model, args.tasks, True)
     drawn = train.draw(model.config, model.latent_shape(32, 32), 0, 0, range(8))
-    latents = model.encode_image(to_tensor([to_square(Shapes().read(i).image, 32) for i in range(8)]))
+    latents = model.encode_image(squares(Shapes().read(i) for i in range(8)))
     tokens = model.tokenizer([Shapes().captions(i)[0] for i in range(8)])
     whole, expected = gradients_of(model, args, [(latents, tokens, drawn)])
     cut = {name: value.split(sizes) for name, value in drawn.items()}
@@ -559,7 +563,7 @@ def test_the_loss_and_its_gradient_are_algorithm_1(small) -> None:
     args = small("--p-uncond", "0.3", "--p-drop-image", "0.3")
     train.settle(args, torch.device("cpu"))
     pairs = [Shapes().read(i) for i in range(4)]
-    images = to_tensor([to_square(pair.image, 32) for pair in pairs])
+    images = squares(pairs)
     tokens = model.tokenizer([pair.captions[0] for pair in pairs])
     drawn = train.draw(model.config, model.latent_shape(32, 32), 0, 0, range(4))
     drawn["u"] = torch.tensor([[0.1, 0.9], [0.9, 0.1], [0.9, 0.9], [0.9, 0.9]])     # one of each dropped
