@@ -421,3 +421,14 @@ def test_cifar10_lt_from_nothing_to_the_head(tmp_path, kind) -> None:
     assert found["classes_by_shot"] == {"many": 3, "medium": 4, "few": 3} and found["described"] == 10
     assert found["n"] == 300 and found["n_train"] == sum(counts) and not found["skipped"]["skipped"]
     assert found["top1"] > 0.15 and found["linear"] > 0.15 and found["image_acc"] > 0.12      # chance is 0.1
+
+
+def test_sentences_help_where_images_are_few(tmp_path) -> None:
+    """Zipf's law on shapes: what is said of a rare kind is worth more than a linear layer on the same features,
+    which has too few of its images."""
+    checkpoint = base(tmp_path, "run", "--steps", "150")
+    found = both_stages(tmp_path, checkpoint, "--limit", "960", "--epochs", "4", "--lr", "3e-4",
+                        "--warmup-epochs", "0", "--head-epochs", "60", "--head-lr", "1e-3", "--mixup", "0",
+                        "--cutmix", "0")
+    assert found["classes_by_shot"] == {"many": 2, "medium": 13, "few": 9} and found["n"] == 960
+    assert found["top1_few"] > found["linear_few"] and found["top1"] > 0.15      # chance is 0.042
