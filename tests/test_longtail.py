@@ -424,8 +424,8 @@ def test_cifar10_lt_from_nothing_to_the_head(tmp_path, kind) -> None:
 
 
 def test_sentences_help_where_images_are_few(tmp_path) -> None:
-    """Zipf's law on shapes: what is said of a rare kind is worth more than a linear layer on the same features,
-    which has too few of its images."""
+    """Zipf's law on shapes: what is said of a rare kind is worth more than a linear layer on the same
+    features, which has too few of its images."""
     checkpoint = base(tmp_path, "run", "--steps", "150")
     found = both_stages(tmp_path, checkpoint, "--limit", "960", "--epochs", "4", "--lr", "3e-4",
                         "--warmup-epochs", "0", "--head-epochs", "60", "--head-lr", "1e-3", "--mixup", "0",
