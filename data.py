@@ -1537,7 +1537,8 @@ def open_longtail(name: str) -> LongTail:
     labels.txt, lines "NAME LABEL" (without it a class is called as the folder of its images);
     wiki/desc_LABEL.txt, if there, an article on the class; or "shapes": 24 kinds of things, by Zipf's law.
     Raises FileNotFoundError or ValueError before any image is read: lists or images that are not there,
-    labels out of range, classes without a training image, other counts than Places-LT's in its own lists.
+    labels out of range, classes without a training image, paths that are trained and tested on, other counts
+    than Places-LT's in its own lists.
     """
     if name == "shapes":
         return zipf_shapes()

@@ -1849,6 +1849,8 @@ def settle_longtail(args: argparse.Namespace) -> LongTail:
         raise ValueError("--out is for the pretrained model, and --stage finetune changes none: leave it out")
     if args.out and (not Path(args.out).resolve().parent.is_dir() or Path(args.out).is_dir()):
         raise ValueError(f"--out is {args.out!r}, expected a file in an existing folder")
+    if args.out and Path(args.out).resolve() == Path(args.ckpt).resolve():
+        raise ValueError("--out is the checkpoint itself, which would be lost: expected another file")
     args.augment = args.data != "shapes" if args.augment is None else args.augment
     args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
     data = open_longtail(args.data)

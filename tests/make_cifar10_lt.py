@@ -84,7 +84,10 @@ def main() -> None:
     parser.add_argument("--test-on", choices=("test", "val"), default="test",
                         help="which images the list of test images names")
     args = parser.parse_args()
-    counts = cifar10_lt(args.folders, args.out, test_on=args.test_on)
+    try:
+        counts = cifar10_lt(args.folders, args.out, test_on=args.test_on)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     print(f"wrote {args.out}: {sum(counts)} training images, by class {', '.join(map(str, counts))}")
 
 

@@ -27,10 +27,12 @@ from train import read_log  # noqa: E402  (the path comes first)
 METRICS = {"top1": ("zero-shot top-1", 100, 1, True), "mean_r1": ("mean R@1", 100, 1, True),
            "denoising_error": ("denoising error ×1000", 1000, 2, False),
            "fid": ("Fréchet distance", 1, 3, False),
-           "colour": ("colours right", 100, 1, True), "relation": ("relation right", 100, 1, True),
+           "colour": ("colours right", 100, 1, True), "shape": ("shapes right", 100, 1, True),
+           "size": ("sizes right", 100, 1, True), "relation": ("relation right", 100, 1, True),
            "all": ("all right", 100, 1, True)}
 LONGTAIL = {"image_acc": ("stage 1: Image-Acc", 100, 1, True), "text_acc": ("Text-Acc", 100, 1, True),
-            "knn_acc": ("KNN-Acc", 100, 1, True), "image_acc_few": ("Image-Acc, few", 100, 1, True),
+            "knn_acc": ("KNN-Acc", 100, 1, True), "image_acc_many": ("Image-Acc, many", 100, 1, True),
+            "image_acc_few": ("Image-Acc, few", 100, 1, True),
             "top1": ("stage 2", 100, 1, True), "top1_many": ("many", 100, 1, True),
             "top1_medium": ("medium", 100, 1, True), "top1_few": ("few", 100, 1, True),
             "linear": ("linear layer", 100, 1, True), "linear_few": ("linear layer, few", 100, 1, True)}
@@ -50,7 +52,8 @@ def read(folder: Path) -> dict[str, dict[int, dict]]:
     rows: dict[str, dict[int, dict]] = defaultdict(dict)
     for path in sorted(folder.glob("*-[0-9]*.json")):
         name, seed = path.stem.rsplit("-", 1)
-        rows[name][int(seed)] = json.loads(path.read_text())
+        if seed.isdecimal():
+            rows[name][int(seed)] = json.loads(path.read_text())
     first = [BASE, "generation", "alignment", *PAPER]
     order = [name for name in dict.fromkeys(first) if name in rows]
     return {name: rows[name] for name in order + sorted(set(rows) - set(order))}
@@ -117,10 +120,10 @@ def table(rows: dict) -> str:
     pooled = "; ".join(f"{metrics[m][0]} {metrics[m][1] * found[m][1]:.{metrics[m][2]}f}" for m in found
                        if math.isfinite(found[m][1])) or "unknown, with one seed nothing is told from noise"
     below = f" Under 1 % in every row: {', '.join(metrics[m][0] for m in floor)}." if floor else ""
-    lines += ["", f"Pooled standard deviation over seeds: {pooled}.{below}"]
-    if metrics is LONGTAIL:
-        return "\n".join(lines)
-    lines += ["", "| row | zero-shot: paper, ours | R@1: paper, ours | FID: paper, our Fréchet distance |",
+    if metrics is LONGTAIL:      # of which many rows share a first stage: nothing to pool
+        return "\n".join([*lines, below.strip()])
+    lines += ["", f"Pooled standard deviation over seeds: {pooled}.{below}", "",
+              "| row | zero-shot: paper, ours | R@1: paper, ours | FID: paper, our Fréchet distance |",
               "|---|---|---|---|"]
     for name, paper in PAPER.items():
         if name not in rows:
@@ -199,6 +202,7 @@ def main() -> None:
         parser.error(f"no NAME-SEED.json in {args.tables}")
     print(table(rows))
     if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
         curves(args.runs, rows, args.out / "curves.png")
         for seed in sorted({seed for seeds in rows.values() for seed in seeds}):
             sheet(args.runs, rows, seed, args.out / f"pictures-seed{seed}.png")
