@@ -798,10 +798,9 @@ def open_source(name: str, split: str = "train", list_file: str | None = None) -
     """What `--data` names -> a source.
 
     name: "shapes"; "cc3m" (./cc3m, ./data/cc3m or $DIFFDIS_DATA/cc3m); a tar; or a folder of
-    - tars (all below it), or images with .txt beside them;
-    - class folders (DIR/CLASS/*.jpg), or ImageNet's flat validation images; better names for the classes may
-      be given, see class_names;
-      of these DIR/train or DIR/val if there is one, as `split` says; without DIR/train all but DIR/val;
+    - tars (all below it), images with .txt beside them, class folders (CLASS/*.jpg, better names may be
+      given, see class_names), or ImageNet's flat validation images: of DIR/train or DIR/val if there is one,
+      as `split` says; to train without DIR/train, of all but DIR/val;
     - CIFAR-10's or CIFAR-100's binary files, see CifarSource;
     - COCO's or Flickr's images and Karpathy's table of them, see open_karpathy (or the table's own path).
     list_file: the images of the folder that count, and their classes, see open_list.

@@ -993,14 +993,14 @@ def class_sentences(model: DiffDis | Clip, data: LongTail,
     return texts, torch.tensor(owners)
 
 
-def balanced(labels: Tensor, data: LongTail, args: argparse.Namespace, *key: int) -> Tensor:
+def balanced(labels: Tensor, args: argparse.Namespace, *key: int) -> Tensor:
     """An epoch's samples, drawn with replacement, in whole batches: a class of n images counts as
     n^(1 - balance), with VL-LTR's balance of a half √n-fold.
 
     labels: of all samples [N] -> numbers of samples, a function of the key.
     """
     size = max(1, len(labels) // args.batch_size) * args.batch_size
-    weights = torch.tensor(data.counts(), dtype=torch.float64)[labels] ** -args.balance
+    weights = torch.bincount(labels).double()[labels] ** -args.balance
     return torch.multinomial(weights, size, replacement=True, generator=generator_of(*key))
 
 
@@ -1023,7 +1023,7 @@ class Drawn(Subset):
 def balanced_batches(data: LongTail, size: int, key: tuple, skips: SkipReport,
                      args: argparse.Namespace) -> Iterator[Batch]:
     """An epoch of training images at `size` px, a function of the key; what is unusable goes into `skips`."""
-    order = balanced(data.labels(), data, args, *key).numpy()
+    order = balanced(data.labels(), args, *key).numpy()
     drawn = Drawn(data.train, order, size, args.augment, key)
     for batch in evaluation_batches(drawn, size, args.batch_size, args.workers or 0):
         skips.add(batch.skipped, batch.visited)
@@ -1192,7 +1192,7 @@ def head_batches(model: DiffDis | Clip, data: LongTail, skips: SkipReport,
         skips.add(Counter(read.skips.skipped), read.skips.visited)
         labels = torch.tensor(read.labels)
         for epoch in range(args.head_epochs):
-            for some in balanced(labels, data, args, *key, epoch).split(args.batch_size):
+            for some in balanced(labels, args, *key, epoch).split(args.batch_size):
                 targets = F.one_hot(labels[some], classes).float()
                 yield read.values[some].to(model.device), targets.to(model.device)
         return

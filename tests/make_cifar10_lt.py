@@ -46,13 +46,13 @@ ARTICLES = {
 
 
 def cifar10_lt(folders: Path, out: Path, most: int = 4400, imbalance: float = 100, of_val: int = 40,
-               of_test: int | None = None, test_on: str = "test") -> list[int]:
+               test_on: str = "test") -> list[int]:
     """FOLDERS/{train,val}/CLASS/* -> OUT/{train,val,test}/CLASS/* with lists, labels.txt and wiki/.
 
-    of_val: validation images of each class; of_test: test images, None: all; test_on: which of the two the
-    list of test images names -> training images of each class. Raises ValueError if there are too few.
+    of_val: validation images of each class; test_on: whether the list of test images names them or test's
+    -> training images of each class. Raises ValueError if there are too few, OSError if OUT has some already.
     """
-    names = sorted(path.name for path in (folders / "train").iterdir())
+    names = sorted(ARTICLES)
     counts = [int(most * imbalance ** (-k / (len(names) - 1))) for k in range(len(names))]
     lists: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for label, (name, count) in enumerate(zip(names, counts)):
@@ -60,9 +60,9 @@ def cifar10_lt(folders: Path, out: Path, most: int = 4400, imbalance: float = 10
         if len(images) < count + of_val:
             raise ValueError(f"{folders / 'train' / name}: {len(images)} images, expected {count + of_val}")
         chosen = {"train": images[:count], "val": images[count:count + of_val],
-                  "test": sorted((folders / "val" / name).iterdir())[:of_test]}
+                  "test": sorted((folders / "val" / name).iterdir())}
         for split, paths in chosen.items():
-            (out / split / name).mkdir(parents=True, exist_ok=True)
+            (out / split / name).mkdir(parents=True)      # what lies there would be trained on too
             for path in paths:
                 shutil.copyfile(path, out / split / name / path.name)
                 lists[split].append(f"{split}/{name}/{path.name} {label}")
@@ -72,8 +72,7 @@ def cifar10_lt(folders: Path, out: Path, most: int = 4400, imbalance: float = 10
     (out / "labels.txt").write_text("".join(f"{name} {label}\n" for label, name in enumerate(names)))
     (out / "wiki").mkdir(exist_ok=True)
     for label, name in enumerate(names):
-        if name in ARTICLES:
-            (out / "wiki" / f"desc_{label}.txt").write_text(ARTICLES[name] + "\n")
+        (out / "wiki" / f"desc_{label}.txt").write_text(ARTICLES[name] + "\n")
     return counts
 
 

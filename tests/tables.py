@@ -200,7 +200,10 @@ def main() -> None:
     rows = read(args.tables)
     if not rows:
         parser.error(f"no NAME-SEED.json in {args.tables}")
-    print(table(rows))
+    try:
+        print(table(rows))
+    except ValueError as error:
+        parser.error(str(error))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         curves(args.runs, rows, args.out / "curves.png")
