@@ -162,7 +162,7 @@ def add_optimisation_flags(add: Callable, switch: dict) -> None:
 def add_method_flags(add: Callable, switch: dict) -> None:
     add("--align-weight", "λ, weight of the alignment loss", type=finite)
     add("--p-uncond", "share of captions replaced by the empty prompt (generation)", type=finite, default=0.1)
-    add("--p-drop-image", "share of images dropped (alignment)", type=finite, default=0.1)
+    add("--p-drop-image", "share of images dropped (alignment)", type=finite, default=0.0)
     add("--image-target", "what the UNet predicts for images; without it the preset's", choices=TARGETS)
     add("--text-target", "the same for text queries (Table 2); without it data", choices=TARGETS)
     add("--image-schedule", "noise schedule of images; without it linear", choices=SCHEDULES)
