@@ -2,10 +2,10 @@
 
 What it is: the paper's Eq. 4-8 and its sampling as functions on tensors. The same lines noise and denoise
 images and text queries, so names are generic here: x0 clean, x_t noised, t timestep, shapes (B, …).
-What it is not: a network. Samplers are handed a callable; nothing here knows what a UNet is.
+What it is not: a network. Samplers receive a callable; nothing here knows what a UNet is.
 
 Notation: x_t = a x0 + s ε with a = γ √ᾱ_t and s = √(1-ᾱ_t); γ is 1 for images. Schedules are float64 tables.
-Read next: train.py (how it is trained), sample.py and evaluate.py (how it is used).
+Read next: fusion.py (where text and image meet); train.py and sample.py use what is here.
 """
 import math
 from collections.abc import Callable, Iterable
@@ -70,7 +70,7 @@ def q_sample(x0: Tensor, t: Tensor, noise: Tensor, alphas_cumprod: Tensor, gamma
 # ---------------------------------------------------------------- what the network predicts
 def make_target(kind: str, x0: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
     """What a network with target `kind` should say: ε ("noise"), x0 ("data"), or a ε − s x0 ("v")."""
-    return {"noise": lambda: noise, "data": lambda: x0, "v": lambda: a * noise - s * x0}[kind]()
+    return noise if kind == "noise" else x0 if kind == "data" else a * noise - s * x0
 
 
 def read_prediction(kind: str, pred: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,15 +84,6 @@ def read_prediction(kind: str, pred: Tensor, x_t: Tensor, a: Tensor, s: Tensor) 
 
 
 # ---------------------------------------------------------------- losses
-def min_snr_weight(kind: str, a: Tensor, s: Tensor, cap: float) -> Tensor:
-    """Min-SNR weighting (Hang et al. 2023): x̂0's squared error counts min(SNR, cap) times, SNR = a²/s².
-
-    Said of the error of target `kind`, of which x̂0's is 1, 1/SNR or 1/(1 + SNR) -> weight, shape of a and s.
-    """
-    snr = (a / s) ** 2
-    return snr.clamp(max=cap) / {"data": 1, "noise": snr, "v": 1 + snr}[kind]
-
-
 def generation_loss(pred: Tensor, target: Tensor) -> Tensor:
     """‖ target − Φ_u ‖², mean over numbers -> one value per sample [B], float32 (Eq. 4)."""
     return F.mse_loss(pred.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
@@ -138,28 +129,6 @@ def alignment_loss(x0_pred: Tensor, text_query: Tensor, logit_scale: Tensor) -> 
     return (loss[0] + loss[1]) / 2, image_logits.argmax(dim=1) == labels
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-Σ target · log softmax(logits), mean over rows. logits, targets [B, K] (rows of targets sum to 1)."""
-    return -(targets * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
-
-
-def class_contrast(logits: Tensor, labels: Tensor, smoothing: float = 0.1) -> Tensor:
-    """Alignment loss of long-tailed recognition: all pairs of one class are right (Tian et al. 2022, L_ccl).
-
-    logits: scaled cosines of B images with a sentence about each one's class [B, B]; labels [B].
-    """
-    same = (labels[:, None] == labels).float()
-    targets = (1 - smoothing) * same / same.sum(dim=1, keepdim=True) + smoothing / len(labels)
-    return (soft_cross_entropy(logits, targets) + soft_cross_entropy(logits.T, targets)) / 2
-
-
-def distillation(logits: Tensor, teacher: Tensor) -> Tensor:
-    """How far the logits' distributions, of texts given an image and the reverse, are from the teacher's
-    (Tian et al. 2022, L_dis). Both [B, B]; the teacher's carry no gradient."""
-    return (soft_cross_entropy(logits, teacher.softmax(dim=1))
-            + soft_cross_entropy(logits.T, teacher.T.softmax(dim=1))) / 2
-
-
 # ---------------------------------------------------------------- sampling
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance, (1+w) cond − w uncond with scale = 1 + w (Algorithms 2 and 3)."""
@@ -170,19 +139,14 @@ def sampling_timesteps(steps: int, total: int, spacing: str) -> list[int]:
     """Which of the T timesteps a sampler visits, from noisy to clean.
 
     spacing: "leading" is Stable Diffusion's (…, 41, 21, 1 for 50 steps: it never visits T-1);
-    "trailing" starts at T-1, where what a sampler starts from, pure noise, is what training showed;
-    "linspace" cuts T-1 … 0 into equal parts and leaves 0 out.
+    "trailing" starts at T-1, where what a sampler starts from, pure noise, is what training showed.
+    Raises ValueError on an impossible number of steps.
     """
-    most = total - 1 if spacing == "linspace" else total
-    if not 1 <= steps <= most:
-        raise ValueError(f"sampling steps is {steps}, expected 1 to {most}")
+    if not 1 <= steps <= total:
+        raise ValueError(f"sampling steps is {steps}, expected 1 to {total}")
     if spacing == "leading":
         return [min(i * (total // steps) + 1, total - 1) for i in reversed(range(steps))]
-    if spacing == "trailing":
-        return [round(total - i * total / steps) - 1 for i in range(steps)]
-    if spacing == "linspace":
-        return [round((total - 1) * (steps - i) / steps) for i in range(steps)]
-    raise ValueError(f"spacing is {spacing!r}, expected 'leading', 'trailing' or 'linspace'")
+    return [round(total - i * total / steps) - 1 for i in range(steps)]
 
 
 def make_denoiser(predict: Callable[[Tensor, Tensor], Tensor], kind: str, alphas_cumprod: Tensor,
@@ -204,24 +168,17 @@ def make_denoiser(predict: Callable[[Tensor, Tensor], Tensor], kind: str, alphas
 
 
 def ddim(denoise: Denoiser, x_t: Tensor, timesteps: list[int], alphas_cumprod: Tensor, gamma: float = 1.0,
-         final_alpha_cumprod: float = 1.0, eta: float = 0.0, noise: Callable[[int], Tensor] | None = None,
-         progress: Callable = iter) -> Tensor:
-    """DDIM (Song et al. 2021, Eq. 12): x_t' = a' x̂0 + √(s'² − σ²) ε̂ + σ ε'
-    (Algorithms 2 and 3, images or queries).
+         final_alpha_cumprod: float = 1.0, progress: Callable = iter) -> Tensor:
+    """DDIM (Song et al. 2021, Eq. 12 without noise): x_t' = γ √ᾱ_t' x̂0 + √(1-ᾱ_t') ε̂ (Algorithms 2 and 3).
 
     x_t: (B, …) pure noise; timesteps: decreasing; final_alpha_cumprod: ᾱ after the last step, 1 for clean
-    data (Stable Diffusion's own sampler stops at ᾱ_0); eta: 0 adds no noise, 1 as much as DDPM;
-    noise: number of the step -> ε' (B, …), needed for eta > 0; progress: wraps the timesteps, e.g. tqdm.
+    data (Stable Diffusion's own sampler stops at ᾱ_0); progress: wraps the timesteps, e.g. tqdm.
     -> x0 (B, …)
     """
-    for i, now in enumerate(progress(timesteps)):
+    after = [float(alphas_cumprod[t]) for t in timesteps[1:]] + [final_alpha_cumprod]
+    for now, alpha_bar in zip(progress(timesteps), after):
         x0_pred, eps_pred = denoise(x_t, torch.full((len(x_t),), now, device=x_t.device))
-        before, last = float(alphas_cumprod[now]), i + 1 == len(timesteps)
-        after = final_alpha_cumprod if last else float(alphas_cumprod[timesteps[i + 1]])
-        sigma = eta * ((1 - after) / (1 - before) * (1 - before / after)) ** 0.5
-        x_t = gamma * after ** 0.5 * x0_pred + (1 - after - sigma ** 2) ** 0.5 * eps_pred
-        if sigma:
-            x_t = x_t + sigma * noise(i)
+        x_t = gamma * alpha_bar ** 0.5 * x0_pred + (1 - alpha_bar) ** 0.5 * eps_pred
     return x_t / gamma
 
 

@@ -20,7 +20,6 @@ Read next: train.py, which scores as it goes.
 import argparse
 import contextlib
 import copy
-import hashlib
 import io
 import json
 import math
@@ -40,6 +39,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import regex
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -50,14 +50,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import model as models
-from data import (CACHE, IMAGE_SUFFIXES, SIDE, Batch, FileSource, LongTail, Sample, Shapes, SkipReport,
-                  Source, Subset, Tokenizer, check, check_index, evaluation_batches, evenly_spaced,
-                  files_below, held_out_captions, label_of, open_longtail, open_source, rand_augment,
-                  to_square, words)
-from diffusion import (alignment_loss, class_contrast, distillation, generation_loss, generator_of,
-                       make_alphas_cumprod, make_target, noise_of, q_sample, read_prediction,
-                       signal_and_noise, soft_cross_entropy)
-from model import CLIPS, LIKE, Clip, ClipConfig, DiffDis, LanguageGuidedHead
+from data import (IMAGE_SUFFIXES, KINDS, SIDE, Batch, FileSource, Sample, Shapes, SkipReport, Source,
+                  Tokenizer, check, check_index, clean, evaluation_batches, evenly_spaced, files_below,
+                  open_source, rand_augment, refuse_missing, text_lines, to_square, usable_captions)
+from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
+                       noise_of, q_sample, read_prediction, signal_and_noise)
+from model import CLIPS, LIKE, Clip, ClipConfig, DiffDis, LanguageGuidedHead, TextConfig
 from sample import (CKPT_HELP, SAMPLERS, Parser, best_of, draw_images, draw_queries, fail, find_checkpoint,
                     fingerprint, finite, natural, pick_device, positive, to_pil)
 
@@ -132,40 +130,17 @@ def together(count: int, rows_of: Callable[[range], Tensor]) -> Tensor:
     return whole.to(mine.device) if mine is not None else whole
 
 
-def kept(name: str, make: Callable[[], dict], fits: Callable[[dict], bool]) -> dict:
-    """What `make` returns, from the cache's file of this name if all ranks can read it and it fits; else it
-    is made, and kept there. name: must tell apart whatever makes a difference."""
-    path, usable = CACHE / f"{name}.pt", False
-    with contextlib.suppress(ValueError, OSError, KeyError, TypeError, AttributeError):
-        found = models.read_torch(path)
-        usable = fits(found)
-    if all(everybody(usable)):
-        return found
-    found = make()
-    if rank_and_world()[0] == 0:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            models.write_atomically(path, lambda file: torch.save(found, file))
-        except OSError as error:
-            print(f"warning: not kept for next time: {error}", file=sys.stderr)
-    return found
-
-
 # ---------------------------------------------------------------- reading images
 class Mismatched(Source):
     """Every sample with the image of another: the control "shuffle-images"."""
 
     def __init__(self, source: Source, seed: int) -> None:
-        self.source, self.others = source, shuffled(len(source), seed).tolist()
-        self.name, self.classes, self.cache = source.name, source.classes, source.cache
-        self.skipped, self.separate_captions = source.skipped, source.separate_captions
-
-    def __len__(self) -> int:
-        return len(self.source)
+        super().__init__(source.name, len(source))
+        self.source, self.others, self.skipped = source, shuffled(len(source), seed).tolist(), source.skipped
 
     def read(self, index: int, side: int | None = None) -> Sample:
-        own, other = self.source.read(index, side), self.source.read(self.others[index], side)
-        return replace(own, image=other.image, moments=other.moments)
+        row = self.rows[index]
+        return replace(self.source.read(row, side), image=self.source.read(self.others[row], side).image)
 
 
 class Read(NamedTuple):
@@ -187,18 +162,13 @@ def over_images(model: DiffDis | Clip, source: Source, args: argparse.Namespace,
     The controls that concern images act here, before anything is predicted: "no-image" zeroes the inputs,
     "shuffle-images" gives each sample the image of another.
     """
-    if source.cache is not None:
-        if isinstance(model, Clip):
-            raise ValueError(f"{source.name} holds latents, and a CLIP reads pixels: name the images")
-        if model.autoencoder is not None:      # None while training on it: checked then
-            models.check_latents(source.cache, model, source.name)
     if args.control.startswith("shuffle") and len(source) < 2:
         raise ValueError(f"--control {args.control} needs two samples or more, {source.name} has "
                          f"{len(source)}")
     if args.control == "shuffle-images":
         source = Mismatched(source, args.seed)
     rank, world = rank_and_world()
-    mine = Subset(source, np.arange(rank, len(source), world)) if world > 1 else source
+    mine = source.subset(np.arange(rank, len(source), world)) if world > 1 else source
     skips, values, rows, began = SkipReport(args.max_bad), [], [], time.perf_counter()
     with tqdm(total=len(mine), unit="image", desc="read", disable=None if rank == 0 else True,
               leave=False) as bar:
@@ -324,7 +294,7 @@ def retrieval(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
     queries, captions = read.values, read.captions
     if args.control == "shuffle-labels":
         captions = [captions[i] for i in shuffled(len(captions), args.seed).tolist()]
-    if source.separate_captions:
+    if source.texts is not None:
         texts = [text for found in captions for text in found]
         ends = np.cumsum([len(found) for found in captions]).tolist()
         texts_of = [list(range(end - len(found), end)) for end, found in zip(ends, captions)]
@@ -349,7 +319,7 @@ def retrieval(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
             result[f"{name}_r{k}_chance"] = sum(
                 chance_of_hit(k, pool, len(set(m))) for m in matches) / len(matches)
     return {**result, "mean_r1": (result["i2t_r1"] + result["t2i_r1"]) / 2, "chance": result["i2t_r1_chance"],
-            "seconds_per_image": read.seconds, "skipped": read.skips.to_dict()}
+            "seconds_per_image": read.seconds, "skipped": read.skips.counts()}
 
 
 def fill(template: str, name: str, verbatim: bool = False) -> str:
@@ -370,34 +340,21 @@ MEAN_PER_CLASS = re.compile("aircraft|(?<![a-z])pets?(?![a-z])|caltech|flowers",
 
 
 def pick_templates(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> list[str]:
-    """--templates, or what is built in, less templates with words that no training caption had."""
+    """--templates, or what is built in."""
     if args.templates:
         return args.templates
     if source.name == "shapes":
         return ["a {}"]
-    known = model.known_words
-    some = [t for t in ENSEMBLE if known is None or set(words(t.replace("{}", " "))) <= known]
-    return some or [ENSEMBLE[0]]
+    # A vocabulary learnt here comes with a text encoder that has read little but "a photo of a CLASS".
+    return list(ENSEMBLE if model.config.text.vocab_size == TextConfig().vocab_size else ENSEMBLE[:1])
 
 
 def class_queries(model: DiffDis | Clip, names: list[str], templates: list[str],
                   verbatim: bool = False) -> Tensor:
-    """Names of K classes -> the normalised mean of each one's prompts [K, D]; verbatim: no "an" for "a".
-    Where prompts are many they are kept, by text encoder and prompts, for the next evaluation."""
+    """Names of K classes -> the normalised mean of each one's prompts [K, D]; verbatim: no "an" for "a"."""
     prompts = [fill(template, name, verbatim) for name in names for template in templates]
-
-    def make() -> dict[str, Tensor]:
-        queries = encode_texts(model, prompts).unflatten(0, (len(names), -1))
-        return {"classes": F.normalize(queries.mean(dim=1), dim=-1).cpu()}
-    if len(prompts) < 2000:
-        return make()["classes"]
-    about = [prompts, model.tokenizer.merges, model.config.to_dict()]
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for name, value in model.state_dict().items():
-        if name.startswith("text_"):
-            digest.update(value.float().cpu().contiguous().numpy().tobytes())
-    return kept(f"classes-{digest.hexdigest()[:16]}", make, lambda found: (
-        len(found["classes"]) == len(names) and bool(found["classes"].isfinite().all())))["classes"]
+    queries = encode_texts(model, prompts).unflatten(0, (len(names), -1))
+    return F.normalize(queries.mean(dim=1), dim=-1).cpu()
 
 
 def spread(values: Sequence[int], count: int) -> list[int]:
@@ -477,7 +434,7 @@ def zeroshot(model: DiffDis | Clip, source: Source, args: argparse.Namespace) ->
     return {"method": args.method, "classes": len(names), "templates": templates,
             **accuracies(similarity, labels), "seconds_per_image": read.seconds,
             "quoted": "mean_per_class" if MEAN_PER_CLASS.search(where) else "top1",
-            "skipped": read.skips.to_dict()}
+            "skipped": read.skips.counts()}
 
 
 def accuracies(similarity: Tensor, labels: Tensor) -> dict:
@@ -520,12 +477,13 @@ def open_bank(args: argparse.Namespace) -> Source:
     """The labelled images that knn looks in: --bank, else the training half of --data."""
     if args.bank is None and args.data == "shapes":
         return evenly_spaced(Shapes("classes", seed=1), args.bank_limit)
-    return evenly_spaced(open_source(args.bank or args.data, "train", args.bank_list), args.bank_limit)
+    return evenly_spaced(open_source(args.bank or args.data, "train"), args.bank_limit)
 
 
 def knn(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict:
-    """Classification by the nearest training images, on frozen features: the denoised text query, and
-    (_tokens) the alignment transformer's image tokens, averaged."""
+    """Classification by the nearest training images, on frozen features.
+
+    These are the denoised text query, and (_tokens) the alignment transformer's image tokens, averaged."""
     bank = open_bank(args)
     for name, some in (("--data", source), ("the bank", bank)):
         if some.classes is None:
@@ -545,7 +503,7 @@ def knn(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict
     shared = {os.path.realpath(key) for key in read.keys} & {os.path.realpath(key) for key in known.keys}
     if shared:
         raise ValueError(f"{len(shared)} of the images of --data are in the bank too, where they would find "
-                         "themselves: expected DIR/train and DIR/val, or --bank DIR, or --bank-list FILE")
+                         "themselves: expected DIR/train and DIR/val, or --bank DIR")
     width, labels = query_width(model), torch.tensor(read.labels)
     if args.control == "shuffle-labels":
         labels = labels[shuffled(len(labels), args.seed)]
@@ -557,7 +515,13 @@ def knn(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict
         result |= {"n": found.pop("n"), "chance": found.pop("chance"),
                    **{name.replace("top1", "top1" + ending) if "top1" in name else name + ending: value
                       for name, value in found.items()}}
-    return {**result, "seconds_per_image": read.seconds, "skipped": read.skips.to_dict()}
+    return {**result, "seconds_per_image": read.seconds, "skipped": read.skips.counts()}
+
+
+def held_out_captions(count: int) -> list[str]:
+    """Captions of the first `count` validation scenes of `shapes`."""
+    val = Shapes("val")
+    return [val.captions(i)[0] for i in range(min(count, len(val)))]
 
 
 def checker(model: DiffDis, args: argparse.Namespace) -> dict:
@@ -667,22 +631,6 @@ class Statistics:
             raise ValueError(f"a covariance needs two images or more, here are {self.count}")
         return self.scatter / (self.count - 1)
 
-    def to_dict(self) -> dict[str, Tensor]:
-        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
-
-    @staticmethod
-    def from_dict(state: dict[str, Tensor]) -> "Statistics":
-        """The inverse of `to_dict`. Raises ValueError if these are no statistics."""
-        shapes = {name: tuple(getattr(state.get(name), "shape", "?"))
-                  for name in ("count", "mean", "scatter")}
-        width = shapes["mean"]
-        if len(width) != 1 or shapes["count"] != () or shapes["scatter"] != width * 2:
-            raise ValueError("these are no statistics of images: expected tensors count [], mean [D], "
-                             f"scatter [D, D], found {shapes}")
-        found = Statistics(*width)
-        found._join(int(state["count"]), state["mean"].double(), state["scatter"].double())
-        return found
-
 
 def square_root(covariance: Tensor) -> Tensor:
     """covariance [D, D] of rank r -> R [D, r] with R Rᵀ = covariance."""
@@ -724,11 +672,6 @@ class Features:
             clip = isinstance(self.network, Clip)
             self.width = self.network.config.width if clip else self.network.config.fusion.query_width
             self.name = f"image tokens of {args.features} ({fingerprint(models.locate(args.features))})"
-        config = None if args.features is None else self.network.config.to_dict()
-        digest = hashlib.sha256(json.dumps([self.name, config]).encode())
-        for value in self.network.state_dict().values():
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        self.hash = digest.hexdigest()[:16]
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, places: list[int]) -> Tensor:
@@ -743,35 +686,20 @@ class Features:
         return image_tokens(self.network, inputs, places, self.args.seed).float()
 
 
-def identity(source: Source) -> list:
-    """Equal for the same samples of the same, unchanged files; plain values."""
-    if isinstance(source, Subset):
-        return [identity(source.source), hashlib.sha256(source.indices.tobytes()).hexdigest()]
-    files = [(str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns)
-             for path in source.paths()]
-    return [type(source).__name__, source.name, len(source), files]
-
-
 def statistics_of(features: Features, source: Source, size: int, args: argparse.Namespace
                   ) -> tuple[Statistics, dict]:
-    """Of the source's centre squares at `size` px, by all ranks, and the report on what was left out; kept
-    for the next time that the same files are compared in the same features. Raises ValueError."""
-    def make() -> dict:
-        rank, world = rank_and_world()
-        skips, found = SkipReport(args.max_bad), Statistics(features.width)
-        mine = Subset(source, np.arange(rank, len(source), world))
-        for batch in tqdm(evaluation_batches(mine, size, args.batch_size, args.workers or 0), unit="batch",
-                          desc="read", disable=None if rank == 0 else True, leave=False,
-                          total=-(-len(mine) // args.batch_size)):
-            skips.add(batch.skipped, batch.visited)
-            if batch.captions:
-                found.add(features(batch.images, [i * world + rank for i in batch.places]))
-        skips = join_reports(skips, source, args)
-        return {**found.gather().to_dict(), "skips": skips.to_dict()}
-    stamp = json.dumps([identity(source), size, features.hash, args.seed, args.max_bad])
-    found = kept(f"statistics-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}", make, lambda found: (
-        Statistics.from_dict(found).mean.shape == (features.width,) and "skipped" in found["skips"]))
-    return Statistics.from_dict(found), found["skips"]
+    """Of the source's centre squares at `size` px, by all ranks, and the report on what was left out.
+    Raises ValueError."""
+    rank, world = rank_and_world()
+    skips, statistics = SkipReport(args.max_bad), Statistics(features.width)
+    mine = source.subset(np.arange(rank, len(source), world))
+    for batch in tqdm(evaluation_batches(mine, size, args.batch_size, args.workers or 0), unit="batch",
+                      desc="read", disable=None if rank == 0 else True, leave=False,
+                      total=-(-len(mine) // args.batch_size)):
+        skips.add(batch.skipped, batch.visited)
+        if batch.captions:
+            statistics.add(features(batch.images, [i * world + rank for i in batch.places]))
+    return statistics.gather(), join_reports(skips, source, args).counts()
 
 
 def drawn_pictures(model: DiffDis, prompts: list[str], size: int,
@@ -824,15 +752,13 @@ def fid(model: DiffDis | None, source: Source, args: argparse.Namespace) -> dict
     """
     if args.control != "none":
         raise ValueError(f"--control {args.control}: fid has no right answers to break, leave it out")
-    if source.cache is not None:
-        raise ValueError(f"{args.data} holds latents, and fid compares pictures: name the images")
     size = args.image_size or (256 if model is None else model.config.image_size)
     if model is None:
         ours = open_pictures(args)
         count = len(ours)
     else:
         some = evenly_spaced(source, args.n or 30000)
-        prompts = [captions[0] for captions in some.usable_captions(len(some))]
+        prompts = [captions[0] for captions in usable_captions(some, len(some))]
         count = len(prompts)
     check_number(args, pictures=count, reference_images=len(source))
     features = Features(args, args.device if model is None else model.device)
@@ -847,7 +773,7 @@ def fid(model: DiffDis | None, source: Source, args: argparse.Namespace) -> dict
                     "checkpoint": f"{args.ckpt} ({fingerprint(Path(args.ckpt))})", "sampler": args.sampler,
                     "steps": args.steps, "guidance_scale": scale}
     check_number(args, pictures=found.count, reference_images=reference.count)
-    protocol |= {"features": features.name, "features_hash": features.hash, "image_size": size,
+    protocol |= {"features": features.name, "image_size": size,
                  "reference": f"{args.data}, centre squares, bicubic"}
     return {"n": found.count, "n_reference": reference.count, "chance": None,
             "fid": frechet_distance(found, reference), "protocol": protocol, "skipped": skips}
@@ -889,8 +815,6 @@ def row(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict
         raise ValueError(f"--control {args.control}: a row has no right answers to break, but retrieval and "
                          "zeroshot have")
     shapes, draws = args.data == "shapes", "generation" in model.tasks
-    if draws and args.features and source.cache is not None:
-        raise ValueError(f"{args.data} holds latents, and --features compares pictures: name the images")
     # First: a mistaken file is to be found now, not after minutes.
     features = Features(args, model.device) if draws and args.features else None
     result: dict = {"n": len(source), "chance": None, "tasks": list(model.tasks)}
@@ -915,10 +839,10 @@ def drawing_row(model: DiffDis, source: Source, features: Features | None, args:
     """The denoising error on --n samples, and what pictures for their captions are worth."""
     some, size, verdicts = evenly_spaced(source, args.n), model.config.image_size, []
     error, skips = denoising_error(model, some, args)
-    result: dict = {"n_drawn": len(some), "denoising_error": error, "skipped_drawing": skips.to_dict()}
+    result: dict = {"n_drawn": len(some), "denoising_error": error, "skipped_drawing": skips.counts()}
     if features is None and args.data != "shapes":       # nobody would look at the pictures
         return result
-    prompts = [captions[0] for captions in some.usable_captions(args.n)]
+    prompts = [captions[0] for captions in usable_captions(some, args.n)]
     found = Statistics(features.width if features else 1)
     for places, pixels in drawn_pictures(model, prompts, size, args):
         if features:
@@ -936,7 +860,7 @@ def drawing_row(model: DiffDis, source: Source, features: Features | None, args:
                           "guidance_scale": scale, "image_size": size}
     if features:
         reference = statistics_of(features, source, size, args)[0]
-        result["protocol"] |= {"features": features.name, "features_hash": features.hash}
+        result["protocol"] |= {"features": features.name}
         result |= {"fid": frechet_distance(found.gather(), reference), "n_reference": reference.count}
     return result
 
@@ -945,6 +869,144 @@ def drawing_row(model: DiffDis, source: Source, features: Features | None, args:
 SHOTS = ("many", "medium", "few")       # training images of a class
 BY_SHOT = ("", *(f"_{name}" for name in SHOTS))
 REPRESENTATIONS = ("query", "tokens")
+
+
+class LongTail(NamedTuple):
+    """A data set with few images of most classes, and what is said of each (VL-LTR; Tian et al. 2022)."""
+    train: Source                 # labelled
+    test: Source                  # likewise
+    names: list[str]              # K classes
+    sentences: list[list[str]]    # of each class, from its description; none without one
+
+    @property
+    def name(self) -> str:
+        return self.test.name
+
+    def labels(self) -> Tensor:
+        """Of all training images [N]."""
+        return torch.tensor([self.train.label(i) for i in range(len(self.train))])
+
+    def counts(self) -> list[int]:
+        """Training images of each class."""
+        return torch.bincount(self.labels(), minlength=len(self.names)).tolist()
+
+
+PLACES_LT = {"train": 62500, "val": 7300, "test": 36500}       # images of its lists, 365 classes
+# Sections of a Wikipedia article that tell nothing of its subject.
+DROPPED_SECTIONS = {"References", "External links", "Further reading", "Bibliography"}
+
+
+def open_longtail(name: str) -> LongTail:
+    """A long-tailed data set in Places-LT's layout, as VL-LTR has it.
+
+    name: a folder, or "places-lt" (./places-lt or ./data/places-lt), with
+    *train.txt, *val.txt and *test.txt, lines "PATH LABEL", PATH below the folder, LABEL from 0 (of val the
+    list is checked, its images are not needed);
+    labels.txt, lines "NAME LABEL" (without it a class is called as the folder of its images);
+    wiki/desc_LABEL.txt, if there, an article on the class; or "shapes": 24 kinds of things, by Zipf's law.
+    Raises FileNotFoundError or ValueError before any image is read: lists or images that are not there,
+    labels out of range, classes without a training image, paths that are trained and tested on, other counts
+    than Places-LT's in its own lists.
+    """
+    if name == "shapes":
+        return zipf_shapes()
+    places = [Path(name), *([Path("data") / name] if name == "places-lt" else [])]
+    root = next((place for place in places if place.is_dir()), None)
+    if root is None:
+        raise FileNotFoundError(f"no folder at {', '.join(map(str, places))}: expected one with lists "
+                                "*train.txt, *val.txt, *test.txt, or 'shapes'")
+    tables, lists = {}, {}
+    for split in PLACES_LT:
+        found = sorted(root.glob(f"*{split}.txt"))
+        if len(found) != 1:
+            raise ValueError(f"{root} has {len(found)} files *{split}.txt, expected one list of images")
+        tables[split], lists[split] = found[0], read_label_list(found[0])
+    names = label_names(root, lists["train"], tables["train"])
+    for split, entries in lists.items():
+        check_labels(tables[split], entries, names, split)
+    sources = []
+    for split, entries in ((split, lists[split]) for split in ("train", "test")):
+        images = [root / path for path, _ in entries]
+        refuse_missing(images, tables[split])
+        sources.append(FileSource(images, f"{root.name} {split}", names, [label for _, label in entries]))
+    shared = len({os.path.realpath(p) for p in sources[0].images}
+                 & {os.path.realpath(p) for p in sources[1].images})
+    if shared:
+        raise ValueError(f"{shared} images are both in {tables['train']} and in {tables['test']}: what is "
+                         "tested on must not be trained on")
+    articles = [root / "wiki" / f"desc_{label}.txt" for label in range(len(names))]
+    return LongTail(*sources, names, [read_sentences(path) if path.is_file() else [] for path in articles])
+
+
+def check_labels(table: Path, entries: list[tuple[str, int]], names: list[str], split: str) -> None:
+    """Raises ValueError on a label out of range, a class without training, or a part of Places-LT's list."""
+    for path, label in entries:
+        if label >= len(names):
+            raise ValueError(f"{table}: {path} has label {label}, expected 0 to {len(names) - 1}")
+    if "Places_LT" in table.name and (len(entries), len(names)) != (PLACES_LT[split], 365):
+        raise ValueError(f"{table} has {len(entries)} images, of {len(names)} classes, and Places-LT's has "
+                         f"{PLACES_LT[split]}, of 365: complete it, or give it another name")
+    empty = sorted(set(range(len(names))) - {label for _, label in entries})
+    if split == "train" and empty:
+        raise ValueError(f"{table} has no image of {len(empty)} of {len(names)} classes, the first is "
+                         f"{empty[0]} ({names[empty[0]]}): there is nothing to learn it from")
+
+
+def read_label_list(table: Path) -> list[tuple[str, int]]:
+    """Lines "PATH LABEL" -> [(path, label)]. Raises ValueError."""
+    entries = []
+    for line in text_lines(table):
+        path, label = (line.strip().rsplit(None, 1) + [""])[:2]
+        if not path or not label.isdecimal():
+            raise ValueError(f"{table}: {line[:60]!r}, expected 'PATH LABEL', LABEL from 0")
+        entries.append((path.strip().lstrip("/"), int(label)))
+    if not entries:
+        raise ValueError(f"{table} is empty: expected lines 'PATH LABEL'")
+    return entries
+
+
+def label_names(root: Path, entries: list[tuple[str, int]], table: Path) -> list[str]:
+    """Names of the classes 0, 1, …: from labels.txt, else of the folders their images lie in."""
+    if (root / "labels.txt").is_file():
+        table = root / "labels.txt"
+        entries = read_label_list(table)
+    else:
+        entries = [(os.path.basename(os.path.dirname(path)), label) for path, label in entries]
+    pairs = {(label, re.sub("[_/]", " ", name).strip()) for name, label in entries}
+    names = dict(sorted(pairs))
+    if list(names) != list(range(len(pairs))) or not all(names.values()):
+        raise ValueError(f"{table}: {len(pairs)} pairs of label and name, the highest label is {max(names)}: "
+                         "expected every number from 0 on once, each with a name")
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice and table.name != "labels.txt":
+        raise ValueError(f"{table}: two classes have folders {twice[0]!r}, a name that would not tell them "
+                         "apart: write labels.txt, lines 'NAME LABEL'")
+    return list(names.values())
+
+
+def read_sentences(path: Path) -> list[str]:
+    """A Wikipedia article as text, its sections headed "== Name ==" -> its sentences, less those of
+    DROPPED_SECTIONS."""
+    kept, dropped = [], False
+    for line in text_lines(path):
+        if line.startswith("=="):
+            dropped = line.strip("= ") in DROPPED_SECTIONS
+        elif not dropped:
+            kept += regex.split(r"(?<=[.?!])\s+(?=\p{Lu})", line.strip())
+    return [sentence for sentence in kept if clean(sentence)]
+
+
+def zipf_shapes(most: int = 300) -> LongTail:
+    """24 kinds of things, `most` training images of the first, a half, a third, … of that of the next ones.
+
+    The order goes round colours and shapes, so that rare kinds are made of common words.
+    """
+    order = [7 * i % len(KINDS) for i in range(len(KINDS))]
+    rows = [kind + len(KINDS) * i for place, kind in enumerate(order) for i in range(most // (place + 1))]
+    train, test = Shapes("classes", seed=2), Shapes("classes")
+    sentences = [[f"a {name}", f"a small {name}"] for name in test.classes]
+    train.rows, train.labels = sorted(rows), most * test.labels[:len(KINDS)]      # more than test has
+    return LongTail(train, test, test.classes, sentences)
 
 
 def representation(model: DiffDis | Clip, inputs: Tensor, noise: Tensor) -> Tensor:
@@ -1004,20 +1066,20 @@ def balanced(labels: Tensor, args: argparse.Namespace, *key: int) -> Tensor:
     return torch.multinomial(weights, size, replacement=True, generator=generator_of(*key))
 
 
-class Drawn(Subset):
+class Drawn(Source):
     """Training images in the order they were drawn, centre squares, each with RandAugment if so asked: a
     function of the key and its place."""
 
     def __init__(self, source: Source, order: np.ndarray, size: int, augment: bool, key: tuple) -> None:
-        super().__init__(source, order)
-        self.size, self.augment, self.key = size, augment, key
+        super().__init__(source.name, len(order))
+        self.source, self.order, self.size, self.augment, self.seed = source, order, size, augment, key
 
     def read(self, index: int, side: int | None = None) -> Sample:
-        sample = super().read(index, side)
+        sample = self.source.read(self.order[index], side)
         if not self.augment:
             return sample
         square = Image.fromarray(to_square(sample.image, self.size))
-        return replace(sample, image=rand_augment(square, np.random.default_rng([*self.key, index])))
+        return replace(sample, image=rand_augment(square, np.random.default_rng([*self.seed, index])))
 
 
 def balanced_batches(data: LongTail, size: int, key: tuple, skips: SkipReport,
@@ -1077,6 +1139,28 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, steps: in
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-Σ target · log softmax(logits), mean over rows. logits, targets [B, K] (rows of targets sum to 1)."""
+    return -(targets * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
+
+
+def class_contrast(logits: Tensor, labels: Tensor, smoothing: float = 0.1) -> Tensor:
+    """Alignment loss of long-tailed recognition: all pairs of one class are right (Tian et al. 2022, L_ccl).
+
+    logits: scaled cosines of B images with a sentence about each one's class [B, B]; labels [B].
+    """
+    same = (labels[:, None] == labels).float()
+    targets = (1 - smoothing) * same / same.sum(dim=1, keepdim=True) + smoothing / len(labels)
+    return (soft_cross_entropy(logits, targets) + soft_cross_entropy(logits.T, targets)) / 2
+
+
+def distillation(logits: Tensor, teacher: Tensor) -> Tensor:
+    """How far the logits' distributions, of texts given an image and the reverse, are from the teacher's
+    (Tian et al. 2022, L_dis). Both [B, B]; the teacher's carry no gradient."""
+    return (soft_cross_entropy(logits, teacher.softmax(dim=1))
+            + soft_cross_entropy(logits.T, teacher.T.softmax(dim=1))) / 2
 
 
 def fine_tune(model: DiffDis | Clip, data: LongTail, texts: list[str], owners: Tensor, skips: SkipReport,
@@ -1278,19 +1362,19 @@ def longtail(model: DiffDis | Clip, data: LongTail, args: argparse.Namespace) ->
               **sentence_accuracies(read.values[:, :query_width(model)], labels, queries, owners, shots)}
     if args.stage != "pretrain":
         result |= second_stage(model, data, read, labels, queries, owners, shots, skips, args)
-    return {**result, "seconds_per_image": read.seconds, "skipped": read.skips.to_dict(),
-            "skipped_training": skips.to_dict()}
+    return {**result, "seconds_per_image": read.seconds, "skipped": read.skips.counts(),
+            "skipped_training": skips.counts()}
 
 
 def few_of_each(data: LongTail, most: int = 50) -> Source:
     """Training images, at most 50 of a class."""
     seen, kept = Counter(), []
     for i in range(len(data.train)):
-        label = label_of(data.train, i)
+        label = data.train.label(i)
         seen[label] += 1
         if seen[label] <= most:
             kept.append(i)
-    return Subset(data.train, np.array(kept))
+    return data.train.subset(np.array(kept))
 
 
 # ---------------------------------------------------------------- speed (Table 6)
@@ -1653,7 +1737,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             add("--k", type=positive, default=20, help="nearest training images that vote")
             add("--bank", metavar="DIR",
                 help="labelled images to look in; without it the training half of --data")
-            add("--bank-list", metavar="FILE", help="as --list, of the bank")
             add("--bank-limit", type=positive,
                 help="images of the bank to use, evenly spaced; without it all, of shapes 2,400")
         elif name == "fid":
@@ -1677,9 +1760,7 @@ def add_data_flags(add: Callable, task: str) -> None:
         add("--data", default="shapes", help="shapes, places-lt, or a folder in Places-LT's layout")
         add("--limit", type=positive, help="test images to use, evenly spaced; without it all")
     else:
-        add("--data", default="shapes", help="shapes, cc3m, or a folder in one of the README's layouts")
-        add("--list", metavar="FILE", help="text file of the images of --data to use, a path per line, its "
-            "class after it unless that is the folder")
+        add("--data", default="shapes", help="shapes, cc3m, or data in one of the README's layouts")
         add("--limit", type=positive, help="images to use, evenly spaced; without it all")
     add("--batch-size", type=positive, default=100, help="images at once")
     add("--workers", type=natural, help="processes that read and decode; without it 0 for shapes, else 2")
@@ -1875,7 +1956,7 @@ def run_task(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path
     elif args.task != "checker":
         args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
         labelled = args.data == "shapes" and args.task in ("zeroshot", "knn")
-        source = in_turn(lambda: open_source(args.data, "classes" if labelled else "val", args.list))
+        source = in_turn(lambda: open_source(args.data, "classes" if labelled else "val"))
         check_index(source, args.max_bad)
         source = evenly_spaced(source, args.limit)
     args.device = device

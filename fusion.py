@@ -1,16 +1,16 @@
 """The building blocks of DiffDis's attention: Stable Diffusion's transformer block, and its dual-stream form.
 
-What it is: the paper's "dual-stream deep fusion attention" (README, method 4). A Stable Diffusion attention
-block lets image tokens attend to each other and to a text. DiffDis adds one more token, the noised *text
-query*, which travels with the image tokens through every attention block of the UNet's encoder half and is
-denoised by what it sees there. `SpatialTransformer` is that block; `AlignmentTransformer` is what follows the
-middle block.
+What it is: the paper's "dual-stream deep fusion attention" (section 3.3). A Stable Diffusion attention block
+lets image tokens attend to each other and to a text. DiffDis adds one more token, the noised *text query*,
+which travels with the image tokens through every attention block of the UNet's encoder half and is denoised
+by what it sees there. `SpatialTransformer` is that block; `AlignmentTransformer` follows the middle block.
 What it is not: the UNet itself (model.py), nor anything about noise and timesteps (diffusion.py).
 
+Letters: B batch, N image tokens, C their width, L text tokens, D width of the text query.
 Module names are Stable Diffusion's own wherever it has the module, so that its weights load by name; all that
 DiffDis adds is named `query_...`, so that `"query_" in name` tells new parameters from pretrained ones.
 
-Read next: model.py, which stacks these blocks.
+Read next: data.py, or straight on to model.py, which stacks these blocks.
 """
 from dataclasses import dataclass
 
@@ -22,13 +22,12 @@ from torch.nn import functional as F
 @dataclass(frozen=True)
 class FusionConfig:
     """How the text query meets the image (paper: Tables 4 and 5, section 3.3)."""
-    query_width: int             # D, width of the text query = width of the text encoder
-    # Table 4: the query joins every encoder-half attention block, or only the end
-    fusion: bool = True
+    query_width: int               # D, width of the text query = width of the text encoder
+    fusion: bool = True            # Table 4: the query joins every encoder-half block, or only the end
     shared_attention: bool = True  # Table 5: the query uses the image tokens' q/k/v/out, or its own
-    own_ffn: bool = True         # Table 5: the query has its own feed-forward, or the image tokens'
-    align_blocks: int = 6        # M, transformer blocks after the middle block
-    head_width: int = 64         # width of a head in those M blocks
+    own_ffn: bool = True           # Table 5: the query has its own feed-forward, or the image tokens'
+    align_blocks: int = 6          # M, transformer blocks after the middle block
+    head_width: int = 64           # of a head in those M blocks
 
     def __post_init__(self) -> None:
         if self.align_blocks < 0:
@@ -43,8 +42,7 @@ class FusionConfig:
 class Attention(nn.Module):
     """Multi-head attention by PyTorch's fused kernel: softmax(q kᵀ / √d) v.
 
-    Without `context` it is self-attention. q, k and v have no bias, the output has one
-    (as in Stable Diffusion).
+    Without `context` it is self-attention. q, k and v have no bias, the output has one (Stable Diffusion's).
     """
 
     def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
@@ -59,10 +57,9 @@ class Attention(nn.Module):
         return self.to_q(x), self.to_k(context), self.to_v(context)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, N, C] queries on [B or 1, L, C] keys and values -> [B, N, C], before the output projection."""
-        batch = q.shape[0]
-        # A batch of one in k and v (the null prompt, the same for every image)
-        # is projected once, then expanded.
+        """q [B, N, C] on k, v [B or 1, L, C] -> [B, N, C], before the output projection."""
+        # k and v of the null prompt, the same for every image, are projected once, then expanded.
+        batch = len(q)
         q, k, v = (x.expand(batch, -1, -1).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -93,11 +90,11 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Stable Diffusion's block: self-attention, cross-attention to the text, feed-forward;
-    each pre-norm, residual.
+    """Stable Diffusion's block: self-attention, cross-attention to the text, feed-forward, each pre-norm and
+    residual.
 
-    With `fusion` it is the dual-stream block (README, method 4): the query token goes through the *shared*
-    self-attention beside the image tokens, then through a feed-forward of its own, without cross-attention.
+    With `fusion` it is the dual-stream block: the query token goes through the *shared* self-attention beside
+    the image tokens, then through a feed-forward of its own, without cross-attention.
     `context_width` None leaves the cross-attention out (the M blocks of the alignment transformer).
     """
 
@@ -108,72 +105,64 @@ class TransformerBlock(nn.Module):
         if context_width is not None:
             self.norm2, self.attn2 = nn.LayerNorm(width), Attention(width, heads, context_width)
         self.norm3, self.ff = nn.LayerNorm(width), FeedForward(width)
-        self.cross_attends = context_width is not None
-        self.query_attn = self.query_norm1 = self.query_norm3 = self.query_ff = None
+        self.query_attn = self.query_ff = None
         if fusion is not None and not fusion.shared_attention:
             self.query_norm1, self.query_attn = nn.LayerNorm(width), Attention(width, heads)
         if fusion is not None and fusion.own_ffn:
             self.query_norm3, self.query_ff = nn.LayerNorm(width), FeedForward(width)
 
-    def joint_self_attention(self, x: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Self-attention over concat(query, image tokens): the two streams meet here and only here."""
+    def self_attention(self, x: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, C], query [B, 1, C] or None -> the same after attention over both, where they meet."""
+        if query is None:                                         # no operation but Stable Diffusion's
+            return x + self.attn1(self.norm1(x)), None
         if self.query_attn is None:
-            both = torch.cat([query, x], dim=1)               # [B, 1+N, C]
+            both = torch.cat([query, x], dim=1)                   # [B, 1+N, C]
             both = both + self.attn1(self.norm1(both))
             return both[:, 1:], both[:, :1]
         x_norm, query_norm = self.norm1(x), self.query_norm1(query)
         pairs = zip(self.query_attn.project(query_norm, query_norm), self.attn1.project(x_norm, x_norm))
-        mixed = self.attn1.attend(*(torch.cat(pair, dim=1) for pair in pairs))
+        mixed = self.attn1.attend(*(torch.cat(pair, dim=1) for pair in pairs))                # [B, 1+N, C]
         return x + self.attn1.to_out[0](mixed[:, 1:]), query + self.query_attn.to_out[0](mixed[:, :1])
 
-    def forward(self, x: Tensor, context: Tensor | None, query: Tensor | None = None):
-        """x [B, N, C], context [B or 1, L, D] or None, query [B', 1, C] or None (masked) -> x, query.
-
-        The query belongs to the last B' ≤ B rows of x and is masked for those before: so both tasks can share
-        a pass. Where it is masked not one operation differs from Stable Diffusion's block.
-        """
-        if query is None:
-            x = x + self.attn1(self.norm1(x))
-        elif len(query) == len(x):
-            x, query = self.joint_self_attention(x, query)
-        else:
-            alone, x = x.tensor_split([len(x) - len(query)])
-            x, query = self.joint_self_attention(x, query)
-            x = torch.cat([alone + self.attn1(self.norm1(alone)), x])
-        if self.cross_attends:
+    def forward(self, x: Tensor, context: Tensor | None = None,
+                query: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, C], context [B or 1, L, D], query [B, 1, C] or None (masked) -> x, query."""
+        x, query = self.self_attention(x, query)
+        if context is not None:
             x = x + self.attn2(self.norm2(x), context)
         x = x + self.ff(self.norm3(x))
         if query is not None:
-            norm, ff = ((self.query_norm3, self.query_ff) if self.query_ff is not None else
-                        (self.norm3, self.ff))
-            query = query + ff(norm(query))
+            query = query + (self.query_ff(self.query_norm3(query)) if self.query_ff is not None else
+                             self.ff(self.norm3(query)))
         return x, query
 
 
 class SpatialTransformer(nn.Module):
-    """A UNet attention block: GroupNorm, 1×1 in, K transformer blocks, 1×1 out, residual (README, method 4).
+    """A UNet attention block: GroupNorm, 1×1 in, K transformer blocks, 1×1 out, residual.
 
     With `fusion` it carries the text query along: FC_in adds the state left by the previous block to the
     noised query (the skip connection across blocks), FC_out hands the state on.
+    block: the class of the transformer blocks.
     """
 
     def __init__(self, width: int, heads: int, context_width: int, depth: int = 1,
-                 fusion: FusionConfig | None = None) -> None:
+                 fusion: FusionConfig | None = None, block: type = TransformerBlock) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(32, width, eps=1e-6)     # 1e-6 here, 1e-5 in the ResNet blocks: SD's own mix
         self.proj_in = nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(width, heads, context_width, fusion) for _ in range(depth))
+            block(width, heads, context_width, fusion) for _ in range(depth))
         self.proj_out = nn.Conv2d(width, width, 1)
         if fusion is not None:
             self.query_in = nn.Linear(fusion.query_width, width)
             self.query_out = nn.Linear(width, fusion.query_width)
 
-    def forward(self, x: Tensor, context: Tensor, query: Tensor | None = None, state: Tensor | None = None):
-        """x [B, C, H, W], context [B or 1, L, D], query = e_t + Embed(t_e) [B', D] of the last B' rows or
-        None, state h_e [B', D] -> x [B, C, H, W], the query's next state [B', D] (None when it is masked)."""
+    def forward(self, x: Tensor, context: Tensor, query: Tensor | None = None,
+                state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x [B, C, H, W], context [B or 1, L, D], query = e_t + Embed(t_e) [B, D] or None (masked), state h_e
+        [B, D] -> x [B, C, H, W], the query's next state [B, D] or None."""
         height = x.shape[2]
-        tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)        # [B, N, C]
+        tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)             # [B, N, C]
         q = None if query is None else self.query_in(state + query).unsqueeze(1)   # [B, 1, C]
         for block in self.transformer_blocks:
             tokens, q = block(tokens, context, q)
@@ -182,8 +171,8 @@ class SpatialTransformer(nn.Module):
 
 
 class AlignmentTransformer(nn.Module):
-    """After the middle block: concat(FC(h_e), FC(middle features))
-    -> M transformer blocks -> linear predictor."""
+    """After the middle block: concat(FC(h_e), FC(middle features)) -> M transformer blocks -> linear
+    predictor on the query token. Our choice: a layer norm before it, as pre-norm transformers end."""
 
     def __init__(self, image_width: int, config: FusionConfig) -> None:
         super().__init__()
@@ -196,14 +185,14 @@ class AlignmentTransformer(nn.Module):
         self.predictor = nn.Linear(width, width)
 
     def tokens(self, state: Tensor, features: Tensor) -> Tensor:
-        """state h_e [B, D], features of the middle block [B, C, H, W] -> query and image tokens, last norm
-        included [B, 1+N, D]."""
-        image_tokens = self.image_fc(features.flatten(2).transpose(1, 2))
+        """state h_e [B, D], features of the middle block [B, C, H, W] -> query token, then image tokens, last
+        norm included [B, 1+N, D]."""
+        image_tokens = self.image_fc(features.flatten(2).transpose(1, 2))              # [B, N, D]
         tokens = torch.cat([self.query_fc(state).unsqueeze(1), image_tokens], dim=1)   # [B, 1+N, D]
         for block in self.blocks:
-            tokens, _ = block(tokens, None)
+            tokens, _ = block(tokens)
         return self.norm(tokens)
 
     def forward(self, state: Tensor, features: Tensor) -> Tensor:
-        """As `tokens` -> the text target's prediction [B, D]."""
+        """As `tokens` -> the text target's prediction [B, D] (Eq. 7)."""
         return self.predictor(self.tokens(state, features)[:, 0])

@@ -5,7 +5,7 @@ What it is: every network of the project, bottom-up: residual block, autoencoder
 shapes; `tiny` and `small` are the same classes with smaller numbers.
 What it is not: noise, timesteps' distribution, losses and samplers (diffusion.py), or data (data.py).
 
-The UNet has two entry points. `denoise_image` is Stable Diffusion. `denoise_query` runs only the
+The UNet has three entry points. `denoise_image` is Stable Diffusion. `denoise_query` runs only the
 *encoder half* (down and middle blocks), with one extra token, the noised text query, in every
 attention block (fusion.py).
 
@@ -13,12 +13,10 @@ Parameter names are those of the diffusers / transformers folders of Stable Diff
 named `query_...`. Read next: diffusion.py.
 """
 import argparse
-import hashlib
 import http.client
 import io
 import json
 import math
-import os
 import pickle
 import re
 import struct
@@ -35,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import CACHE, END, START, Tokenizer, to_float
-from fusion import AlignmentTransformer, FusionConfig, SpatialTransformer
+from data import CACHE, END, START, Tokenizer, to_float, write_atomically
+from fusion import AlignmentTransformer, FusionConfig, SpatialTransformer, TransformerBlock
 
 TARGETS = ("noise", "v", "data")       # what a network may be asked to predict; formulas in diffusion.py
 SCHEDULES = ("linear", "cosine")
@@ -184,7 +182,7 @@ def patches(factor: int, scale: float) -> AutoencoderConfig:
     return AutoencoderConfig("patch", 3 * factor ** 2, factor, scale, ())
 
 
-# `tiny` trains on two CPU cores in minutes, `small` on one GPU in an hour, `sd-v1` is Stable Diffusion v1.
+# `tiny` trains on two CPU cores in minutes, `small` is for one GPU, `sd-v1` is Stable Diffusion v1.
 PRESETS = {
     "tiny": Config(
         FusionConfig(query_width=128, align_blocks=2, head_width=32),
@@ -515,7 +513,7 @@ class Clip(nn.Module):
     def __init__(self, config: ClipConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.known_words: frozenset[str] | None = None
+        self.data: str | None = None          # what its weights were trained on, as --data has it
         self.vision_model, self.text_model = ClipImageEncoder(config), TextEncoder(config.text,
                                                                                    config.activation)
         self.visual_projection = nn.Linear(config.width, config.embedding, bias=False)
@@ -722,6 +720,18 @@ class Stages(nn.Module):
         return stage(*inputs)
 
 
+class TwoTaskBlock(TransformerBlock):
+    """For a batch of which only the last rows have a query: both tasks in one pass (UNet.denoise_both)."""
+
+    def self_attention(self, x: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, C], query [B', 1, C] of its last B' rows, or None -> the same."""
+        if query is None or len(query) == len(x):
+            return super().self_attention(x, query)
+        alone, x = x.tensor_split([len(x) - len(query)])
+        x, query = super().self_attention(x, query)
+        return torch.cat([super().self_attention(alone, None)[0], x]), query
+
+
 class DownBlock(Stages):
     def __init__(self, channels: int, out: int, config: "Config", attention: bool, downsample: bool) -> None:
         super().__init__()
@@ -729,7 +739,7 @@ class DownBlock(Stages):
         self.resnets = nn.ModuleList(
             ResBlock(channels if i == 0 else out, out, 4 * unet.channels[0]) for i in range(unet.res_blocks))
         self.attentions = nn.ModuleList(
-            SpatialTransformer(out, unet.heads, config.text.width, unet.depth, fusion)
+            SpatialTransformer(out, unet.heads, config.text.width, unet.depth, fusion, TwoTaskBlock)
             for _ in range(unet.res_blocks if attention else 0))
         self.downsamplers = nn.ModuleList([Downsample(out, padding=1)] if downsample else [])
 
@@ -753,7 +763,7 @@ class MiddleBlock(Stages):
         width = unet.channels[-1]
         self.resnets = nn.ModuleList(ResBlock(width, width, 4 * unet.channels[0]) for _ in range(2))
         self.attentions = nn.ModuleList(
-            [SpatialTransformer(width, unet.heads, config.text.width, unet.depth, fusion)])
+            [SpatialTransformer(width, unet.heads, config.text.width, unet.depth, fusion, TwoTaskBlock)])
 
     def forward(self, x, emb, context, query, state):
         x, state = self.run(self.attentions[0], self.run(self.resnets[0], x, emb), context, query, state)
@@ -894,8 +904,8 @@ class DiffDis(nn.Module):
             raise ValueError(f"the tokenizer knows {tokenizer.vocab_size} tokens, the text encoder "
                              f"{config.text.vocab_size}")
         self.config, self.tokenizer = config, tokenizer
-        self.known_words: frozenset[str] | None = None    # words of the training captions; None: not recorded
         self.tasks = ("generation", "alignment")          # what its weights were trained for
+        self.data: str | None = None                      # and on, as --data has it; None: not recorded
         self.autoencoder = make_autoencoder(config.autoencoder)
         self.text_encoder = TextEncoder(config.text)
         self.unet = UNet(config)
@@ -960,29 +970,6 @@ class DiffDis(nn.Module):
         if height % side or width % side or not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
             raise ValueError(f"size is {width}x{height} px, expected multiples of {side} up to {MAX_SIDE}")
         return self.config.autoencoder.latent_channels, height // side, width // side
-
-
-def fingerprint(module: KLAutoencoder | PatchAutoencoder) -> str:
-    """Equal for autoencoders of equal configuration and weights: the first 16 digits of their SHA-256."""
-    digest = hashlib.sha256(repr(module.config).encode())
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def check_latents(notes: dict, model: DiffDis, name: str) -> None:
-    """Latents belong to the autoencoder that made them. notes: what a latent cache says of itself.
-
-    Raises ValueError if the model has another autoencoder, or is for images of another size.
-    """
-    found, size = fingerprint(model.autoencoder), model.config.image_size
-    if notes["autoencoder"] != found:
-        raise ValueError(f"the latents in {name} are of another autoencoder (fingerprint "
-                         f"{notes['autoencoder']}, the model's is {found}): take the weights that data.py "
-                         "cache was given, or make the cache anew with these")
-    if notes["image_size"] != size:
-        raise ValueError(f"the latents in {name} are of {notes['image_size']} px, the model is for {size}: "
-                         f"train with --image-size {notes['image_size']}, or make a cache of that size")
 
 
 def is_new(name: str) -> bool:
@@ -1508,9 +1495,8 @@ FORMAT = "diffdis-1"
 
 def describe(model: DiffDis | Clip) -> dict:
     """What a file must remember besides tensors."""
-    words = None if model.known_words is None else sorted(model.known_words)
     return {"network": "clip" if isinstance(model, Clip) else "diffdis", "config": model.config.to_dict(),
-            "tokenizer": model.tokenizer.to_dict(), "words": words, "tasks": list(model.tasks)}
+            "tokenizer": model.tokenizer.to_dict(), "data": model.data, "tasks": list(model.tasks)}
 
 
 def save(path: str | Path, model: DiffDis | Clip, ema: dict | None = None,
@@ -1524,24 +1510,6 @@ def save(path: str | Path, model: DiffDis | Clip, ema: dict | None = None,
     checkpoint = {"format": FORMAT, **describe(model), "model": model.state_dict(), "ema": ema,
                   "training": training}
     write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a file that is complete under its name, or the old one stays. Raises OSError."""
-    part = path.with_name(path.name + ".part")      # one name: what a killed program left is overwritten
-    try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        kept = "; what was there before is intact" if path.exists() else ""
-        # torch.save reports a failed write as a RuntimeError about file positions.
-        reason = getattr(error, "strerror", None) or "writing stopped short: is the disk full?"
-        raise OSError(f"cannot write {path}: {reason}{kept}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -1558,7 +1526,7 @@ def read_checkpoint(path: str | Path) -> dict:
                  type(checkpoint).__name__)
         raise ValueError(f"{path} is not a DiffDis checkpoint: expected format {FORMAT!r}, "
                          f"found {found or 'nothing'}")
-    missing = {"config", "tokenizer", "words", "model", "ema", "training"} - set(checkpoint)
+    missing = {"config", "tokenizer", "model", "ema", "training"} - set(checkpoint)
     if missing:
         raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     return checkpoint
@@ -1605,11 +1573,10 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor], boo
 def build(description: dict, path: str | Path, adapt: Callable = lambda config: config) -> DiffDis | Clip:
     """The networks that a file describes, its tensors not yet in them. Raises ValueError."""
     try:
-        tokenizer = Tokenizer.from_dict(description["tokenizer"])
-        if description.get("network") == "clip":
-            return Clip(adapt(ClipConfig.from_dict(description["config"])), tokenizer)
-        model = DiffDis(adapt(Config.from_dict(description["config"])), tokenizer)
-        model.tasks = tuple(description.get("tasks", model.tasks))
+        tokenizer = Tokenizer(**description["tokenizer"])
+        kind, config = (Clip, ClipConfig) if description.get("network") == "clip" else (DiffDis, Config)
+        model = kind(adapt(config.from_dict(description["config"])), tokenizer)
+        model.tasks, model.data = tuple(description.get("tasks", model.tasks)), description.get("data")
         return model
     except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: no networks can be built from it "
@@ -1648,8 +1615,6 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
         dropped = set(every) - set(model.state_dict())
         tensors = {name: value for name, value in tensors.items() if name not in dropped}
     put_tensors(model, tensors, path, foreign)
-    if isinstance(description.get("words"), list):
-        model.known_words = frozenset(map(str, description["words"]))
     model.to(device)
     for name, part in model.named_children():
         if name != "autoencoder" or dtype != torch.float16:     # there it overflows: black pictures

@@ -23,33 +23,32 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import MAX_PIXELS, words
+from data import MAX_PIXELS, parse, write_atomically
 from diffusion import (ddim, dpm_solver, guide, make_alphas_cumprod, make_denoiser, noise_of,
                        sampling_timesteps)
 from model import DiffDis
 
 
 # ---------------------------------------------------------------- Algorithm 2: text -> image
-SAMPLERS = {"ddim": "leading", "dpm++": "linspace"}      # and how each spaces its timesteps by default
+SAMPLERS = ("ddim", "dpm++")
 
 
-def image_timesteps(model: DiffDis, sampler: str, steps: int) -> list[int]:
+def image_timesteps(model: DiffDis, steps: int) -> list[int]:
     """The timesteps to draw an image by. Raises ValueError on an impossible number of steps."""
-    # A noise-predicting model is sampled as Stable Diffusion is: DDIM from t = 981 to 1 (in 50 steps),
-    # ending at ᾱ_0. At T-1 its x̂0 would be its error divided by √ᾱ, a fifteenfold;
-    # v and data targets have no such trouble.
-    spacing = SAMPLERS[sampler] if model.config.image_target == "noise" else "trailing"
+    # A noise-predicting model is sampled as Stable Diffusion is, from t = 981 to 1 (in 50 steps). At T-1 its
+    # x̂0 would be its error divided by √ᾱ, a fifteenfold; v and data targets have no such trouble.
+    spacing = "leading" if model.config.image_target == "noise" else "trailing"
     return sampling_timesteps(steps, model.config.timesteps, spacing)
 
 
 @torch.no_grad()
 def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int = 50,
                 guidance_scale: float | None = None, size: tuple[int, int] | None = None,
-                negative: str = "", sampler: str = "ddim", eta: float = 0.0, progress=iter) -> Tensor:
+                negative: str = "", sampler: str = "ddim", progress=iter) -> Tensor:
     """Draw one image per prompt and seed (Algorithm 2): a sampler with classifier-free guidance.
 
     prompts, seeds: B of each, an image depends on its own two alone; steps: sampler steps, 1 to T;
-    sampler: one of SAMPLERS; eta: DDIM's share of fresh noise, 0 to 1;
+    sampler: one of SAMPLERS;
     guidance_scale: 1 + w, 1 is no guidance, None the configuration's; size: (height, width) in px, None the
     training size; negative: the prompt to guide away from
     -> images [B, 3, H, W] in [-1, 1], float32, on the model's device.
@@ -68,14 +67,12 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
         return guide(conditional, unconditional, scale)
 
     denoise = make_denoiser(predict, config.image_target, alphas_cumprod)
-    timesteps = image_timesteps(model, sampler, steps)
+    timesteps = image_timesteps(model, steps)
     if sampler == "dpm++":
         latents = dpm_solver(denoise, z_T, timesteps, alphas_cumprod, progress)
     else:
-        def noise(step: int) -> Tensor:
-            return noise_of(shape, [(seed, step) for seed in seeds]).to(device)
         last = float(alphas_cumprod[0]) if config.image_target == "noise" else 1.0
-        latents = ddim(denoise, z_T, timesteps, alphas_cumprod, 1.0, last, eta, noise, progress)
+        latents = ddim(denoise, z_T, timesteps, alphas_cumprod, 1.0, last, progress)
     return model.decode_image(latents).float().clamp(-1, 1)
 
 
@@ -180,12 +177,14 @@ def find_checkpoint(given: str | None) -> Path:
     return found[-1]
 
 
-def warn_unknown_words(model: DiffDis, prompts: list[str]) -> None:
-    """Name the words that no training caption had: the model can only guess at them."""
-    if model.known_words is not None:
-        unknown = sorted({word for prompt in prompts for word in words(prompt)} - model.known_words)
-        if unknown:
-            print(f"warning: never seen in training: {', '.join(unknown)}", file=sys.stderr)
+def warn_of_grammar(model: DiffDis, prompts: list[str]) -> None:
+    """A model of `shapes` has seen nothing but its grammar: say so of other prompts."""
+    for prompt in prompts if model.data == "shapes" else ():
+        try:
+            parse(prompt)
+        except ValueError as error:
+            print(f"warning: {error}; this model was trained on nothing else: to draw anything, give Stable "
+                  "Diffusion as --ckpt sd-v1-5", file=sys.stderr)
 
 
 def positive(text: str) -> int:
@@ -223,7 +222,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sampler", choices=tuple(SAMPLERS), default="ddim",
         help="DDIM, or DPM-Solver++(2M), for which 20 steps are plenty")
     add("--steps", type=positive, default=50, help="sampler steps")
-    add("--eta", type=finite, default=0.0, help="fresh noise in DDIM: 0 none, 1 as much as DDPM")
     add("--guidance-scale", type=finite,
         help="1 + w of classifier-free guidance, 1: none; without it the checkpoint's own")
     add("--negative", default="", help="prompt to guide away from")
@@ -264,7 +262,7 @@ def draw_all(model: DiffDis, args: argparse.Namespace) -> tuple[Tensor, list[dic
         for i in range(0, len(jobs), args.batch):
             prompts, seeds = zip(*jobs[i:i + args.batch])
             drawn.append(draw_images(model, list(prompts), list(seeds), args.steps, args.guidance_scale, size,
-                                     args.negative, args.sampler, args.eta, progress))
+                                     args.negative, args.sampler, progress))
     images = torch.cat(drawn)
     notes = [{"prompt": prompt, "seed": seed} for prompt, seed in jobs]
     if args.best_of == 1:
@@ -297,11 +295,11 @@ def save_png(images: Tensor, notes: list[dict], args: argparse.Namespace, checkp
     text = PngImagePlugin.PngInfo()
     for key, value in (("prompt", " | ".join(args.prompts)),
                        ("seeds", ", ".join(str(n["seed"]) for n in notes)),
-                       ("sampler", args.sampler), ("eta", args.eta), ("checkpoint", checkpoint),
+                       ("sampler", args.sampler), ("checkpoint", checkpoint),
                        ("steps", args.steps), ("guidance_scale", args.guidance_scale),
                        ("negative", args.negative)):
         text.add_itxt(key, str(value))
-    models.write_atomically(Path(args.out), lambda file: picture.save(file, "PNG", pnginfo=text))
+    write_atomically(Path(args.out), lambda file: picture.save(file, "PNG", pnginfo=text))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -319,20 +317,16 @@ def main(argv: list[str] | None = None) -> None:
         if args.guidance_scale is None:
             args.guidance_scale = model.config.guidance_scale
         model.latent_shape(*(parse_size(args.size) or (model.config.image_size,) * 2))
-        image_timesteps(model, args.sampler, args.steps)
+        image_timesteps(model, args.steps)
         if args.best_of > 1 and "alignment" not in model.tasks:
             raise ValueError("--best-of needs a model that reads images, and these weights only draw them: "
                              "train their query stream with train.py --init first")
-        if args.eta and args.sampler != "ddim":
-            raise ValueError("--eta is DDIM's: leave it out, or take --sampler ddim")
         height, width = parse_size(args.size) or (model.config.image_size,) * 2
         pixels = len(args.prompts) * args.n * height * width * (args.scale or max(1, 256 // width)) ** 2
         if pixels > MAX_PIXELS:
             raise ValueError(f"the picture would have {pixels:,} pixels, {MAX_PIXELS:,} are the most: "
                              "lower --scale, -n or --size")
-        if not 0 <= args.eta <= 1:
-            raise ValueError(f"--eta is {args.eta}, expected 0 to 1")
-        warn_unknown_words(model, args.prompts)
+        warn_of_grammar(model, args.prompts)
         images, notes = draw_all(model, args)
         save_png(images, notes, args, fingerprint(path))
     except (ValueError, OSError) as error:

@@ -13,6 +13,7 @@ global batch). So a resumed run is the run that was never stopped, and N ranks s
 import argparse
 import contextlib
 import gc
+import hashlib
 import importlib.util
 import json
 import math
@@ -41,11 +42,11 @@ from tqdm import tqdm
 
 import evaluate
 import model as models
-from data import (Batch, SkipReport, Source, Tokenizer, check_index, evenly_spaced, hold_out, open_source,
-                  training_batches)
+from data import (Batch, SkipReport, Source, Tokenizer, check_index, evaluation_batches, evenly_spaced,
+                  hold_out, open_source, to_float, training_batches, usable_captions, write_atomically)
 from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
-                       min_snr_weight, q_sample, read_prediction, signal_and_noise)
-from evaluate import everybody, in_turn, join_ranks, restarts
+                       q_sample, read_prediction, signal_and_noise)
+from evaluate import everybody, in_turn, join_ranks, rank_and_world, restarts
 from model import (CLIPS, LIKE, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextEncoder,
                    UNet, is_new)
 from sample import Parser, draw_images, fail, finite, make_grid, natural, positive
@@ -141,6 +142,7 @@ def add_run_flags(add: Callable, switch: dict) -> None:
         "drawn; without it: for CLIP, but not on shapes", **switch)
     add("--recompute", "keep fewer activations, compute them again in the backward pass (checkpointing)",
         **switch)
+    add("--latents", "folder that keeps the images' latents: made at first use, then read instead of images")
     add("--micro-batch", "pairs per forward pass and rank, gradients summed; the alignment loss stays that "
         "of the whole batch; without it all at once", type=positive)
     add("--ema-on-cpu", "keep the averaged weights in host memory", action="store_true")
@@ -154,7 +156,7 @@ def add_optimisation_flags(add: Callable, switch: dict) -> None:
     add("--lr-decay", "after warm-up", choices=("cosine", "constant"))
     add("--warmup", "steps over which the learning rate rises", type=natural)
     add("--beta2", "AdamW's decay of squared gradients; beta1 is 0.9", type=finite)
-    add("--weight-decay", "AdamW's, on matrices and kernels only", type=finite)
+    add("--weight-decay", "AdamW's, on matrices, kernels and embeddings", type=finite)
     add("--grad-clip", "largest norm of the gradient; 0: no limit", type=finite, default=1.0)
     add("--ema", "decay of the averaged weights per step", type=finite)
 
@@ -175,10 +177,6 @@ def add_method_flags(add: Callable, switch: dict) -> None:
     add("--own-ffn", "the query has a feed-forward of its own (Table 5)", **switch)
     add("--align-blocks", "M, transformer blocks after the middle block; without it the preset's",
         type=natural)
-    add("--min-snr", "count x̂0's squared error min(SNR, this) times, e.g. 5 (Hang et al. 2023); without it "
-        "the target's own error counts alike at every timestep", type=finite)
-    add("--text-timestep-min", "lowest t_e that is drawn: where noise is little, e_t shows its answer; "
-        "without it 0", type=natural)
     add("--train-text-encoder", "train T; without it: only if it did not come pretrained", **switch)
 
 
@@ -196,9 +194,7 @@ def check_args(args: argparse.Namespace) -> None:
     for field, low, high in (("p_uncond", 0, 1), ("p_drop_image", 0, 1), ("ema", 0, 1), ("max_bad", 0, 1),
                              ("lr", 0, math.inf), ("lr_pretrained", 0, math.inf), ("warmup", 0, math.inf),
                              ("weight_decay", 0, math.inf), ("grad_clip", 0, math.inf), ("val", 1, math.inf),
-                             ("align_weight", 0, math.inf), ("beta2", 0, 1 - 1e-9),
-                             ("min_snr", 1e-9, math.inf),
-                             ("text_timestep_min", 0, PRESETS[args.preset].timesteps - 1)):
+                             ("align_weight", 0, math.inf), ("beta2", 0, 1 - 1e-9)):
         if getattr(args, field) is not None and not low <= getattr(args, field) <= high:
             raise ValueError(f"--{field.replace('_', '-')} is {getattr(args, field)}, "
                              f"expected {low} to {high}")
@@ -206,12 +202,11 @@ def check_args(args: argparse.Namespace) -> None:
         args.image_size = PRESETS["sd-v1"].image_size       # the paper's, not the 512 px of the weights
     if args.init is not None and args.tokenizer is not None:
         raise ValueError("--tokenizer with --init: a checkpoint brings its own, leave one of the two out")
+    if args.latents and (args.model != "diffdis" or args.augment or args.data == "shapes"):
+        raise ValueError("--latents replaces pictures, which CLIP, --augment and the endless shapes need: "
+                         "leave it out")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("--tensorboard, but it is not installed: pip install tensorboard, or leave it out")
-    for field, task in (("min_snr", "generation"), ("text_timestep_min", "alignment")):
-        if getattr(args, field) is not None and task not in args.tasks:
-            raise ValueError(f"--{field.replace('_', '-')} is of the {task} task, and --tasks is "
-                             f"{','.join(args.tasks)}: leave one of the two out")
     if "alignment" in args.tasks and args.batch_size < 2:
         raise ValueError("--batch-size is 1, but alignment compares pairs within a batch: 2 or more")
 
@@ -220,8 +215,7 @@ def check_clip_args(args: argparse.Namespace) -> None:
     """A CLIP has one task and none of the method's choices. Raises ValueError."""
     given = [name for name in ("image_target", "text_target", "image_schedule", "text_schedule", "gamma",
                                "condition_timestep", "fusion", "shared_attention", "own_ffn", "align_blocks",
-                               "train_text_encoder", "recompute", "min_snr",
-                               "text_timestep_min") if getattr(args, name) is not None]
+                               "train_text_encoder", "recompute") if getattr(args, name) is not None]
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')} is DiffDis's, and --model is {args.model}: "
                          "leave one of the two out")
@@ -257,15 +251,14 @@ def make_config(base: Config | ClipConfig, args: argparse.Namespace) -> Config |
 
 
 # ---------------------------------------------------------------- the loss (Algorithm 1)
-def draw(config: Config, latent_shape: tuple, seed: int, step: int, rows: range,
-         text_timestep_min: int = 0) -> dict[str, Tensor]:
+def draw(config: Config, latent_shape: tuple, seed: int, step: int, rows: range) -> dict[str, Tensor]:
     """All that is random in one step for these rows of the global batch, each row from its own generator."""
     drawn = []
     for row in rows:
         generator = generator_of(seed, step, row)
         drawn.append({
             "t_image": torch.randint(config.timesteps, (), generator=generator),
-            "t_text": torch.randint(text_timestep_min, config.timesteps, (), generator=generator),
+            "t_text": torch.randint(config.timesteps, (), generator=generator),
             "u": torch.rand(2, generator=generator),          # against p_uncond and p_drop_image
             "noise": torch.randn(latent_shape, generator=generator),
             "query_noise": torch.randn(config.text.width, generator=generator),
@@ -293,7 +286,7 @@ class Loss(nn.Module):
 
 
 class JointLoss(Loss):
-    """Both tasks in one forward, so that DDP sees every trainable parameter used exactly once a step.
+    """Algorithm 1, both tasks in one forward: DDP sees every trainable parameter used exactly once a step.
 
     Pixels, latents and the text encoder's pass are shared by the tasks; InfoNCE, which needs the whole global
     batch, is for `backward` to add.
@@ -301,7 +294,7 @@ class JointLoss(Loss):
 
     def __init__(self, model: DiffDis, args: argparse.Namespace) -> None:
         super().__init__(model, args)
-        self.p_uncond, self.p_drop_image, self.min_snr = args.p_uncond, args.p_drop_image, args.min_snr
+        self.p_uncond, self.p_drop_image = args.p_uncond, args.p_drop_image
         for name in ("image", "text"):
             table = make_alphas_cumprod(getattr(model.config, f"{name}_schedule"), model.config.timesteps)
             self.register_buffer(f"{name}_alphas", table)
@@ -325,8 +318,7 @@ class JointLoss(Loss):
         noisy_latents = q_sample(latents, t, noise, self.image_alphas)
         a, s = signal_and_noise(t, latents, self.image_alphas)
         kind = self.model.config.image_target
-        weight = 1.0 if self.min_snr is None else min_snr_weight(kind, a, s, self.min_snr).flatten()
-        return (noisy_latents, t, context), make_target(kind, latents, noise, a, s), weight
+        return (noisy_latents, t, context), make_target(kind, latents, noise, a, s)
 
     def noise_query(self, latents: Tensor, text_query: Tensor, null_context: Tensor, drawn: dict):
         """Eq. 6's e_t and t_e, the clean image and the null prompt (the text condition masked)."""
@@ -346,7 +338,7 @@ class JointLoss(Loss):
             context, text_query = self.encode_text(model.text_encoder, tokens)
             null_context = model.text_encoder(model.null_tokens)[0]                          # [1, L, D]
             if draws:
-                image, target, weight = self.noise_image(latents, context, null_context, drawn)
+                image, target = self.noise_image(latents, context, null_context, drawn)
             if reads:
                 query = self.noise_query(latents, text_query, null_context, drawn)
             if draws and reads:
@@ -356,7 +348,7 @@ class JointLoss(Loss):
             else:
                 query_pred = self.denoise_query(model.unet, *query)
         if draws:
-            out["generation"] = weight * generation_loss(pred, target)
+            out["generation"] = generation_loss(pred, target)
         if reads:
             noisy_query, t = query[:2]
             a, s = signal_and_noise(t, noisy_query, self.text_alphas, config.gamma)
@@ -599,7 +591,7 @@ class Run:
         if self.rank == 0:
             kept = [line for line in read_log(self.log) if line["step"] <= step] if step else []
             text = "".join(json.dumps(line) + "\n" for line in kept)
-            models.write_atomically(self.log, lambda file: file.write(text.encode()))
+            write_atomically(self.log, lambda file: file.write(text.encode()))
 
     def write(self, record: dict) -> None:
         with open(self.log, "a") as file:
@@ -708,7 +700,7 @@ def draw_curves(log: Path, path: Path, size: tuple[int, int] = (480, 240)) -> No
             at = [(left + (right - left) * step / last,
                    bottom - (bottom - top) * (value - low) / (high - low)) for step, value in points]
             pen.line(at, fill=colours[j % 2], width=2) if len(at) > 1 else pen.point(at, fill=colours[j % 2])
-    models.write_atomically(path, lambda file: picture.save(file, "PNG"))
+    write_atomically(path, lambda file: picture.save(file, "PNG"))
 
 
 # ---------------------------------------------------------------- setting up
@@ -732,18 +724,58 @@ def make_model(args: argparse.Namespace, source: Source, checkpoint: dict | None
         if isinstance(model, Clip) != (args.model != "diffdis"):
             raise ValueError(f"--init {args.init} is a {type(model).__name__}, and --model is {args.model}")
         model.tasks = tuple(task for task in TASKS if task in model.tasks or task in args.tasks)
+        model.data = args.data if args.data == model.data else None       # None: on more than that
         return model.train().requires_grad_(True)
     config = make_config(PRESETS[args.preset] if args.model == "diffdis" else CLIPS[args.model], args)
     length = config.text.context_length
     if args.tokenizer is not None:
         tokenizer = Tokenizer.from_file(args.tokenizer, length)
     else:
-        captions = chain.from_iterable(source.usable_captions(100_000))
+        captions = chain.from_iterable(usable_captions(source, 100_000))
         tokenizer = Tokenizer.learn(captions, config.text.vocab_size, length)
     config = replace(config, text=replace(config.text, vocab_size=tokenizer.vocab_size))
     model = (DiffDis if args.model == "diffdis" else Clip)(config, tokenizer)
-    model.known_words, model.tasks = frozenset(), args.tasks
+    model.tasks, model.data = args.tasks, args.data
     return model
+
+
+@torch.no_grad()
+def add_latents(source: Source, model: DiffDis, args: argparse.Namespace) -> None:
+    """--latents: what the frozen autoencoder makes of all of a source's images, to be read in place of these.
+
+    DIR/NAME.npy holds mean and log-variance, float16 [N, 2C, h, w], mapped, NaN for an unusable image;
+    NAME.done.npy says which rows are there. NAME is of data, size and autoencoder: others make others. All
+    ranks, which must see the same folder, encode what is missing; a stopped run goes on where it was.
+    """
+    (rank, world), size, folder = rank_and_world(), model.config.image_size, Path(args.latents)
+    keys = [source.key(int(i)) for i in np.linspace(0, len(source) - 1, 1000)]
+    digest = hashlib.sha256(repr((len(source), keys, size, model.config.autoencoder)).encode())
+    for value in model.autoencoder.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    path = folder / f"{digest.hexdigest()[:16]}.npy"
+    marks = path.with_suffix(".done.npy")
+    if rank == 0 and not marks.exists():
+        channels, height, width = model.latent_shape(size, size)
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"latents: {path}, {len(source) * 4 * channels * height * width / 2 ** 30:.1f} GiB")
+        np.lib.format.open_memmap(path, "w+", np.float16, (len(source), 2 * channels, height, width))
+        np.lib.format.open_memmap(marks, "w+", bool, (len(source),))
+    everybody(None)
+    moments, done = np.load(path, "r+"), np.load(marks, "r+")
+    todo = np.array_split(np.flatnonzero(~done), world)[rank]
+    everybody(None)            # each has its share before any is marked as done
+    with tqdm(total=len(todo), unit="image", desc="latents", disable=None if rank == 0 else True) as bar:
+        for batch in evaluation_batches(source.subset(todo), size, 32, args.workers):
+            rows, images = todo[list(batch.places)], to_float(batch.images.to(model.device))
+            moments[rows] = torch.cat(model.autoencoder.moments(images), dim=1).half().cpu().numpy()
+            done[rows] = True
+            bar.update(batch.visited)
+    unusable = todo[~done[todo]]
+    moments[unusable], done[unusable] = np.nan, True
+    moments.flush()
+    done.flush()
+    everybody(None)
+    source.moments = moments
 
 
 def check_resume(checkpoint: dict, args: argparse.Namespace) -> None:
@@ -790,7 +822,7 @@ class Trainer:
     def set_up(self) -> None:
         """All of it from the flags, or from the run's checkpoint. Raises ValueError or OSError."""
         args, rank, world, device = self.args, self.rank, self.world, self.device
-        self.step, self.words, self.report = 0, set(), SkipReport(args.max_bad)
+        self.step, self.report = 0, SkipReport(args.max_bad)
         self.total_report = self.report          # over all ranks, as of the last save
         self.best, self.best_step, self.scores = -1.0, -1, {}
         self.stop_signal, self.stopping, self.laid_out = 0, False, False
@@ -809,21 +841,16 @@ class Trainer:
         freeze_unused(self.model, args.tasks, self.trains_text)
         if checkpoint is not None:
             self.model.load_state_dict(checkpoint["model"])
-        if self.source.cache is not None and (args.augment or isinstance(self.model, Clip)):
-            raise ValueError(f"{args.data} holds latents: CLIP and --augment need the images themselves")
-        if self.source.cache is not None:
-            models.check_latents(self.source.cache, self.model, args.data)
-            self.park_autoencoder()
         self.model.to(device, memory_format=torch.channels_last)
+        if args.latents:
+            add_latents(source, self.model, args)
+            self.source, self.val = hold_out(source, args.val)
         self.optimizer = make_optimizer(self.model, args, pretrained=args.init is not None)
         self.averages = Averages(self.model, args.ema, args.ema_on_cpu)
         if checkpoint is not None:
             self.restore(checkpoint)
-        # None: the weights knew more words than this training will see, and nobody has listed them.
-        self.lists_words = self.model.known_words is not None
-        self.words |= self.model.known_words or set()
         self.flops = count_flops(self.model.config, self.model.tokenizer, args, self.trains_text,
-                                 args.batch_size // world, self.source.cache is not None)
+                                 args.batch_size // world, args.latents is not None)
         self.joint = self.loss = make_loss(self.model, args).to(device)
         if world > 1:
             # Every parameter is used in every step, the buffers never change, and gradients need no second
@@ -847,9 +874,8 @@ class Trainer:
         self.best, self.best_step = training.get("best", (-1.0, -1))
         if self.rank == 0 and self.best_step == self.step:       # killed before it had its second name?
             self.run.keep_as(self.run.best)
-        self.model.known_words = None if checkpoint["words"] is None else frozenset(checkpoint["words"])
         if self.rank == 0:       # the others count from 0: theirs is in the sum
-            self.report.load(training["skipped"])
+            self.report.add(training["skipped"]["skipped"], training["skipped"]["visited"])
 
     # ------------------------------------------------------------ what is written
     def check_disk(self) -> None:
@@ -863,45 +889,19 @@ class Trainer:
             raise ValueError(f"{self.run.folder} has {free / 2 ** 30:.1f} GiB left, its checkpoints will "
                              f"need {need / 2 ** 30:.1f}: make room, choose another --out, or lower --keep")
 
-    def park_autoencoder(self) -> None:
-        """Training from a latent cache needs no autoencoder: put it into a file, for `whole_model`."""
-        if self.rank == 0:
-            state = self.model.autoencoder.state_dict()
-            models.write_atomically(self.run.folder / "autoencoder.pt", lambda file: torch.save(state, file))
-        self.model.autoencoder = None
-
-    @contextlib.contextmanager
-    def whole_model(self):
-        """The model with its autoencoder, which is read from its file for as long as this lasts."""
-        parked = isinstance(self.model, DiffDis) and self.model.autoencoder is None
-        if parked:
-            config = self.model.config.autoencoder
-            self.model.autoencoder = models.make_autoencoder(config).requires_grad_(False)
-            self.model.autoencoder.load_state_dict(models.read_torch(self.run.folder / "autoencoder.pt"))
-            self.model.autoencoder.to(self.device)
-        try:
-            yield self.model
-        finally:
-            if parked:
-                self.model.autoencoder = None
-
     def save(self, is_best: bool = False) -> None:
         """Write the checkpoint. Every rank calls it: what each has seen is put together."""
-        seen = everybody((self.words, self.report))
-        if self.lists_words:
-            self.model.known_words = frozenset().union(*(words for words, _ in seen))
         self.total_report = SkipReport(self.args.max_bad)
-        for _, report in seen:
+        for report in everybody(self.report):
             self.total_report.add(report.skipped, report.visited)
         if self.rank == 0:
             if self.args.keep > 1 and self.run.checkpoint.exists():
                 step = models.read_checkpoint(self.run.checkpoint)["training"]["step"]
                 self.run.keep_as(self.run.folder / f"checkpoint-{step:06d}.pt")
-            with self.whole_model() as model:
-                models.save(self.run.checkpoint, model, self.averages.values, {
-                    "optimizer": self.optimizer.state_dict(), "step": self.step,
-                    "best": (self.best, self.best_step),
-                    "skipped": self.total_report.to_dict(), "args": run_flags(self.args)})
+            models.save(self.run.checkpoint, self.model, self.averages.values, {
+                "optimizer": self.optimizer.state_dict(), "step": self.step,
+                "best": (self.best, self.best_step),
+                "skipped": self.total_report.counts(), "args": run_flags(self.args)})
             if is_best:
                 self.run.keep_as(self.run.best)
             for path in self.run.older()[:-(self.args.keep - 1) or None]:
@@ -985,11 +985,11 @@ class Trainer:
         if isinstance(self.model, DiffDis):
             shape = self.model.latent_shape(config.image_size, config.image_size)
             drawn = partial(draw, config, shape, args.seed,
-                            rows=range(self.rank, args.batch_size, self.world),
-                            text_timestep_min=args.text_timestep_min or 0)
+                            rows=range(self.rank, args.batch_size, self.world))
         return training_batches(self.source, config.image_size, args.batch_size, args.seed, self.step,
-                                self.rank, self.world, args.workers, self.model.tokenizer,
-                                args.shuffle_buffer, drawn, args.augment)
+                                args.workers, rank=self.rank, world=self.world, augment=args.augment,
+                                tokenizer=self.model.tokenizer, shuffle_buffer=args.shuffle_buffer,
+                                draw=drawn)
 
     def train(self) -> bool:
         """The steps that are left -> whether they were all done; False when a signal said to stop."""
@@ -1003,7 +1003,6 @@ class Trainer:
                     batch = next(batches)
                 self.report.add(batch.skipped, batch.visited)
                 self.report.check()
-                self.words |= batch.words
                 record = self.train_step(batch)
                 bar.update()
                 end = self.step == args.steps
@@ -1104,8 +1103,8 @@ class Trainer:
         with the averaged weights."""
         if "generation" not in self.args.tasks or self.rank:
             return
-        prompts = [captions[0] for captions in self.val.usable_captions(count)]
-        with self.averaged(), self.whole_model() as model:
+        prompts = [captions[0] for captions in usable_captions(self.val, count)]
+        with self.averaged() as model:
             images = draw_images(model, prompts, list(range(len(prompts))), steps=25)
         path = self.run.folder / "samples" / f"step_{self.step:06d}.png"
         make_grid(images, columns=8, scale=max(1, 96 // images.shape[3])).save(path)

@@ -246,7 +246,7 @@ def main() -> None:
         for path in source.tars:
             path.read_bytes()                            # into the file cache
         tokenizer = (Tokenizer.from_file(args.tokenizer) if args.tokenizer else Tokenizer.learn(
-            (captions[0] for captions in source.usable_captions(5000)), 4096))
+            (captions[0] for captions in data.usable_captions(source, 5000)), 4096))
         cases = []
         for size in args.image_size:
             cases.append(measure(source, tars, size, tokenizer, args))

@@ -1,8 +1,6 @@
 """Random crops and RandAugment against torchvision, to the pixel; batches that depend on the step alone."""
 import io
 import itertools
-import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +9,9 @@ from conftest import import_oracle
 from PIL import Image
 from test_sources import write_tar
 
-from data import (CROP_AREA, CROP_ASPECT, OPERATIONS, STRENGTHS, TrainingBatches, crop_box, decode_image,
-                  open_source, rand_augment, random_crop, strength, training_batches)
+import data
+from data import (CROP_AREA, CROP_ASPECT, OPERATIONS, crop_box, decode_image, open_source, rand_augment,
+                  random_crop, training_batches)
 
 SIZES = [(48, 48), (65, 40), (31, 77)]             # width, height
 
@@ -54,69 +53,58 @@ def same(a: Image.Image, b: Image.Image) -> bool:
 # ---------------------------------------------------------------- RandAugment
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_is_torchvisions(torchvision, name: str) -> None:
-    theirs = torchvision.autoaugment._apply_op
+    theirs, (ours, _, _, has_sign) = torchvision.autoaugment._apply_op, OPERATIONS[name]
     nearest, changed = torchvision.InterpolationMode.NEAREST, 0
     for (seed, size), magnitude in itertools.product(enumerate(SIZES), (0, 1, 9, 17, 30)):
-        image, (value, is_signed) = photo(size, seed), strength(name, size, magnitude, 31)
+        table = torchvision.RandAugment()._augmentation_space(31, size[::-1])
+        assert list(table) == list(OPERATIONS), "the same choice by number is the same operation"
+        image, (values, is_signed) = photo(size, seed), table[name]
+        value = values[magnitude].item() if values.ndim else 0.0
+        assert is_signed == has_sign
         for sign in (1, -1) if is_signed else (1,):
-            ours = OPERATIONS[name](image, sign * value)
-            assert same(ours, theirs(image, name, sign * value, nearest, None)), (size, magnitude, sign)
-            changed += not same(ours, image)
-            assert sign == 1 or magnitude < 9 or not same(ours, OPERATIONS[name](image, value)), \
+            result = ours(image, sign * value)
+            assert same(result, theirs(image, name, sign * value, nearest, None)), (size, magnitude, sign)
+            changed += not same(result, image)
+            assert sign == 1 or magnitude < 9 or not same(result, ours(image, value)), \
                 "a lost sign would pass here"
     assert changed or name == "Identity", "pictures that an operation leaves as they are show nothing"
 
 
-@pytest.mark.parametrize("bins", [31, 11, 10])
-def test_magnitudes_are_torchvisions(torchvision, bins: int) -> None:
-    for width, height in ((224, 224), (331, 200), (77, 500)):
-        table = torchvision.RandAugment()._augmentation_space(bins, (height, width))
-        assert list(table) == list(OPERATIONS), "the same choice by number is the same operation"
-        for name, (values, is_signed) in table.items():
-            values = values.tolist() if values.ndim else [0.0] * bins
-            assert [strength(name, (width, height), m, bins) for m in range(bins)] == \
-                [(value, is_signed) for value in values], name
-
-
-def test_magnitudes_beyond_the_bins_are_refused() -> None:
-    for magnitude in (-1, 31):
-        with pytest.raises(ValueError, match="expected 0 to 30"):
-            rand_augment(photo((32, 32)), np.random.default_rng(0), magnitude=magnitude)
-
-
-@pytest.mark.parametrize("options", [{}, {"operations": 3, "magnitude": 20}, {"magnitude": 4, "bins": 11}])
-def test_rand_augment_is_torchvisions(torchvision, replay, options: dict) -> None:
-    names = {"operations": "num_ops", "magnitude": "magnitude", "bins": "num_magnitude_bins"}
-    theirs = torchvision.RandAugment(**{names[name]: value for name, value in options.items()})
+@pytest.mark.parametrize("operations, magnitude, bins", [(2, 9, 31), (3, 20, 31), (2, 4, 11)])
+def test_rand_augment_is_torchvisions(torchvision, replay, monkeypatch, operations, magnitude, bins) -> None:
+    for name, value in (("RANDOM_OPERATIONS", operations), ("MAGNITUDE", magnitude), ("BINS", bins)):
+        monkeypatch.setattr(data, name, value)
+    theirs = torchvision.RandAugment(operations, magnitude, bins)
     for seed in range(60):
         image = photo(SIZES[seed % 3], seed)
-        ours = rand_augment(image, np.random.default_rng(seed), **options)
+        ours = rand_augment(image, np.random.default_rng(seed))
         replay(np.random.default_rng(seed))
         assert same(ours, theirs(image)), f"seed {seed}: other operations, signs or values"
 
 
 def test_operations_and_signs_are_drawn_evenly(monkeypatch) -> None:
     seen, rng = [], np.random.default_rng(0)
-    for name in OPERATIONS:
-        monkeypatch.setitem(OPERATIONS, name,
-                            lambda image, value, name=name: seen.append((name, value)) or image)
+    for name, (_, *strengths) in OPERATIONS.items():
+        monkeypatch.setitem(OPERATIONS, name, (
+            lambda image, value, name=name: seen.append((name, value)) or image, *strengths))
     for _ in range(1400):
         rand_augment(photo((8, 8)), rng)
     names = [name for name, _ in seen]
     assert len(names) == 2800 and all(150 <= names.count(name) <= 250 for name in OPERATIONS)
-    for name, (_, _, is_signed) in STRENGTHS.items():
+    for name, (_, _, _, is_signed) in OPERATIONS.items():
         minus = np.mean([value < 0 for drawn, value in seen if drawn == name])
         assert 0.35 < minus < 0.65 if is_signed else minus == 0, name
 
 
 # ---------------------------------------------------------------- random crops
 @pytest.mark.parametrize("area", [CROP_AREA, (0.08, 1.0), (0.9, 1.0)])
-def test_random_crops_are_torchvisions(torchvision, replay, area: tuple[float, float]) -> None:
+def test_random_crops_are_torchvisions(torchvision, replay, monkeypatch, area: tuple) -> None:
+    monkeypatch.setattr(data, "CROP_AREA", area)
     theirs = torchvision.RandomResizedCrop(24, area, CROP_ASPECT, torchvision.InterpolationMode.BICUBIC)
     # The last two are so long that no part fits, or hardly one: then it is the centre.
     images = [photo(size, seed) for seed, size in enumerate([*SIZES, (24, 24), (300, 20), (21, 200)])]
     for image, seed in itertools.product(images, range(40)):
-        ours = random_crop(image, 24, np.random.default_rng(seed), area)
+        ours = random_crop(image, 24, np.random.default_rng(seed))
         replay(np.random.default_rng(seed))
         assert same(ours, theirs(image)), (image.size, seed)
 
@@ -202,12 +190,3 @@ def test_batches_hold_torchvisions_pictures(torchvision, replay, source) -> None
         replay(np.random.default_rng([3, 0, index[key], 1]))
         expected = theirs(source.read(index[key]).image)
         assert np.array_equal(np.asarray(expected), image.numpy()), "crop, then RandAugment of what is seen"
-
-
-def test_latents_cannot_be_augmented() -> None:
-    cache = SimpleNamespace(name="cc3m-latents", cache={"shape": [8, 4, 4]}, shards=lambda: None)
-    TrainingBatches(cache, 16, 4, 0, 0, 1)
-    with pytest.raises(ValueError, match=re.escape("cc3m-latents is a latent cache")):
-        TrainingBatches(cache, 16, 4, 0, 0, 1, augment=True)
-    with pytest.raises(ValueError, match="needs pixels"):
-        next(training_batches(cache, 16, 4, 0, augment=True))

@@ -52,7 +52,7 @@ def clip_of_transformers(vocab_size: int, activation: str = "quick_gelu", heads:
 @torch.no_grad()
 def check_same(ours: models.Clip, theirs, tokenizer: Tokenizer) -> None:
     """Vectors of images and of texts of every length, padded our way here and OpenAI's way, with 0, there."""
-    assert not ours.training and ours.tasks == ("alignment",) and ours.known_words is None
+    assert not ours.training and ours.tasks == ("alignment",) and ours.data is None
     assert ours.tokenizer.merges == tokenizer.merges and ours.tokenizer.context_length == 16
     images, tokens = torch.randn(3, 3, 32, 32), ours.tokenizer(CAPTIONS)
     ends = tokens.argmax(dim=-1)

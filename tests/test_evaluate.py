@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 import evaluate
 import model as models
-from data import Sample, Shapes, Source, evenly_spaced
+from data import Shapes, Source, evenly_spaced, usable_captions
 from diffusion import generator_of, make_alphas_cumprod
 from evaluate import chance_of_hit, fill, parse_args, ranks_of_best_match, score, wilson
 from model import AutoencoderConfig, ClipConfig
@@ -40,7 +41,7 @@ class Oracle(torch.nn.Module):
         self.config, self.device, self.tokenizer = model.config, model.device, model.tokenizer
         self.queries = model.encode_text(texts)[1]
         self.encode_text, self.encode_image = model.encode_text, model.encode_image
-        self.read_batch, self.known_words = model.read_batch, frozenset()
+        self.read_batch = model.read_batch
 
     def denoise_query(self, noisy_query, t_text, latents):
         if self.copies:
@@ -51,20 +52,20 @@ class Oracle(torch.nn.Module):
 
 class Numbered(Source):
     """Picture i has colour i; it has two captions of its own, and label i % 5."""
-    name, skipped = "numbered", Counter()
 
     def __init__(self, count: int, prefix: str = "") -> None:
-        self.count, self.prefix, self.classes = count, prefix, [f"kind{k}" for k in range(5)]
+        super().__init__("numbered", count)
+        self.prefix, self.classes = prefix, [f"kind{k}" for k in range(5)]
+        self.labels = [i % 5 for i in range(count)]
 
-    def __len__(self) -> int:
-        return self.count
+    def key(self, index: int) -> str:
+        return f"{self.prefix}{self.rows[index]}"
 
     def captions(self, index: int) -> list[str]:
-        return [f"picture {index}", f"image {index}"]
+        return [f"picture {self.rows[index]}", f"image {self.rows[index]}"]
 
-    def read(self, index: int, side: int | None = None) -> Sample:
-        image = Image.fromarray(np.full((32, 32, 3), index, np.uint8))
-        return Sample(image, self.captions(index), f"{self.prefix}{index}", index % 5)
+    def image(self, index: int, side: int | None = None) -> Image.Image:
+        return Image.fromarray(np.full((32, 32, 3), self.rows[index], np.uint8))
 
 
 TEXTS = [f"picture {i}" for i in range(100)]
@@ -158,7 +159,7 @@ def test_shuffled_images_show_a_leak(base, monkeypatch) -> None:
 def test_retrieval_takes_any_caption_and_any_image_of_a_caption(base) -> None:
     class Twins(Numbered):      # pictures 2k and 2k+1 share their first caption
         def captions(self, index: int) -> list[str]:
-            return [f"picture {index // 2 * 2}", f"image {index}"]
+            return [f"picture {self.rows[index] // 2 * 2}", f"image {self.rows[index]}"]
     oracle = Oracle(base, [f"picture {i // 2 * 2}" for i in range(20)])
     result = run(evaluate.retrieval, oracle, Twins(20))
     assert result["n_texts"] == 30 and result["i2t_r1"] == 1.0, "a text of two images is right for both"
@@ -168,11 +169,10 @@ def test_retrieval_takes_any_caption_and_any_image_of_a_caption(base) -> None:
 
 
 def test_class_means_differ_from_the_mean_where_classes_do(base) -> None:
-    class Lopsided(Numbered):          # three in four are of kind 0, which is all the oracle ever says
-        def read(self, index: int, side: int | None = None) -> Sample:
-            return Sample(super().read(index).image, self.captions(index), str(index), int(index % 4 == 3))
+    lopsided = Numbered(40)          # three in four are of kind 0, which is all the oracle ever says
+    lopsided.labels = [int(i % 4 == 3) for i in range(40)]
     oracle = Oracle(base, ["a photo of a kind0"] * 100)
-    result = run(evaluate.zeroshot, oracle, Lopsided(40))
+    result = run(evaluate.zeroshot, oracle, lopsided)
     assert result["top1"] == 0.75 and result["mean_per_class"] == 0.5
 
 
@@ -189,11 +189,10 @@ def test_a_class_is_the_mean_of_its_templates(base, tmp_path) -> None:
     assert evaluate.zeroshot(oracle, Numbered(40), args)["top1"] == pytest.approx(sum(expected) / 40)
 
 
-def test_a_limit_takes_samples_from_all_over(base) -> None:
-    class Sorted(Numbered):
-        def read(self, index: int, side: int | None = None) -> Sample:
-            return Sample(super().read(index).image, self.captions(index), str(index), index // 20)
-    some = evenly_spaced(Sorted(100), 10)
+def test_a_limit_takes_samples_from_all_over() -> None:
+    by_class = Numbered(100)
+    by_class.labels = [i // 20 for i in range(100)]
+    some = evenly_spaced(by_class, 10)
     assert [some.read(i).label for i in range(10)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
@@ -307,7 +306,7 @@ def at_chance(result: dict, name: str = "top1") -> bool:
 @pytest.fixture(scope="module")
 def clip():
     made = build(tiny_clip_config())
-    made.__class__, made.known_words = ClipOracle, frozenset()
+    made.__class__ = ClipOracle
     return made
 
 
@@ -370,7 +369,7 @@ def test_a_row_is_what_the_single_tasks_say(base, monkeypatch) -> None:
     retrieval = run(evaluate.retrieval, base, val, *flags)
     classes = run(evaluate.zeroshot, base, evenly_spaced(Shapes("classes"), 20), *flags)
     assert found["mean_r1"] == retrieval["mean_r1"] and found["top1"] == classes["top1"]
-    asked = [captions[0] for captions in evenly_spaced(val, 8).usable_captions(8)]
+    asked = [captions[0] for captions in usable_captions(evenly_spaced(val, 8), 8)]
     monkeypatch.setattr(evaluate, "held_out_captions", lambda count: asked)
     judged = run(evaluate.checker, base, None, "--n", "8", "--steps", "2")
     assert all(found[name] == judged[name] for name in ("colour", "shape", "size", "relation", "all"))
@@ -448,26 +447,27 @@ def test_a_list_chooses_images_and_names_classes(base, tmp_path, monkeypatch) ->
     for i in range(12):
         (tmp_path / "pictures").mkdir(exist_ok=True)
         Image.new("RGB", (32, 32), (i, i, i)).save(tmp_path / f"pictures/{i}.png")
-    (tmp_path / "list.txt").write_text("".join(f"{i}.png\tkind{i % 3}\n" for i in range(0, 12, 2)))
-    (tmp_path / "rest.txt").write_text("".join(f"{i}.png\tkind{i % 3}\n" for i in range(1, 12, 2)))
-    for task, flags in (("zeroshot", []), ("knn", ["--bank", "pictures", "--bank-list", "rest.txt"])):
-        evaluate.main([task, "--ckpt", "c.pt", "--data", "pictures", "--list", "list.txt", "--device", "cpu",
+    for name, first in (("some", 0), ("rest", 1)):
+        lines = [f"{i}.png\tkind{i % 3}\n" for i in range(first, 12, 2)]
+        (tmp_path / f"pictures/{name}.txt").write_text("".join(lines))
+    for task, flags in (("zeroshot", []), ("knn", ["--bank", "pictures/rest.txt"])):
+        evaluate.main([task, "--ckpt", "c.pt", "--data", "pictures/some.txt", "--device", "cpu",
                        "--json", "r.json", *flags])
         result = json.loads((tmp_path / "r.json").read_text())
-        assert result["n"] == 6 and result["classes"] == 3 and result["settings"]["list"] == "list.txt"
+        assert result["n"] == 6 and result["classes"] == 3 and result["data"] == "some"
 
 
-@pytest.mark.parametrize("flags", [["--bank-list", "list.txt"], ["--bank", "pictures"], []])
+@pytest.mark.parametrize("flags", [["--data", "pictures/list.txt"], ["--data", "pictures"],
+                                   ["--data", "pictures/list.txt", "--bank", "pictures"]])
 def test_images_that_would_find_themselves_are_refused(base, tmp_path, monkeypatch, capsys, flags) -> None:
     monkeypatch.chdir(tmp_path)
     models.save(tmp_path / "c.pt", base)
     for i in range(6):
         (tmp_path / f"pictures/{i % 2}").mkdir(exist_ok=True, parents=True)
         Image.new("RGB", (32, 32), (i, i, i)).save(tmp_path / f"pictures/{i % 2}/{i}.png")
-    (tmp_path / "list.txt").write_text("1/5.png\n0/2.png\n")
-    chosen = ["--list", "list.txt"] if flags else []
+    (tmp_path / "pictures/list.txt").write_text("1/5.png\n0/2.png\n")
     with pytest.raises(SystemExit):
-        evaluate.main(["knn", "--ckpt", "c.pt", "--data", "pictures", *chosen, *flags, "--device", "cpu"])
+        evaluate.main(["knn", "--ckpt", "c.pt", *flags, "--device", "cpu"])
     assert "in the bank too" in capsys.readouterr().err
 
 
@@ -486,7 +486,6 @@ def test_the_vote_equals_a_slow_reference() -> None:
 
 def test_each_image_and_each_text_is_encoded_once(base, monkeypatch) -> None:
     seen: Counter = Counter()
-    base.known_words = frozenset()           # one template
     for name in ("encode_text", "read_batch"):
         def count(self, what, *rest, original=getattr(models.DiffDis, name), name=name):
             seen[name] += len(what)
@@ -499,15 +498,13 @@ def test_each_image_and_each_text_is_encoded_once(base, monkeypatch) -> None:
     assert seen == {"encode_text": 120, "read_batch": 60}
 
 
-def test_the_ensemble_leaves_out_what_the_model_has_never_read(base) -> None:
-    args = parse_args(["zeroshot"])
-    base.known_words = None
-    assert evaluate.pick_templates(base, Numbered(5), args) == list(evaluate.ENSEMBLE)
-    base.known_words = frozenset("a photo of dog picture".split())
-    assert evaluate.pick_templates(base, Numbered(5), args) == ["a photo of a {}", "a picture of a {}"]
-    base.known_words = frozenset()
+def test_the_ensemble_is_for_models_with_clips_vocabulary(base) -> None:
+    args, sd = parse_args(["zeroshot"]), SimpleNamespace(config=models.PRESETS["sd-v1"])
+    assert evaluate.pick_templates(sd, Numbered(5), args) == list(evaluate.ENSEMBLE)
     assert evaluate.pick_templates(base, Numbered(5), args) == ["a photo of a {}"]
-    base.known_words = None
+    assert evaluate.pick_templates(sd, Shapes("classes"), args) == ["a {}"]
+    args.templates = ["my {}"]
+    assert evaluate.pick_templates(sd, Shapes("classes"), args) == ["my {}"]
 
 
 def test_a_users_templates_stay_as_they_are(base, monkeypatch) -> None:
@@ -531,33 +528,12 @@ def test_stages_draw_what_they_say(base, monkeypatch) -> None:
     assert len(times) == 7 * 5 + 6 * 3 + 87 * 2 and set(times) == set(range(5, 1000, 10))
 
 
-def test_many_prompts_are_encoded_once_for_all(base, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(evaluate, "CACHE", tmp_path)
-    names, templates = [f"kind{k}" for k in range(200)], [f"{i} {{}}" for i in range(10)]
-    first = evaluate.class_queries(base, names, templates)
-    with torch.no_grad():
-        slow = torch.stack([base.encode_text([f"{i} {name}" for i in range(10)])[1].mean(dim=0)
-                            for name in names])
-    assert torch.allclose(first, F.normalize(slow, dim=-1), atol=1e-6)
-    (file,) = tmp_path.glob("classes-*.pt")
-    for damage in ({}, {"classes": torch.ones(3, 2)}, {"classes": 1.0}, [1]):
-        torch.save(damage, file)
-        assert torch.equal(evaluate.class_queries(base, names, templates), first), "made anew"
-    monkeypatch.setattr(evaluate, "encode_texts", None)
-    assert torch.equal(evaluate.class_queries(base, names, templates), first)
-    other = build(seed=1)
-    with pytest.raises(TypeError):        # another text encoder's are not taken for these
-        evaluate.class_queries(other, names, templates)
-
-
 def test_separate_captions_are_separate_texts(base) -> None:
     class Karpathy(Numbered):
-        separate_captions = True
-
-        def captions(self, index: int) -> list[str]:
-            return ["the same"] + [f"picture {index}"] * 2
-    oracle = Oracle(base, TEXTS)
-    result = run(evaluate.retrieval, oracle, Karpathy(20))
+        captions = Source.captions
+    karpathy = Karpathy(20)
+    karpathy.texts = [["the same"] + [f"picture {i}"] * 2 for i in range(20)]
+    result = run(evaluate.retrieval, Oracle(base, TEXTS), karpathy)
     assert result["n_texts"] == 60 and result["i2t_r1"] == 1.0
     assert result["t2i_r1"] < 1 and result["t2i_r1_chance"] == pytest.approx(1 / 20)
     assert result["mean_r1"] == pytest.approx((result["i2t_r1"] + result["t2i_r1"]) / 2)
@@ -575,7 +551,7 @@ import evaluate
 from data import BadSample
 class Broken(Numbered):
     def read(self, index, side=None):
-        if index in (4, 9):
+        if self.rows[index] in (4, 9):
             raise BadSample("unreadable image", str(index))
         return super().read(index)
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import build, randomise, tiny_config
 
-from fusion import Attention, FusionConfig, SpatialTransformer, TransformerBlock
+from fusion import AlignmentTransformer, Attention, FusionConfig, SpatialTransformer, TransformerBlock
 from model import is_new
 
 
@@ -61,6 +61,61 @@ def test_dual_stream_block_equals_the_text(shared: bool, own_ffn: bool) -> None:
     q = q + (block.query_ff(block.query_norm3(q)) if own_ffn else block.ff(block.norm3(q)))
     got_tokens, got_q = block(x, context, query)
     assert torch.allclose(got_tokens, tokens, atol=1e-5) and torch.allclose(got_q, q, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_alignment_transformer_equals_the_text() -> None:
+    head = randomise(AlignmentTransformer(24, FusionConfig(16, align_blocks=2, head_width=8)))
+    state, features = torch.randn(2, 16), torch.randn(2, 24, 2, 3)
+    pixels = [features[:, :, y, x] for y in range(2) for x in range(3)]
+    tokens = [head.query_fc(state)] + [head.image_fc(pixel) for pixel in pixels]
+    tokens = torch.stack(tokens, dim=1)
+    for block in head.blocks:
+        normed = block.norm1(tokens)
+        tokens = tokens + slow_attention(block.attn1, normed, normed)
+        tokens = tokens + block.ff(block.norm3(tokens))
+    expected = head.predictor(head.norm(tokens))[:, 0]
+    assert torch.allclose(head(state, features), expected, atol=1e-5), "the prediction is read at the query"
+
+
+@torch.no_grad()
+def test_k_transformer_blocks_follow_one_another() -> None:
+    block = randomise(SpatialTransformer(32, 2, 8, 3, FusionConfig(8, head_width=8)))
+    x, context, query, state = (torch.randn(2, 32, 2, 3), torch.randn(2, 3, 8),
+                                torch.randn(2, 8), torch.randn(2, 8))
+    projected = block.proj_in(block.norm(x))
+    tokens = torch.stack([projected[:, :, row, column] for row in range(2) for column in range(3)], dim=1)
+    q = block.query_in(state + query)[:, None]
+    assert len(block.transformer_blocks) == 3
+    for inner in block.transformer_blocks:
+        tokens, q = inner(tokens, context, q)
+    rows = torch.stack([tokens[:, 3 * row:3 * row + 3] for row in range(2)], dim=1)
+    out = block.proj_out(rows.permute(0, 3, 1, 2))
+    got, next_state = block(x, context, query, state)
+    assert torch.allclose(got, x + out, atol=1e-5)
+    assert torch.allclose(next_state, block.query_out(q[:, 0]), atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fusion", [True, False])
+def test_the_query_enters_as_its_noised_self_plus_its_timestep(fusion: bool) -> None:
+    """Step 1, in both entry points: what the first thing that sees the query is handed, e_t + Embed(t_e)."""
+    model = build(tiny_config(fusion=FusionConfig(32, fusion, align_blocks=1, head_width=16)))
+    unet, seen = model.unet, []
+    first = unet.down_blocks[0].attentions[0].query_in if fusion else unet.query_head.query_fc
+    first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    z, e_t, context = torch.randn(2, 192, 4, 4), torch.randn(2, 32), torch.randn(2, 24, 32)
+    t, t_z = torch.tensor([3, 900]), torch.tensor([5, 6])
+    unet.denoise_query(e_t, t, z, context[:1])
+    unet.denoise_both(z, t_z, context, e_t, t, z, context[:1])
+    embedding = unet.query_time_embedding
+    for i in range(2):
+        angles = torch.tensor([t[i] * 10000 ** (-k / 16) for k in range(16)])
+        sinusoid = torch.cat([angles.cos(), angles.sin()])
+        expected = e_t[i] + embedding.linear_2(torch.nn.functional.silu(embedding.linear_1(sinusoid)))
+        for given in seen:
+            assert torch.allclose(given[i], expected, atol=1e-4), "t_e must tell how noisy the query is"
+    assert len(seen) == 2
 
 
 @torch.no_grad()

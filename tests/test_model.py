@@ -15,11 +15,11 @@ from sample import draw_images
 
 
 def test_round_trip_is_bit_exact(model, tmp_path) -> None:
-    model.known_words = frozenset({"red", "circle"})
+    model.data = "photos"
     models.save(tmp_path / "c.pt", model)
     again = models.load(tmp_path / "c.pt")
     assert again.config == model.config and again.tokenizer.merges == model.tokenizer.merges
-    assert again.known_words == model.known_words and not again.training
+    assert again.data == "photos" and not again.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
 

@@ -62,16 +62,25 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     assert abs(np.asarray(decode_image(file.getvalue())).mean() - 30000 / 257) < 1.5
 
 
-def test_exif_rotation_is_applied() -> None:
+def test_exif_rotation_is_applied_and_broken_metadata_costs_no_picture(monkeypatch) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     assert decode_image(picture(size=(40, 24), exif=exif)).size == (24, 40)
 
+    def broken(*args, **options):
+        raise ZeroDivisionError
+    monkeypatch.setattr(data.ImageOps, "exif_transpose", broken)
+    assert decode_image(picture(size=(40, 24), exif=exif)).size == (40, 24), "the pixels are sound"
+    grey = picture(mode="L")
+    monkeypatch.setattr(Image.Image, "convert", broken)
+    with pytest.raises(BadSample, match="unreadable image"):
+        decode_image(grey)
+
 
 @pytest.mark.parametrize("raw, cause", [
-    (picture(size=(300, 300))[:900], "truncated image"), (b"", "unreadable image"),
+    (picture(size=(300, 300))[:900], "unreadable image"), (b"", "unreadable image"),
     (b"a text", "unreadable image"), (picture(size=(3, 2000), form="PNG"), "image too small"),
-    (picture(size=(9000, 9000), form="PNG", mode="1"), "decompression bomb")])
+    (picture(size=(9000, 9000), form="PNG", mode="1"), "image too large")])
 def test_unusable_pictures_are_named(raw: bytes, cause: str) -> None:
     with pytest.raises(BadSample) as bad:
         decode_image(raw, "key")
@@ -124,8 +133,7 @@ def test_a_small_hostile_tar(tmp_path) -> None:
         channel = 0 if sample.captions == ["red"] else 2
         assert np.asarray(sample.image)[..., channel].mean() > 200, "a picture got another sample's caption"
     assert found["g"][0].captions == ["one", "two"] and found["h"][0].captions[0].startswith("caf")
-    assert skipped == {"no caption": 2, "no image": 3, "empty caption": 1, "truncated image": 1} or \
-        skipped == {"no caption": 2, "no image": 3, "empty caption": 1, "unreadable image": 1}
+    assert skipped == {"no caption": 2, "no image": 3, "empty caption": 1, "unreadable image": 1}
     assert sorted(tmp_path.rglob("*")) == before, "reading a tar must write nothing"
 
 
@@ -142,9 +150,8 @@ def test_a_damaged_shard_is_said_and_weighed(tmp_path, capsys) -> None:
     (tmp_path / "3.tar").unlink()
     source = TarSource([good, flipped, joined], "test")
     assert len(source) == 40 + 20 + 40, "tarfile stops at a bad header without a word"
-    assert source.skipped["damaged shard, or several in one file"] == 2
-    assert 50 <= source.skipped["lost with its shard (estimated)"] <= 70, "20 and 40 samples were lost"
-    assert capsys.readouterr().err.count("damaged shard") == 2
+    assert 50 <= source.skipped["damaged shard"] <= 70, "20 and 40 samples were lost"
+    assert capsys.readouterr().err.count("are lost") == 2
     with pytest.raises(ValueError, match="unusable"):
         check_index(source, 0.05)
 
@@ -201,7 +208,7 @@ def test_broken_shards_do_not_stop_the_rest(tmp_path, capsys) -> None:
     said = capsys.readouterr().err
     assert all(f"{name}.tar" in said for name in "12345") and "6.tar" not in said, \
         "each bad shard must be named"
-    assert source.skipped["empty shard"] == 2 and source.skipped["shard cut short"] == 1
+    assert source.skipped["damaged shard"] >= 5
     assert read_all(source)[1] == source.skipped, "what was indexed of a cut shard must be whole"
 
 
@@ -251,12 +258,11 @@ def test_folders(tmp_path) -> None:
 
 def test_nothing_to_read_says_what_to_do(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DIFFDIS_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="img2dataset"):
         open_source("cc3m")
-    with pytest.raises(FileNotFoundError, match="expected 'shapes'"):
+    with pytest.raises(FileNotFoundError, match="expected shapes"):
         open_source("nowhere")
-    with pytest.raises(ValueError, match="class folders"):
+    with pytest.raises(ValueError, match="folders of their classes"):
         open_source(str(tmp_path))
     write_tar(tmp_path / "0.tar", [("a.txt", b"x")])
     with pytest.raises(ValueError, match="no usable sample"):
@@ -335,20 +341,21 @@ def test_the_shuffle_buffer_reads_shard_after_shard(tmp_path) -> None:
 
 def test_a_slow_index_is_kept_and_forgotten_when_a_shard_changes(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(data, "SLOW_INDEX", -1)
+    monkeypatch.setattr(data, "LARGE_INDEX", 5)
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars/9.tar").write_bytes(b"")
-    first, said = uneven(tmp_path / "tars", [3, 4]), capsys.readouterr().err
-    monkeypatch.setattr(TarSource, "index", None)             # a second reading would fail
+    first = uneven(tmp_path / "tars", [3, 4])
+    monkeypatch.setattr(TarSource, "samples_of", None)             # a second reading would fail
     again = open_source(str(tmp_path / "tars"))
     assert [again.key(i) for i in range(7)] == [first.key(i) for i in range(7)]
     assert again.captions(6) == first.captions(6) == ["caption 1 3"] and again.skipped == first.skipped
-    assert capsys.readouterr().err == said and "9.tar: empty shard" in said
+    assert again.skipped["damaged shard"] == 1 and "9.tar: empty" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     assert len(uneven(tmp_path / "tars", [3, 5])) == 8
-    (tmp_path / "cache").chmod(0o500)
-    assert len(uneven(tmp_path / "tars", [3, 6])) == 9, "an index that cannot be kept costs only its use"
+    for index in (tmp_path / "cache").iterdir():
+        index.write_bytes(b"damaged")
+    assert len(uneven(tmp_path / "tars", [3, 5])) == 8
 
 
 def test_every_epoch_chooses_among_the_captions_anew(tmp_path) -> None:
@@ -378,7 +385,7 @@ def test_workers_tokenise_and_draw(tars) -> None:
     for workers in (0, 2):
         batch = take(tars, 2, workers=workers, **options)[1]
         assert torch.equal(batch.tokens, options["tokenizer"](batch.captions))
-        assert batch.drawn["step"] == 1 and "caption" in batch.words
+        assert batch.drawn["step"] == 1
 
 
 def test_an_epoch_shows_every_sample_once_and_replaces_bad_ones(tars) -> None:
@@ -393,14 +400,11 @@ def test_an_epoch_shows_every_sample_once_and_replaces_bad_ones(tars) -> None:
 
 def test_too_many_bad_samples_stop() -> None:
     report = SkipReport(0.05)
-    report.add(Counter({"truncated image": 4}), 99)
+    report.add(Counter({"unreadable image": 4}), 99)
     report.check()
     report.add(Counter({"no caption": 3}), 21)
-    with pytest.raises(ValueError, match="3 no caption, 4 truncated image"):
+    with pytest.raises(ValueError, match="3 no caption, 4 unreadable image"):
         report.check()
-    copy = SkipReport()
-    copy.load(report.to_dict())
-    assert str(copy) == str(report)
 
 
 def test_indexing_problems_count_too(tmp_path) -> None:
@@ -433,7 +437,7 @@ def test_class_folders_of_one_name_are_refused(tmp_path) -> None:
     for name in ("a_b", "a b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.jpg").write_bytes(picture())
-    with pytest.raises(ValueError, match="same name"):
+    with pytest.raises(ValueError, match="no name that tells them apart"):
         open_source(str(tmp_path))
 
 
@@ -451,19 +455,39 @@ def test_training_never_sees_the_validation_half(tmp_path, kind: str) -> None:
             (folder / "a.txt").write_text("a")
     put(tmp_path / "both" / "train")
     put(tmp_path / "both" / "val")
-    put(tmp_path / "one" / "more")
+    put(tmp_path / "one" / ("more" if kind != "classes" else ""))
     put(tmp_path / "one" / "val")
     for name in ("both", "one"):
         found = {split: open_source(str(tmp_path / name), split) for split in ("train", "val")}
         assert [len(source) for source in found.values()] == [1, 1]
-        halves = {split: source.paths()[0].relative_to(tmp_path / name).parts[0] for split, source in
-                  found.items()}
-        assert halves == {"train": "train" if name == "both" else "more", "val": "val"}
-    put(tmp_path / "tested" / "train" / "sub")
-    put(tmp_path / "tested" / "test")
-    with pytest.raises(ValueError, match="none called val: name the one to evaluate, as .*test$"):
+        paths = [(source.tars if kind == "tars" else source.images)[0] for source in found.values()]
+        halves = [path.relative_to(tmp_path / name).parts[0] for path in paths]
+        rest = "cat" if kind == "classes" else "more"
+        assert halves == ["train" if name == "both" else rest, "val"]
+    put(tmp_path / "tested" / "train")
+    put(tmp_path / "tested" / "Test")
+    with pytest.raises(ValueError, match="no folder val, but Test, train: name the one to use"):
         open_source(str(tmp_path / "tested"), "val")
     assert len(open_source(str(tmp_path / "tested"), "train")) == 1
+    put(tmp_path / "called" / "Training")
+    put(tmp_path / "called" / "Testing")
+    with pytest.raises(ValueError, match="no folder train, but Testing, Training"):
+        open_source(str(tmp_path / "called"))
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_a_folder_one_level_too_high_is_refused(tmp_path, deep: bool) -> None:
+    """Else every picture is trained as "a photo of an Images"."""
+    for name in ("Images/cat/a.jpg", "Images/dog/b.jpg") if deep else ("cat/a.jpg", "dog.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture())
+    with pytest.raises(ValueError, match="not all in folders of their classes"):
+        open_source(str(tmp_path))
+
+
+def test_a_line_of_a_text_file_is_a_caption_in_tars_as_in_folders(tmp_path) -> None:
+    write_tar(tmp_path / "0.tar", [("a.jpg", picture()), ("a.txt", b"\xef\xbb\xbfone\r\n\n two \nthree")])
+    assert open_source(str(tmp_path)).captions(0) == ["one", "two", "three"]
 
 
 def test_a_file_that_vanishes_is_a_bad_sample(tmp_path) -> None:

@@ -1,15 +1,15 @@
 """The shape of the code base: who imports whom, which packages, one home for each constant."""
 import ast
+import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EDGES = {"fusion": set(), "data": set(), "diffusion": set(), "model": {"fusion", "data"},
-         "sample": {"model", "data", "diffusion"}, "evaluate": {"model", "data", "diffusion", "sample"},
-         "train": {"model", "data", "diffusion", "sample", "evaluate"}}
+ORDER = ("diffusion", "fusion", "data", "model", "sample", "evaluate", "train")      # imports point back
 # Inside a function, where the file at the other end imports this one: the command that needs it runs alone.
-LATE_EDGES = {"data": {"data", "model", "sample"}, "evaluate": {"train"}}
+LATE = {"evaluate": {"train"}}
 PACKAGES = {"torch", "numpy", "PIL", "tqdm", "ftfy", "regex"}
 
 
@@ -22,21 +22,21 @@ def imports(name: str, late: bool = True) -> set[str]:
     return {full.split(".")[0] for full in names}
 
 
-def test_files_import_only_what_the_picture_allows() -> None:
-    for name, allowed in EDGES.items():
-        for late, edges in ((False, allowed), (True, allowed | LATE_EDGES.get(name, set()))):
-            ours = imports(name, late) & set(EDGES)
-            assert ours <= edges, f"{name}.py imports {ours - edges}: the README's picture has no such edge"
+def test_files_import_only_from_those_before_them() -> None:
+    for i, name in enumerate(ORDER):
+        for late, more in ((False, set()), (True, LATE.get(name, set()))):
+            forward = imports(name, late) & set(ORDER[i:]) - more
+            assert not forward, f"{name}.py imports {forward}: a reader would have to go back and forth"
 
 
 def test_only_the_fixed_packages() -> None:
-    for name in EDGES:
-        foreign = imports(name) - set(EDGES) - PACKAGES - set(sys.stdlib_module_names)
+    for name in ORDER:
+        foreign = imports(name) - set(ORDER) - PACKAGES - set(sys.stdlib_module_names)
         assert not foreign, f"{name}.py imports {foreign}"
 
 
 def test_constants_have_one_home() -> None:
-    text = "\n".join((ROOT / f"{name}.py").read_text() for name in EDGES)
+    text = "\n".join((ROOT / f"{name}.py").read_text() for name in ORDER)
     code = "\n".join(line.split("#")[0] for line in text.splitlines())
     assert len(re.findall(r"\b0\.18215\b", code)) == 1, "the latent scale must stand once"
     assert len(re.findall(r"timesteps: int = 1000\b", code)) == 1
@@ -45,7 +45,22 @@ def test_constants_have_one_home() -> None:
 def test_lines_and_functions_stay_short() -> None:
     for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")):
         assert max(map(len, path.read_text().splitlines())) <= 110, path.name
-    for name in EDGES:
+    for name in ORDER:
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{name}.{node.name} is too long to read at once"
+
+
+def test_the_readme_is_short_and_its_table_leads_to_the_code() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= 16 * 1024 and len(text.splitlines()) <= 250, "details belong into .readme/"
+    row = r"^\| ((?:Eq\.|Algorithm|Table|section) [\d.]+)[^|]*\| (`\w+\.py: .*)\|$"
+    rows = re.findall(row, text, re.MULTILINE)
+    assert len(rows) >= 10
+    for mark, code in rows:
+        for file, name in re.findall(r"`(\w+)\.py: ([\w.]+)`", code):
+            value = importlib.import_module(file)
+            for part in name.split("."):
+                value = getattr(value, part)
+            assert mark.split()[0] in ("Table", "section") or mark in inspect.getsource(value), \
+                f"{file}.{name} does not say that it is {mark}"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data import Tokenizer, clean, open_source, words
+from data import Tokenizer, clean, open_source
 
 FLICKR = Path(os.environ.get("DIFFDIS_DATA", ROOT.parent / "shared" / "data")) / "flickr8k/train"
 
@@ -107,7 +107,7 @@ def test_learning_equals_the_textbook_algorithm() -> None:
 def test_round_trips(tokenizer: Tokenizer, tmp_path) -> None:
     for text in ("a dog on the beach", "naïve 犬 🐶", "x"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    again = Tokenizer.from_dict(tokenizer.to_dict())
+    again = Tokenizer(**tokenizer.to_dict())
     assert again.id == tokenizer.id and again.context_length == 16
     save_folder(tokenizer, tmp_path)
     assert (Tokenizer.from_file(tmp_path, 16).encode("two running dogs")
@@ -115,7 +115,7 @@ def test_round_trips(tokenizer: Tokenizer, tmp_path) -> None:
 
 
 def test_padding_and_truncation(tokenizer: Tokenizer) -> None:
-    with pytest.warns(UserWarning, match="cut to the 14"):
+    with pytest.warns(UserWarning, match="more than 14 tokens"):
         tokens = tokenizer(["a dog", "a dog " * 40, ""])
     assert tokens.shape == (3, 16) and tokens.dtype == torch.int64
     assert (tokens[:, 0] == tokenizer.start).all()
@@ -123,34 +123,26 @@ def test_padding_and_truncation(tokenizer: Tokenizer) -> None:
         "a cut caption must keep its end token: the text query is read there"
     assert tokens.argmax(dim=1).tolist() == [3, 15, 1], \
         "argmax must find the first end token, not the padding"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")            # any further warning is an error: one is enough for a run
-        again = tokenizer(["short", "another long caption " * 40])
-    assert again[1, -1] == tokenizer.end, "what is cut without a word must still keep its end token"
 
 
 def test_helpful_errors(tokenizer: Tokenizer, tmp_path) -> None:
     with pytest.raises(ValueError, match="list of captions"):
         tokenizer("one string")
-    with pytest.raises(FileNotFoundError, match="vocab.json"):
+    with pytest.raises(FileNotFoundError, match="no vocabulary at .*merges.txt"):
         Tokenizer.from_file(tmp_path)
     save_folder(tokenizer, tmp_path)
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(ValueError, match="merges.txt"):
         Tokenizer.from_file(tmp_path)
     (tmp_path / "vocab.json").write_text("{cut")
-    with pytest.raises(ValueError, match="vocab.json is not JSON"):
+    with pytest.raises(ValueError, match="no vocabulary of CLIP's .*fetch it again"):
         Tokenizer.from_file(tmp_path)
     (tmp_path / "other.gz").write_bytes(gzip.compress(b"some\nother text than that\n"))
-    with pytest.raises(ValueError, match="not CLIP's vocabulary"):
+    with pytest.raises(ValueError, match="lines of two symbols"):
         Tokenizer.from_file(tmp_path / "other.gz")
     (tmp_path / "x.gz").write_bytes(b"no gzip")
-    with pytest.raises(ValueError, match="gzipped vocabulary"):
+    with pytest.raises(ValueError, match="no vocabulary of CLIP's"):
         Tokenizer.from_file(tmp_path / "x.gz")
-
-
-def test_words() -> None:
-    assert words("A Dog&#39;s café, 2 x") == ["a", "dog", "s", "café", "2", "x"]
 
 
 # ---------------------------------------------------------------- the published vocabulary

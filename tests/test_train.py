@@ -218,7 +218,6 @@ ABLATIONS = [("--no-fusion", "fusion.fusion", False),
              ("--image-schedule cosine", "image_schedule", "cosine"),
              ("--condition-timestep 0", "condition_timestep", 0),
              ("--tasks generation", None, None), ("--tasks alignment", None, None),
-             ("--min-snr 5 --text-timestep-min 999", None, None),
              ("--no-train-text-encoder", None, None)]
 
 
@@ -255,7 +254,7 @@ def test_a_clip_trains_all_of_itself_by_its_own_recipe(small, tmp_path) -> None:
     trainer.train()
     assert not [name for name, p in trainer.model.named_parameters() if p.grad is None]
     loaded = models.load(tmp_path / "run/checkpoint.pt")
-    assert isinstance(loaded, models.Clip) and loaded.tasks == ("alignment",) and "a" in loaded.known_words
+    assert isinstance(loaded, models.Clip) and loaded.tasks == ("alignment",) and loaded.data == "shapes"
     assert trainer.flops == pytest.approx(evaluate.clip_flops(trainer.model.config, 8))
     images = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8)
     tokens = loaded.tokenizer(["a red circle", "a", "a green cross", "b", "c", "d"])
@@ -627,7 +626,7 @@ def test_optimizer_groups(small) -> None:
 
 def test_starting_from_another_checkpoint_keeps_its_weights_and_vocabulary(small, tmp_path) -> None:
     start = build()
-    start.known_words = frozenset({"zebra"})
+    start.data = "shapes"
     models.save(tmp_path / "start.pt", start)
     args = small("--init", "start.pt", "--steps", "1", "--lr", "0", "--lr-pretrained", "0")
     train.settle(args, torch.device("cpu"))
@@ -636,7 +635,7 @@ def test_starting_from_another_checkpoint_keeps_its_weights_and_vocabulary(small
     end = models.load(tmp_path / "run/checkpoint.pt")
     for name, value in start.state_dict().items():
         assert torch.equal(value, end.state_dict()[name]), name
-    assert end.tokenizer.merges == start.tokenizer.merges and {"zebra", "a"} <= end.known_words
+    assert end.tokenizer.merges == start.tokenizer.merges and end.data == "shapes"
 
 
 def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(small, tmp_path, capsys) -> None:
@@ -721,29 +720,6 @@ def test_draws_depend_on_seed_step_and_row_alone() -> None:
     for name in whole:
         assert torch.equal(whole[name][1::2], odd[name]), name
         assert not torch.equal(whole[name], train.draw(config, (4, 2, 2), 1, 8, range(6))[name])
-
-
-def test_late_text_timesteps_leave_everything_else_as_it_was() -> None:
-    config = tiny_config()
-    plain = train.draw(config, (4, 2, 2), 1, 7, range(200))
-    late = train.draw(config, (4, 2, 2), 1, 7, range(200), text_timestep_min=900)
-    assert plain["t_text"].min() < 100 and 900 <= late["t_text"].min() <= late["t_text"].max() == 999
-    assert all(torch.equal(plain[name], late[name]) for name in plain if name != "t_text")
-
-
-def test_min_snr_weighs_each_pair_by_its_own_timestep(small) -> None:
-    """The logged loss of a pair is its plain one times min(SNR, 5), for target data."""
-    losses = []
-    for flags in ((), ("--min-snr", "5")):
-        args = small("--image-target", "data", "--out", f"run{len(flags)}", *flags)
-        train.settle(args, torch.device("cpu"))
-        trainer = train.Trainer(args, 0, 1, torch.device("cpu"))
-        batch = next(trainer.batches())
-        with torch.no_grad():
-            losses.append(trainer.joint(*trainer.split(batch)[0])["generation"])
-    alphas = make_alphas_cumprod("linear", 1000)[batch.drawn["t_image"]]
-    expected = losses[0] * (alphas / (1 - alphas)).clamp(max=5)
-    assert torch.allclose(losses[1], expected.float(), rtol=1e-4) and not torch.allclose(*losses)
 
 
 def test_each_seed_sees_its_own_shapes() -> None:

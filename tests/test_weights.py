@@ -206,12 +206,12 @@ def test_files_written_by_the_libraries_themselves(whole, tmp_path) -> None:
 # ---------------------------------------------------------------- export
 @pytest.mark.parametrize("name", ["export.safetensors", "export"])
 def test_export_and_load_is_bit_exact(whole, tmp_path, name: str) -> None:
-    whole.known_words = frozenset({"beach"})
+    whole.data = "photos"
     models.export(whole, tmp_path / name)
     again = models.load(tmp_path / name)
     assert same(whole, again, only_theirs=False)
     assert again.config == whole.config and again.tokenizer.merges == whole.tokenizer.merges
-    assert again.known_words == {"beach"}
+    assert again.data == "photos"
 
 
 @torch.no_grad()
@@ -447,7 +447,7 @@ def test_stable_diffusion_is_fine_tuned_resumed_and_sampled(whole, tmp_path, mon
     sample.main(["a dog on a beach", "--ckpt", "run/checkpoint.pt", "--steps", "2", "--sampler", "dpm++",
                  "--dtype", "bf16", "--best-of", "2", "--device", "cpu"])
     said = capsys.readouterr()
-    assert "never seen" not in said.err, "the words of Stable Diffusion's own training were never listed"
+    assert "grammar" not in said.err, "it was trained on more than shapes"
     text = Image.open("sample.png").text
     digest = hashlib.sha256((tmp_path / "run/checkpoint.pt").read_bytes()).hexdigest()
     assert text["sampler"] == "dpm++" and text["checkpoint"] == digest[:10]
@@ -468,10 +468,9 @@ def test_weights_that_only_draw_are_not_asked_to_read(whole, tmp_path, capsys) -
 def test_the_sampler_that_is_asked_for_draws(whole) -> None:
     args = ["a red circle", "--steps", "4", "--size", "64x64"]
     drawn = [sample.draw_all(whole, sample.parse_args(args + more))[0]
-             for more in ([], [], ["--sampler", "dpm++"], ["--eta", "1"])]
+             for more in ([], [], ["--sampler", "dpm++"])]
     assert torch.equal(drawn[0], drawn[1])
-    for other in drawn[2:]:
-        assert (drawn[0] - other).abs().max() > 1e-3, "the flag changed nothing"
+    assert (drawn[0] - drawn[2]).abs().max() > 1e-3, "the flag changed nothing"
 
 
 @pytest.mark.parametrize("name", ["export.safetensors", "sd.ckpt", "ours.pt"])
