@@ -3,18 +3,16 @@
 What it is: Algorithm 3 (sample.py) turned into the field's numbers, and the baselines' by the same code.
     python evaluate.py retrieval --data shapes        R@1/5/10, image -> text and text -> image
     python evaluate.py zeroshot  --data DIR           top-1, top-5, mean per class; Diffusion Classifier's too
-    python evaluate.py knn       --data DIR           nearest training images, on frozen features
     python evaluate.py fid       --data DIR           Fréchet distance of drawn pictures and real ones
     python evaluate.py longtail  --data DIR           VL-LTR's two stages on few images of most classes
     python evaluate.py row       --data shapes        all that a checkpoint was trained for, in one go
     python evaluate.py checker   --best-of 4          pictures for held-out prompts, judged from their pixels
-    python evaluate.py speed     --preset tiny        what a training step of either task, and of both, costs
 What it is not: DiffDis's training. What predicts is `sample.draw_queries`, which is handed clean latents and
 nothing else (of a CLIP, its image tower and pixels); its text queries are compared with those of all
 candidate texts, and only then with the truth. Whatever has right answers has controls (`--control`) in which
 a sound evaluation must fall to chance.
 
-Under torchrun the ranks share every task but longtail, checker and speed.
+Under torchrun the ranks share every task but longtail and checker.
 Read next: train.py, which scores as it goes.
 """
 import argparse
@@ -26,14 +24,13 @@ import math
 import os
 import platform
 import re
-import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date, timedelta
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -44,18 +41,16 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import model as models
 from data import (IMAGE_SUFFIXES, KINDS, SIDE, Batch, FileSource, Sample, Shapes, SkipReport, Source,
-                  Tokenizer, check, check_index, clean, evaluation_batches, evenly_spaced, files_below,
+                  check, check_index, clean, evaluation_batches, evenly_spaced, files_below,
                   open_source, rand_augment, refuse_missing, text_lines, to_square, usable_captions)
-from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
+from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target,
                        noise_of, q_sample, read_prediction, signal_and_noise)
-from model import CLIPS, LIKE, Clip, ClipConfig, DiffDis, LanguageGuidedHead, TextConfig
+from model import Clip, DiffDis, LanguageGuidedHead, TextConfig
 from sample import (CKPT_HELP, SAMPLERS, Parser, best_of, draw_images, draw_queries, fail, find_checkpoint,
                     fingerprint, finite, natural, pick_device, positive, to_pil)
 
@@ -449,7 +444,7 @@ def accuracies(similarity: Tensor, labels: Tensor) -> dict:
             "mean_per_class": sum(per_class) / len(per_class)}
 
 
-# ---------------------------------------------------------------- features of images, kNN
+# ---------------------------------------------------------------- features of images, the checker's rates
 @torch.no_grad()
 def image_tokens(model: DiffDis | Clip, inputs: Tensor, places: list[int], seed: int) -> Tensor:
     """inputs, places: as `over_images` hands them over -> the image tokens after the alignment transformer
@@ -459,63 +454,6 @@ def image_tokens(model: DiffDis | Clip, inputs: Tensor, places: list[int], seed:
     noise = noise_of((model.config.text.width,), [(seed, place, 0) for place in places]).to(model.device)
     t = torch.full((len(places),), model.config.timesteps - 1, device=model.device)
     return model.image_features(noise, t, inputs)
-
-
-def vote(queries: Tensor, bank: Tensor, labels: Tensor, classes: int, k: int, temperature: float = 0.07,
-         block: int = 1024) -> Tensor:
-    """The k nearest of bank [M, D], whose labels are [M], by cosine, each voting with exp(cosine/temperature)
-    (Wu et al. 2018) -> votes [N, classes]. Memory is block · M."""
-    bank, votes = F.normalize(bank, dim=-1), []
-    for some in F.normalize(queries, dim=-1).split(block):
-        near = (some @ bank.T).topk(min(k, len(bank)))
-        weights = (near.values / temperature).exp()
-        votes.append(weights.new_zeros(len(some), classes).scatter_add_(1, labels[near.indices], weights))
-    return torch.cat(votes)
-
-
-def open_bank(args: argparse.Namespace) -> Source:
-    """The labelled images that knn looks in: --bank, else the training half of --data."""
-    if args.bank is None and args.data == "shapes":
-        return evenly_spaced(Shapes("classes", seed=1), args.bank_limit)
-    return evenly_spaced(open_source(args.bank or args.data, "train"), args.bank_limit)
-
-
-def knn(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict:
-    """Classification by the nearest training images, on frozen features.
-
-    These are the denoised text query, and (_tokens) the alignment transformer's image tokens, averaged."""
-    bank = open_bank(args)
-    for name, some in (("--data", source), ("the bank", bank)):
-        if some.classes is None:
-            raise ValueError(f"{name} ({some.name}) has no classes: knn needs class folders, "
-                             "DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg")
-    if list(bank.classes) != list(source.classes):
-        raise ValueError(f"the bank has classes {bank.classes[:3]}..., --data has {source.classes[:3]}...: "
-                         "expected the same ones")
-    # Other noise than the images': what is alike must be the pictures.
-    plain = argparse.Namespace(**{**vars(args), "control": "none", "seed": args.seed + 1})
-
-    def read_both(source: Source, args: argparse.Namespace) -> Read:
-        return over_images(model, source, args, lambda inputs, places: torch.cat(
-            [read_queries(model, inputs, places, args),
-             image_tokens(model, inputs, places, args.seed)], dim=1))
-    read, known = read_both(source, args), read_both(bank, plain)
-    shared = {os.path.realpath(key) for key in read.keys} & {os.path.realpath(key) for key in known.keys}
-    if shared:
-        raise ValueError(f"{len(shared)} of the images of --data are in the bank too, where they would find "
-                         "themselves: expected DIR/train and DIR/val, or --bank DIR")
-    width, labels = query_width(model), torch.tensor(read.labels)
-    if args.control == "shuffle-labels":
-        labels = labels[shuffled(len(labels), args.seed)]
-    result: dict = {"k": args.k, "n_bank": len(known.labels), "classes": len(source.classes)}
-    for ending, some in (("", slice(width)), ("_tokens", slice(width, None))):
-        votes = vote(read.values[:, some], known.values[:, some], torch.tensor(known.labels),
-                     len(source.classes), args.k)
-        found = accuracies(votes, labels)
-        result |= {"n": found.pop("n"), "chance": found.pop("chance"),
-                   **{name.replace("top1", "top1" + ending) if "top1" in name else name + ending: value
-                      for name, value in found.items()}}
-    return {**result, "seconds_per_image": read.seconds, "skipped": read.skips.counts()}
 
 
 def held_out_captions(count: int) -> list[str]:
@@ -1311,7 +1249,7 @@ def train_heads(model: DiffDis | Clip, data: LongTail, head: LanguageGuidedHead,
 def second_stage(model: DiffDis | Clip, data: LongTail, read: Read, labels: Tensor, queries: Tensor,
                  owners: Tensor, shots: list[str], skips: SkipReport, args: argparse.Namespace) -> dict:
     """Anchors, heads, and what they make of the test images' features."""
-    # Other noise than the test images': what is alike must be the pictures (as in knn).
+    # Other noise than the test images': what is alike must be the pictures.
     args = argparse.Namespace(**{**vars(args), "control": "none", "seed": args.seed + 1})
     known, width = frozen_features(model, few_of_each(data), args), query_width(model)
     skips.add(Counter(known.skips.skipped), known.skips.visited)
@@ -1377,296 +1315,6 @@ def few_of_each(data: LongTail, most: int = 50) -> Source:
     return data.train.subset(np.array(kept))
 
 
-# ---------------------------------------------------------------- speed (Table 6)
-def median_seconds(step: Callable, rounds: int, warm_up: int, device: torch.device) -> float:
-    """Median time of calling `step`, its work on the device included."""
-    times = []
-    for i in range(warm_up + rounds):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[warm_up:])
-
-
-def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product: what this device gives at best."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-    with torch.no_grad():
-        return 2 * n ** 3 / median_seconds(lambda: a @ b, 20, 5, device)
-
-
-class Steps:
-    """Training steps on random pairs, as train.py does them: the same loss, optimiser and averages."""
-
-    def __init__(self, model: DiffDis, args: argparse.Namespace) -> None:
-        import train       # here, not above: train.py imports this file
-        self.train, self.model, self.args, config = train, model, args, model.config
-        self.run = train.parse_args(["--preset", args.preset, "--precision", args.precision])
-        self.run.compile, self.run.recompute = args.compile, args.recompute
-        size, count, device = config.image_size, args.batch_size, model.device
-        shape = model.latent_shape(size, size)
-        self.pixels = torch.randint(256, (count, size, size, 3), dtype=torch.uint8, device=device)
-        self.moments = torch.randn(count, 2 * shape[0], *shape[1:], device=device).half()
-        self.tokens = torch.randint(config.text.vocab_size - 2, (count, config.text.context_length),
-                                    device=device)
-        self.drawn = {name: value.to(device) for name, value in
-                      train.draw(config, shape, 0, 0, range(count)).items()}
-        self.trains_text = config.autoencoder.kind != "kl"       # as in train.py: not if it came pretrained
-
-    def flops(self, tasks: tuple[str, ...], cached: bool) -> float:
-        """Of one pair, one step."""
-        self.run.tasks = tasks
-        return self.train.count_flops(self.model.config, self.model.tokenizer, self.run, self.trains_text,
-                                      self.args.batch_size, cached)
-
-    def activations_gib(self, tasks: tuple[str, ...], pairs: int, recompute: bool) -> float:
-        """What a forward pass keeps for the backward pass besides the weights, counted without running it."""
-        self.run.tasks, config = tasks, self.model.config
-        plain = argparse.Namespace(**{**vars(self.run), "compile": False, "recompute": recompute})
-        kept: dict[int, Tensor] = {}            # by storage: views of one count once
-
-        def keep(value: Tensor) -> Tensor:
-            kept[value.untyped_storage()._cdata] = value
-            return value
-        with FakeTensorMode():                  # shapes, types and storages, but no numbers
-            model = DiffDis(config, self.model.tokenizer)
-            self.train.freeze_unused(model, tasks, self.trains_text)
-            joint, shape = self.train.JointLoss(model, plain), self.drawn["noise"].shape[1:]
-            drawn = {name: torch.zeros(pairs, *value.shape[1:], dtype=value.dtype)
-                     for name, value in self.drawn.items()}
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-                joint(torch.zeros(pairs, *shape),
-                      torch.zeros(pairs, self.tokens.shape[1], dtype=torch.int64), drawn)
-            weights = {p.untyped_storage()._cdata for p in model.parameters()}
-            return sum(value.untyped_storage().nbytes() for place, value in kept.items()
-                       if place not in weights) / 2 ** 30
-
-    def measure(self, tasks: tuple[str, ...], cached: bool) -> dict:
-        """Seconds of a step with these tasks, and the device memory that it took."""
-        self.run.tasks, device, args = tasks, self.model.device, self.args
-        self.model.train().requires_grad_(True)
-        self.train.freeze_unused(self.model, tasks, self.trains_text)
-        joint = self.train.JointLoss(self.model, self.run).to(device)
-        live = [p for p in self.model.parameters() if p.requires_grad]
-        if args.optimizer:
-            optimizer = self.train.make_optimizer(self.model, self.run, pretrained=False)
-            averages = self.train.Averages(self.model, 0.999)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-        def step() -> None:
-            images = self.moments if cached else self.pixels
-            latents = joint.encode(images, self.drawn)
-            self.train.backward(joint, [(latents, self.tokens, self.drawn)], self.run.align_weight)
-            if args.optimizer:
-                torch.nn.utils.clip_grad_norm_(live, 1.0)
-                optimizer.step()
-                averages.update(0)
-            self.model.zero_grad(set_to_none=True)
-        seconds = median_seconds(step, args.rounds, args.warm_up, device)
-        memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-        return {"seconds": seconds, "memory_gib": memory}
-
-
-class ClipSteps:
-    """The same for CLIP: what the alignment task would cost as a network of its own."""
-
-    def __init__(self, config: ClipConfig, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, count = args, args.batch_size
-        self.model = Clip(config).to(device)
-        self.images = torch.randn(count, 3, config.image_size, config.image_size, device=device)
-        self.tokens = torch.randint(config.text.vocab_size, (count, config.text.context_length),
-                                    device=device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
-        self.encoders = self.model.encode_image, self.model.encode_tokens
-        if args.compile:
-            self.encoders = tuple(map(torch.compile, self.encoders))
-
-    def step(self) -> None:
-        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            ours, texts = self.encoders[0](self.images), self.encoders[1](self.tokens)
-        alignment_loss(ours, texts, self.model.logit_scale)[0].mean().backward()
-        if self.args.optimizer:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-        self.model.zero_grad(set_to_none=True)
-
-
-def clip_flops(config: ClipConfig, pairs: int) -> float:
-    """Of one pair, one training step of CLIP, counted as train.count_flops counts."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = Clip(config)
-        ours = model.encode_image(torch.empty(pairs, 3, config.image_size, config.image_size))
-        texts = model.encode_tokens(torch.zeros(pairs, config.text.context_length, dtype=torch.int64))
-        (ours + texts).sum().backward()
-    return counter.get_total_flops() / pairs
-
-
-def inference_seconds(model: DiffDis, steps: Steps, clip: ClipSteps, args: argparse.Namespace) -> dict:
-    """Seconds per batch of what the trained model does: drawing with and without the query stream's weights
-    beside it, reading images from pixels and from latents, and CLIP reading as many."""
-    model.eval().requires_grad_(False)
-    latents = model.read_batch(steps.moments)
-    context, null = model.text_encoder(steps.tokens)[0], model.text_encoder(model.null_tokens)[0]
-    t, queries = steps.drawn["t_image"], steps.drawn["query_noise"]
-    images = steps.pixels
-
-    def read(latents: Tensor) -> Tensor:
-        return model.unet.denoise_query(queries, t, latents, null)
-    plain = copy.deepcopy(model.unet)
-    models.drop_query_stream(plain)
-    cases = {"draw_step": lambda: model.unet.denoise_image(latents, t, context),
-             "draw_step_plain": lambda: plain.denoise_image(latents, t, context),
-             "read_pixels": lambda: read(model.read_batch(images)), "read_latents": lambda: read(latents),
-             "clip_image": lambda: clip.model.encode_image(clip.images)}
-    found: dict[str, list[float]] = {name: [] for name in cases}
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16,
-                                         enabled=args.precision == "bf16"):
-        for i in range(max(2, args.rounds)):            # in turns: what disturbs one disturbs all
-            for name, case in cases.items():
-                found[name].append(median_seconds(case, 1, 1 if i == 0 else 0, model.device))
-    return {name: statistics.median(times) for name, times in found.items()}
-
-
-def scale_up(seconds: float, batch: int, gradient_bytes: float, args: argparse.Namespace) -> list[dict]:
-    """What 1 … 64 devices would do, from one device's step: t(N) = t + max(0, c(N) − ⅔ t), where the ring
-    all-reduce takes c(N) = 2 (N−1)/N · gradient bytes / link, and the backward pass, two thirds of a step,
-    hides as much of it."""
-    rows = []
-    for count in (1, 2, 4, 8, 16, 32, 64):
-        link = args.link_gb_s[0] if count <= 8 else args.link_gb_s[-1]
-        wait = 2 * (count - 1) / count * gradient_bytes / (link * 1e9)
-        took = seconds + max(0.0, wait - 2 / 3 * seconds)
-        rows.append({"devices": count, "images_per_s": count * batch / took, "seconds": took,
-                     "all_reduce_seconds": wait, "efficiency": seconds / took})
-    return rows
-
-
-def kinds_of_step(model: DiffDis) -> dict[str, tuple[tuple[str, ...], bool]]:
-    """name -> tasks, from cached latents (where there is an autoencoder to be spared)."""
-    tasks = {"generation": ("generation",), "alignment": ("alignment",), "joint": ("generation", "alignment")}
-    return {name + "_cached" * cached: (some, cached) for cached in (False, True)
-            if not cached or model.config.autoencoder.kind == "kl" for name, some in tasks.items()}
-
-
-def measure_steps(steps: Steps, clip: Callable[[], ClipSteps], flops: dict, args: argparse.Namespace) -> dict:
-    """Every kind of training step and CLIP's, several times, the median of each -> a row per kind."""
-    runs: dict[str, list[dict]] = {name: [] for name in (*kinds_of_step(steps.model), "clip")}
-    for _ in tqdm(range(args.repeats), unit="repeat", disable=None):
-        for name, case in kinds_of_step(steps.model).items():
-            runs[name].append(steps.measure(*case))
-    step = clip().step            # only now: the two at once might not fit in memory
-    for _ in range(args.repeats):
-        runs["clip"].append({"seconds": median_seconds(step, args.rounds, args.warm_up, args.device)})
-    peak = matmul_flops(args.device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
-    rows = {}
-    for name, found in runs.items():
-        seconds = statistics.median(run["seconds"] for run in found)
-        rows[name] = {"seconds": seconds, "images_per_s": args.batch_size / seconds,
-                      "gflops_per_image": flops[name] / 1e9,
-                      "share_of_matmul_peak": flops[name] * args.batch_size / seconds / peak,
-                      "memory_gib": found[-1].get("memory_gib")}
-    return {"matmul_tflops": peak / 1e12, "steps": rows}
-
-
-def ratios(cost: dict[str, float], ending: str) -> dict[str, float]:
-    """What joint training costs, over its two parts, and over generation and a CLIP of its own."""
-    return {name + tail + ending: cost["joint" + tail] / (cost["generation" + tail] + cost[other])
-            for tail in ("", "_cached") if "joint" + tail in cost
-            for name, other in (("joint_over_sum", "alignment" + tail),
-                                ("joint_over_generation_plus_clip", "clip"))}
-
-
-def count_memory(steps: Steps) -> dict:
-    """GiB of joint training: weights, and for what is trained gradients, two moments and the average, in
-    float32; and what a forward pass keeps, once and per pair."""
-    steps.run.tasks = ("generation", "alignment")
-    steps.model.requires_grad_(True)
-    steps.train.freeze_unused(steps.model, steps.run.tasks, steps.trains_text)
-    trained = sum(p.numel() for p in steps.model.parameters() if p.requires_grad) * 4 / 2 ** 30
-    fixed = sum(p.numel() for p in steps.model.parameters()) * 4 / 2 ** 30 + 4 * trained
-    memory = {"gradients": trained, "fixed": fixed, "fixed_ema_on_cpu": fixed - trained}
-    for name, recompute in (("", False), ("_recompute", True)):
-        one, two = (steps.activations_gib(steps.run.tasks, n, recompute) for n in (1, 2))
-        memory |= {f"per_pair{name}": two - one, f"per_pass{name}": 2 * one - two}
-    return memory
-
-
-def speed(model: DiffDis, args: argparse.Namespace) -> dict:
-    """The paper's Table 6: joint training beside its two parts, and what either task costs after."""
-    steps, clip = Steps(model, args), cache(lambda: ClipSteps(CLIPS[LIKE[args.preset]], args, args.device))
-    flops = {name: steps.flops(*case) for name, case in kinds_of_step(model).items()}
-    flops["clip"] = clip_flops(CLIPS[LIKE[args.preset]], args.batch_size)
-    result: dict = {"n": args.batch_size, "chance": None, "memory_gib": count_memory(steps),
-                    "gflops": {name: value / 1e9 for name, value in flops.items()}}
-    if args.tflops is not None:
-        seconds = flops["joint"] * args.batch_size / (args.tflops * 1e12)
-    else:
-        result |= measure_steps(steps, clip, flops, args)
-        result |= ratios({name: row["seconds"] for name, row in result["steps"].items()}, "")
-        seconds = result["steps"]["joint"]["seconds"]
-        took = result["inference_seconds"] = inference_seconds(model, steps, clip(), args)
-        for name, a, b in (("draw_over_plain", "draw_step", "draw_step_plain"),
-                           ("read_over_clip", "read_pixels", "clip_image"),
-                           ("read_latents_over_clip", "read_latents", "clip_image")):
-            result[name] = took[a] / took[b]
-    result |= ratios(flops, "_limit")
-    gradient_bytes = result["memory_gib"]["gradients"] * 2 ** 30
-    result["scale"] = scale_up(seconds, args.batch_size, gradient_bytes, args)
-    return {**result, "peak_memory_gib": steps.train.memory_gib(args.device)}
-
-
-def print_speed(result: dict, args: argparse.Namespace) -> None:
-    print(f"{args.preset}, batch {args.batch_size}, {args.precision}, "
-          f"{'' if args.compile else 'not '}compiled, "
-          f"optimiser {'included' if args.optimizer else 'left out'}")
-    if "steps" in result:
-        print(f"  {'training step':<19}{'ms':>9}{'images/s':>10}{'GFLOP/image':>13}"
-              f"{'of product':>12}{'GiB':>7}")
-        for name, row in result["steps"].items():
-            memory = "n/a" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
-            print(f"  {name:<19}{1000 * row['seconds']:9.1f}{row['images_per_s']:10.2f}"
-                  f"{row['gflops_per_image']:13.1f}{100 * row['share_of_matmul_peak']:11.0f}%{memory:>7}")
-        print(f"  (product: a large matrix product does {result['matmul_tflops']:.2f} TFLOP/s)")
-        for name, seconds in result["inference_seconds"].items():
-            print(f"  {name:<19}{1000 * seconds:9.1f}{args.batch_size / seconds:10.2f}")
-    for name, value in result.items():
-        if "_over_" in name and not name.endswith("_limit"):
-            limit = result.get(f"{name}_limit")
-            print(f"  {name:<40}{value:7.3f}" + (f"   by FLOPs {limit:.3f}" if limit else ""))
-    memory = result["memory_gib"]
-    print(f"  counted for joint training: weights, gradients, moments, averages {memory['fixed']:.1f} GiB "
-          f"({memory['fixed_ema_on_cpu']:.1f} with --ema-on-cpu), a forward pass "
-          f"{memory['per_pass']:.2f} + {memory['per_pair']:.3f} per pair "
-          f"({memory['per_pass_recompute']:.2f} + {memory['per_pair_recompute']:.3f} with --recompute)\n"
-          f"  most memory of this process: {result['peak_memory_gib']:.1f} GiB")
-    print(f"  expected, where one device takes {1000 * result['scale'][0]['seconds']:.0f} ms per step "
-          f"({'assumed' if args.tflops else 'measured'}); devices: images/s (share of perfect scaling)")
-    print("  " + "  ".join(f"{row['devices']}: {row['images_per_s']:.1f} ({100 * row['efficiency']:.0f} %)"
-                           for row in result["scale"]))
-
-
-def speed_model(args: argparse.Namespace) -> DiffDis:
-    """--ckpt's model, or the preset's with random weights."""
-    if args.ckpt is not None:
-        model = models.load(args.ckpt, args.device, weights="raw")
-        if isinstance(model, Clip):
-            raise ValueError(f"{args.ckpt} is a CLIP, which is timed beside every DiffDis: name one of those")
-        kinds = [name for name, preset in models.PRESETS.items() if preset.unet == model.config.unet]
-        args.preset = kinds[0] if kinds else args.preset
-        return model
-    config = models.PRESETS[args.preset]
-    merges = [f"{i} {i}" for i in range(config.text.vocab_size - 514)]      # no words, but as many as it has
-    torch.manual_seed(args.seed)
-    model = DiffDis(config, Tokenizer(merges, config.text.context_length))
-    return model.to(args.device, memory_format=torch.channels_last)
-
-
 # ---------------------------------------------------------------- command line
 def print_table(title: str, result: dict, metrics: tuple[str, ...]) -> None:
     print(f"{title}  (n = {result['n']})")
@@ -1697,7 +1345,6 @@ def print_table(title: str, result: dict, metrics: tuple[str, ...]) -> None:
 TASKS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "retrieval": (retrieval, ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_r1")),
     "zeroshot": (zeroshot, ("top1", "top5", "mean_per_class")),
-    "knn": (knn, ("top1", "mean_per_class", "top1_tokens", "mean_per_class_tokens")),
     "fid": (fid, ()),
     "checker": (checker, ("colour", "shape", "size", "relation", "all", "all_single")),
     "longtail": (longtail, (*(f"image_acc{shot}" for shot in BY_SHOT), "text_acc", "knn_acc",
@@ -1733,12 +1380,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             add("--guidance-scale", type=finite, default=1.0, help="1 + w; 1: no guidance")
         if name == "zeroshot":
             add_zeroshot_flags(add)
-        elif name == "knn":
-            add("--k", type=positive, default=20, help="nearest training images that vote")
-            add("--bank", metavar="DIR",
-                help="labelled images to look in; without it the training half of --data")
-            add("--bank-limit", type=positive,
-                help="images of the bank to use, evenly spaced; without it all, of shapes 2,400")
         elif name == "fid":
             add_fid_flags(add)
         elif name == "longtail":
@@ -1751,7 +1392,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             task.set_defaults(out=None)
         if name in ("fid", "row"):
             task.set_defaults(batch_size=16)         # drawing takes more memory than reading
-    add_speed_flags(tasks.add_parser("speed", help=speed.__doc__.split("\n")[0]).add_argument)
     return parser.parse_args(argv)
 
 
@@ -1819,43 +1459,6 @@ def add_fid_flags(add: Callable) -> None:
     add("--allow-small", action="store_true", help="allow fewer than 2048 images")
 
 
-def add_speed_flags(add: Callable) -> None:
-    switch = dict(action=argparse.BooleanOptionalAction)
-    add("--preset", choices=tuple(models.PRESETS), default="tiny", help="whose networks, with random weights")
-    add("--ckpt", help="a checkpoint's networks instead")
-    add("--batch-size", type=positive, help="pairs per step, 2 or more; without it the preset's, sd-v1: 2")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on CUDA")
-    add("--compile", **switch, help="torch.compile; without it: on CUDA")
-    add("--recompute", **switch, default=False, help="activation checkpointing")
-    add("--optimizer", **switch, default=True, help="AdamW and averages as part of the step")
-    add("--rounds", type=positive, default=10, help="measured steps of each kind in a row, the median counts")
-    add("--warm-up", type=natural, default=2, help="steps before them")
-    add("--repeats", type=positive, default=3, help="times that all kinds take their turn")
-    add("--tflops", type=finite, help="measure nothing: expect a device to do so many TFLOP/s, and count")
-    add("--link-gb-s", type=finite, nargs=2, default=(450.0, 50.0), metavar=("NODE", "NETWORK"),
-        help="GB/s one way: between the devices of a machine (up to 8), and of a machine's network")
-    add("--seed", type=natural, default=0, help="of the weights' and inputs' random numbers")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    add("--json", metavar="FILE", help="also write the numbers here")
-
-
-def run_speed(args: argparse.Namespace) -> dict:
-    """Settle what the flags leave open, measure, print -> the numbers."""
-    args.device = pick_device(args.device)
-    cuda = args.device.type == "cuda"
-    args.precision = args.precision if args.precision != "auto" else "bf16" if cuda else "fp32"
-    args.compile = cuda if args.compile is None else args.compile
-    model = speed_model(args)
-    args.batch_size = args.batch_size or {"tiny": 32, "small": 16, "sd-v1": 2}[args.preset]
-    if min(*args.link_gb_s, 1.0 if args.tflops is None else args.tflops) <= 0:
-        raise ValueError("--link-gb-s and --tflops are rates: expected more than 0")
-    if args.batch_size < 2:
-        raise ValueError("--batch-size is 1, but the alignment loss compares pairs: 2 or more")
-    result = speed(model, args)
-    print_speed(result, args)
-    return {"task": "speed", "seed": args.seed, **result}
-
-
 def read_templates(path: str | None) -> list[str] | None:
     if path is None:
         return None
@@ -1873,7 +1476,7 @@ def check_task(task: str, model: DiffDis | Clip | None, args: argparse.Namespace
         return
     if task == "checker" and args.best_of > 1 and "alignment" not in model.tasks:
         raise ValueError("--best-of: these weights only draw images, they do not read them to choose one")
-    if task in ("retrieval", "knn", "longtail") or task == "zeroshot" and args.method == "alignment":
+    if task in ("retrieval", "longtail") or task == "zeroshot" and args.method == "alignment":
         if "alignment" not in model.tasks:
             raise ValueError("these weights only draw images, they do not read them: "
                              "train their query stream with train.py --init first")
@@ -1955,7 +1558,7 @@ def run_task(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path
         source = settle_longtail(args)
     elif args.task != "checker":
         args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
-        labelled = args.data == "shapes" and args.task in ("zeroshot", "knn")
+        labelled = args.data == "shapes" and args.task == "zeroshot"
         source = in_turn(lambda: open_source(args.data, "classes" if labelled else "val"))
         check_index(source, args.max_bad)
         source = evenly_spaced(source, args.limit)
@@ -1968,9 +1571,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.json and (not Path(args.json).resolve().parent.is_dir() or Path(args.json).is_dir()):
             raise ValueError(f"--json is {args.json!r}, expected a file in an existing folder")
-        if args.task == "speed":
-            write_json(args, run_speed(args), argv, str(args.ckpt or args.preset), args.device)
-            return
         rank, world, device = join_ranks(args.device)
         with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
             result, path = run_task(args, device)

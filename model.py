@@ -948,8 +948,8 @@ class DiffDis(nn.Module):
         return self.unet.denoise_image(noisy_latents, t_image, context)
 
     def image_features(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor) -> Tensor:
-        """As `denoise_query` -> the alignment transformer's image tokens, averaged [B, D]: what kNN and
-        `fid --features` compare images by (our choice)."""
+        """As `denoise_query` -> the alignment transformer's image tokens, averaged [B, D]: what
+        `fid --features` compares images by (our choice)."""
         context = self.text_encoder(self.null_tokens)[0]
         return self.unet.denoise_query(noisy_query, t_text, latents, context, image_tokens=True)
 

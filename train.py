@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import gc
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -71,7 +70,7 @@ RECIPES["clip-vit-b32"] = RECIPES["clip-vit-l14"]
 START_OVER = "the last checkpoint is from before it: start anew from that one with --init and a lower --lr"
 # Flags that may differ between a run and its resumption without changing what is computed.
 FREE_ON_RESUME = ("resume", "out", "device", "workers", "log_every", "save_every", "sample_every",
-                  "eval_every", "keep", "tensorboard", "ema_on_cpu", "micro_batch", "recompute", "validate")
+                  "eval_every", "keep", "ema_on_cpu", "micro_batch", "recompute", "validate")
 BINS = 4                  # equal stretches of timesteps by which the logged losses are also told apart
 # Dense bfloat16 FLOP/s of one device, from its data sheet, by a part of the name that CUDA gives it.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12,
@@ -135,7 +134,6 @@ def add_run_flags(add: Callable, switch: dict) -> None:
         "without it a quarter of the steps", type=positive)
     add("--validate", "print what the averaged weights can do when the run is done", default=True,
         action=argparse.BooleanOptionalAction)
-    add("--tensorboard", "also write the log for TensorBoard, which must be installed", action="store_true")
     add("--shuffle-buffer", "samples mixed with each other; tars are read one after another, so many at once",
         type=positive, default=100_000)
     add("--augment", "random crops and RandAugment instead of the centre square, never where images are "
@@ -205,8 +203,6 @@ def check_args(args: argparse.Namespace) -> None:
     if args.latents and (args.model != "diffdis" or args.augment or args.data == "shapes"):
         raise ValueError("--latents replaces pictures, which CLIP, --augment and the endless shapes need: "
                          "leave it out")
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("--tensorboard, but it is not installed: pip install tensorboard, or leave it out")
     if "alignment" in args.tasks and args.batch_size < 2:
         raise ValueError("--batch-size is 1, but alignment compares pairs within a batch: 2 or more")
 
@@ -860,7 +856,6 @@ class Trainer:
                 find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.meter = Meter(device)
         self.run.start_log(self.step)
-        self.tensorboard = self.open_tensorboard()
         if checkpoint is None:
             self.check_disk()
             self.save()          # what cannot be written is found now, not after hours
@@ -1022,8 +1017,6 @@ class Trainer:
         finally:
             batches.close()       # its processes ignore signals: they end when told to
             bar.close()
-            if self.tensorboard:
-                self.tensorboard.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
         return self.step == args.steps
@@ -1051,19 +1044,9 @@ class Trainer:
                   **self.scores}
         self.scores = {}
         self.run.write(record)
-        for name, value in record.items() if self.tensorboard else ():
-            if isinstance(value, (int, float)) and name != "step":
-                self.tensorboard.add_scalar(name, value, self.step)
         bar.set_postfix({name.removeprefix("loss_"): f"{record[name]:.3f}" for name in
                          ("loss_generation", "loss_alignment") if name in record}
                         | {"images/s": f"{record['images_per_s']:.0f}"})
-
-    def open_tensorboard(self):
-        """A writer whose lines after this step, about to be written again, are taken back; or None."""
-        if self.rank or not self.args.tensorboard:
-            return None
-        from torch.utils.tensorboard import SummaryWriter       # here: it needs a package of its own
-        return SummaryWriter(str(self.run.folder / "tensorboard"), purge_step=self.step + 1)
 
     @contextlib.contextmanager
     def averaged(self):

@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-from data import (BACKGROUND, COLOURS, HELD_OUT_PAIRS, PAIRS, RADII, RELATIONS, SHAPES, Scene, Shapes, Thing,
-                  check, is_held_out, parse, render)
+from data import (BACKGROUND, COLOURS, HELD_OUT_PAIRS, KINDS, PAIRS, RADII, RELATIONS, SHAPES, Scene, Shapes,
+                  Thing, check, is_held_out, parse, render)
 
 SCENES = [Shapes("train").scene(i) for i in range(1000)] + [Shapes("val").scene(i) for i in range(500)]
 
@@ -128,6 +128,8 @@ def test_scenes_depend_on_seed_and_index_alone() -> None:
     backwards = [again.scene(i) for i in reversed(range(50))]
     assert [first.scene(i) for i in range(50)] == backwards[::-1]
     assert [other.scene(i) for i in range(50)] != backwards[::-1]
+    told = [[KINDS.index(thing[1:]) for thing in scene.things] for scene in SCENES if scene.relation]
+    assert 0.4 < np.mean([first < second for first, second in told]) < 0.6, "told from either side"
     labels = [Shapes("classes").read(i) for i in range(48)]
     assert all(Shapes("classes").classes[s.label] in s.captions[0] for s in labels)
 

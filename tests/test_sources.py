@@ -349,7 +349,7 @@ def test_a_slow_index_is_kept_and_forgotten_when_a_shard_changes(tmp_path, monke
     again = open_source(str(tmp_path / "tars"))
     assert [again.key(i) for i in range(7)] == [first.key(i) for i in range(7)]
     assert again.captions(6) == first.captions(6) == ["caption 1 3"] and again.skipped == first.skipped
-    assert again.skipped["damaged shard"] == 1 and "9.tar: empty" in capsys.readouterr().err
+    assert again.skipped["damaged shard"] == 1 and "9.tar is empty" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     assert len(uneven(tmp_path / "tars", [3, 5])) == 8

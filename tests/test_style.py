@@ -8,15 +8,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("diffusion", "fusion", "data", "model", "sample", "evaluate", "train")      # imports point back
-# Inside a function, where the file at the other end imports this one: the command that needs it runs alone.
-LATE = {"evaluate": {"train"}}
 PACKAGES = {"torch", "numpy", "PIL", "tqdm", "ftfy", "regex"}
 
 
-def imports(name: str, late: bool = True) -> set[str]:
-    """What a file imports; late=False: at its top."""
+def imports(name: str) -> set[str]:
+    """What a file imports, and nothing inside a function."""
     tree = ast.parse((ROOT / f"{name}.py").read_text())
-    nodes = list(ast.walk(tree)) if late else tree.body
+    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert all(node in tree.body for node in nodes), f"{name}.py imports within a function"
     names = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
     names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
     return {full.split(".")[0] for full in names}
@@ -24,9 +23,8 @@ def imports(name: str, late: bool = True) -> set[str]:
 
 def test_files_import_only_from_those_before_them() -> None:
     for i, name in enumerate(ORDER):
-        for late, more in ((False, set()), (True, LATE.get(name, set()))):
-            forward = imports(name, late) & set(ORDER[i:]) - more
-            assert not forward, f"{name}.py imports {forward}: a reader would have to go back and forth"
+        forward = imports(name) & set(ORDER[i:])
+        assert not forward, f"{name}.py imports {forward}: a reader would have to go back and forth"
 
 
 def test_only_the_fixed_packages() -> None:

@@ -534,7 +534,7 @@ def test_micro_batches_that_do_not_fit_are_refused(small, capsys) -> None:
 
 
 def slow_losses(model, args, images, tokens, drawn) -> tuple[list, list]:
-    """Algorithm 1 pair by pair, as the paper writes it, for noise and data as targets."""
+    """Algorithm 1 pair by pair, as the paper writes it, for noise as the image's target."""
     config, generation, queries = model.config, [], []
     null, texts = model.text_encoder(model.tokenizer([""]))[0], model.text_encoder(tokens)[1]
     for i in range(len(images)):
@@ -549,16 +549,19 @@ def slow_losses(model, args, images, tokens, drawn) -> tuple[list, list]:
         e_t = (config.gamma * alpha_bar.sqrt() * texts[i].detach()
                + (1 - alpha_bar).sqrt() * drawn["query_noise"][i])
         z = torch.zeros_like(z) if drawn["u"][i, 1] < args.p_drop_image else z
-        queries.append(F.normalize(model.denoise_query(e_t, t, z), dim=-1)[0])
+        pred, a, s = model.denoise_query(e_t, t, z), config.gamma * alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        e_0 = {"data": pred, "noise": (e_t - s * pred) / a, "v": (a * e_t - s * pred) / (a * a + s * s)}
+        queries.append(F.normalize(e_0[config.text_target], dim=-1)[0])
     similarity = model.logit_scale.exp() * torch.stack(queries) @ texts.T
     alignment = [(similarity[i].logsumexp(0) + similarity[:, i].logsumexp(0)) / 2 - similarity[i, i]
                  for i in range(len(images))]
     return generation, alignment
 
 
-def test_the_loss_and_its_gradient_are_algorithm_1(small) -> None:
+@pytest.mark.parametrize("text_target", ["data", "noise", "v"])
+def test_the_loss_and_its_gradient_are_algorithm_1(small, text_target: str) -> None:
     model = build(tiny_config(gamma=0.5, image_target="noise", image_schedule="linear",
-                              text_schedule="cosine")).requires_grad_(True)
+                              text_schedule="cosine", text_target=text_target)).requires_grad_(True)
     args = small("--p-uncond", "0.3", "--p-drop-image", "0.3")
     train.settle(args, torch.device("cpu"))
     pairs = [Shapes().read(i) for i in range(4)]
