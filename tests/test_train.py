@@ -17,7 +17,7 @@ from conftest import ROOT, build, randomise, tiny_clip_config, tiny_config
 from PIL import Image
 from torch.nn import functional as F
 
-import evaluate
+import bench_speed
 import model as models
 import sample
 import train
@@ -255,7 +255,7 @@ def test_a_clip_trains_all_of_itself_by_its_own_recipe(small, tmp_path) -> None:
     assert not [name for name, p in trainer.model.named_parameters() if p.grad is None]
     loaded = models.load(tmp_path / "run/checkpoint.pt")
     assert isinstance(loaded, models.Clip) and loaded.tasks == ("alignment",) and loaded.data == "shapes"
-    assert trainer.flops == pytest.approx(evaluate.clip_flops(trainer.model.config, 8))
+    assert trainer.flops == pytest.approx(bench_speed.clip_flops(trainer.model.config, 8))
     images = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8)
     tokens = loaded.tokenizer(["a red circle", "a", "a green cross", "b", "c", "d"])
     model, pixels = trainer.model, loaded.read_batch(images)
