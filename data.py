@@ -597,8 +597,9 @@ def open_source(name: str, split: str = "train") -> Source:
         source.skipped["no caption"] = len(images) - len(captioned)
     else:
         root = path / split if (path / split).is_dir() else path
-        if not images or {image.parent.parent for image in images} != {root}:
-            raise ValueError(f"{root} holds {len(images)} images, not all in folders of their classes: "
+        folders = {image.parent for image in images}
+        if len(folders) < 2 or {folder.parent for folder in folders} != {root}:
+            raise ValueError(f"{root} holds {len(images)} images, not all in folders of two or more classes: "
                              "expected DIR/CLASS/IMAGE, images with .txt beside them, or tars")
         source = FileSource(images, path.name, *class_names(root, [image.parent.name for image in images]))
     if not len(source):

@@ -18,6 +18,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import bench_speed
+import evaluate
 import model as models
 import sample
 import train
