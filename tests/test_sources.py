@@ -470,7 +470,7 @@ def test_training_never_sees_the_validation_half(tmp_path, kind: str) -> None:
     put(tmp_path / "tested" / "Test")
     with pytest.raises(ValueError, match="no folder val, but Test, train: name the one to use"):
         open_source(str(tmp_path / "tested"), "val")
-    assert len(open_source(str(tmp_path / "tested"), "train")) == 1
+    assert len(open_source(str(tmp_path / "tested"), "train")) > 0
     put(tmp_path / "called" / "Training")
     put(tmp_path / "called" / "Testing")
     with pytest.raises(ValueError, match="no folder train, but Testing, Training"):
