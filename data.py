@@ -365,7 +365,8 @@ class Source:
     """Image-caption samples by index; `rows` are those in use, of all there are.
 
     What differs between kinds of sources: key(index), a name for messages, and member(index, kind), the
-    content of a sample's "image", "txt" or "json" (None: there is none), which raises OSError.
+    content of a sample's "image", "txt" or "json" (None: there is none), which raises OSError. `Shapes` has
+    no files: it makes captions and images itself.
     """
     classes: list[str] | None = None     # names, in the order of the labels
     labels: list[int] | None = None      # of all rows
@@ -427,13 +428,14 @@ class Source:
 
 def read_captions(text: bytes | None, meta: bytes | None) -> tuple[list[str], list[str]]:
     """The captions in KEY.txt, one a line, and in KEY.json, its "captions" or "caption"."""
-    fields, lines = {}, (text or b"").decode("utf-8-sig", errors="replace").splitlines()
-    with suppress(ValueError, RecursionError):      # not JSON, or absurdly nested
-        fields = json.loads(meta or b"{}")
-    fields = fields if isinstance(fields, dict) else {}
-    listed = fields.get("captions") or [fields.get("caption")]
-    listed = [caption for caption in listed if isinstance(caption, str)] if isinstance(listed, list) else []
-    return tuple([caption.strip() for caption in captions if clean(caption)] for captions in (lines, listed))
+    def usable(values: list) -> list[str]:
+        return [value.strip() for value in values if isinstance(value, str) and clean(value)]
+    fields: dict = {}
+    with suppress(ValueError, TypeError, RecursionError):      # no JSON object, or absurdly nested
+        fields = dict(json.loads(meta or b"{}"))
+    several = fields.get("captions")
+    listed = usable(several if isinstance(several, list) else [several]) or usable([fields.get("caption")])
+    return usable((text or b"").decode("utf-8-sig", errors="replace").splitlines()), listed
 
 
 class TarSource(Source):
@@ -522,7 +524,7 @@ class TarSource(Source):
 
 
 class FileSource(Source):
-    """Images as files, each of a class, with texts, or with KEY.txt beside it."""
+    """Images as files, each of a class, with texts, or with KEY.txt or KEY.json beside it."""
 
     def __init__(self, images: list[Path], name: str, classes: list[str] | None = None,
                  labels: list[int] | None = None, texts: list[list[str]] | None = None) -> None:
@@ -534,9 +536,9 @@ class FileSource(Source):
 
     def member(self, index: int, kind: str) -> bytes | None:
         path = self.images[self.rows[index]]
-        if kind == "json":
+        if kind != "image" and not path.with_suffix(f".{kind}").is_file():
             return None
-        return (path if kind == "image" else path.with_suffix(".txt")).read_bytes()
+        return (path if kind == "image" else path.with_suffix(f".{kind}")).read_bytes()
 
 
 def evenly_spaced(source: Source, count: int | None) -> Source:
@@ -550,9 +552,11 @@ def hold_out(source: Source, count: int) -> tuple[Source, Source]:
     """Split off `count` samples for validation (at most a twentieth), evenly spaced; `shapes` has its own."""
     if isinstance(source, Shapes):
         return source, evenly_spaced(Shapes("val", source.seed), count)
+    if len(source) < 2:
+        raise ValueError(f"{source.name} has {len(source)} sample, and one is held out: training needs more")
     held = np.linspace(0, len(source) - 1, max(1, min(count, len(source) // 20))).astype(np.int64)
     rest = np.setdiff1d(np.arange(len(source)), held)
-    return source.subset(rest if len(rest) else held), source.subset(held)
+    return source.subset(rest), source.subset(held)
 
 
 def usable_captions(source: Source, limit: int) -> Iterator[list[str]]:
@@ -564,32 +568,34 @@ def usable_captions(source: Source, limit: int) -> Iterator[list[str]]:
 
 
 # ---------------------------------------------------------------- what --data names
-HALVES = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+HALF = regex.compile(r"(train|val|valid|validation|dev|test)(ing)?\d*", regex.IGNORECASE)
 SYNSET = regex.compile(r"n\d{8}")         # WordNet's number of a class, as ImageNet's folders are called
 
 
 def open_source(name: str, split: str = "train") -> Source:
     """What `--data` names -> a source.
 
-    name: "shapes"; "cc3m" (./cc3m or ./data/cc3m); a tar; Karpathy's table, NAME.json; a list of images, any
-    other file; or a folder of tars, of images with .txt beside them, or of class folders (DIR/CLASS/IMAGE).
-    Where a folder has halves, DIR/train and DIR/val, `split` takes its own.
+    name: "shapes"; "cc3m" (./cc3m or ./data/cc3m); a tar; Karpathy's table, NAME.json; a list of images,
+    NAME.txt; or a folder of tars, of images with .txt or .json beside them, or of class folders
+    (DIR/CLASS/IMAGE). Where a folder has halves, DIR/train and DIR/val, `split` takes its own.
     Raises FileNotFoundError or ValueError: what came, what was expected, what to do.
     """
     if name == "shapes":
         return Shapes(split)
-    path = Path("data/cc3m" if name == "cc3m" and not Path(name).is_dir() else name)
+    path = Path("data/cc3m" if name == "cc3m" and not Path(name).is_dir() else name).absolute()
     if not path.exists():
         raise FileNotFoundError(f"no data at {path}: expected shapes, a file, a folder, or cc3m or data/cc3m "
                                 "as img2dataset downloads it (see the README)")
-    if path.suffix == ".json":
-        return open_karpathy(path, split)
-    if path.is_file() and path.suffix != ".tar":
-        return open_list(path)
+    if path.is_file() and path.suffix in (".json", ".txt"):
+        return open_karpathy(path, split) if path.suffix == ".json" else open_list(path)
     files = [path] if path.is_file() else files_of_half(path, split)
-    tars = [file for file in files if file.suffix == ".tar"]
+    tars = [file for file in files if file.suffix.lower() == ".tar"]
     images = [file for file in files if file.suffix[1:].lower() in IMAGE_SUFFIXES]
-    captioned = [image for image in images if image.with_suffix(".txt").is_file()]
+    captioned = [image for image in images
+                 if image.with_suffix(".txt").is_file() or image.with_suffix(".json").is_file()]
+    if tars and images or path.is_file() and not tars:
+        raise ValueError(f"{path} is no tar, list (.txt) or table (.json), or a folder of tars and images: "
+                         "name one kind of data")
     if tars:
         source: Source = TarSource(tars, path.name)
     elif captioned:
@@ -615,21 +621,22 @@ def files_below(path: Path) -> list[Path]:
             subfolders.clear()
             continue
         visited.add(real)
-        subfolders[:] = [name for name in subfolders if name[0] not in ".@" and name != "__MACOSX"]
+        subfolders[:] = sorted(name for name in subfolders
+                               if name[0] != "." and name not in ("@eaDir", "__MACOSX"))
         files += [Path(folder) / name for name in names if name[0] != "."]
     return sorted(filter(Path.is_file, files))
 
 
 def files_of_half(path: Path, split: str) -> list[Path]:
-    """The files of DIR/SPLIT. Without such a folder those of DIR; to train, less those of other halves.
-    Raises ValueError where it has other halves and nothing that is this one."""
+    """The files of DIR/SPLIT, or of a DIR in which no folder is called as a half of the data. Raises
+    ValueError where there are others: nothing may be trained on that is tested on."""
     if (path / split).is_dir():
         return files_below(path / split)
-    halves = sorted(place for place in path.iterdir() if place.is_dir() and place.name.lower() in HALVES)
-    files = [file for file in files_below(path) if not any(map(file.is_relative_to, halves))]
-    if halves and (split != "train" or not files):
-        raise ValueError(f"{path} has no folder {split}, but {', '.join(half.name for half in halves)}: name "
-                         f"the one to use, as {halves[0]}")
+    files = files_below(path)
+    folders = {folder for file in files for folder in file.relative_to(path).parts[:-1]}
+    halves = sorted(filter(HALF.fullmatch, folders))
+    if halves:
+        raise ValueError(f"{path} has no folder {split}, but below it {', '.join(halves)}: name one to use")
     return files
 
 
@@ -673,8 +680,8 @@ def refuse_missing(images: list[Path], table: Path) -> None:
 
 
 def open_list(table: Path) -> FileSource:
-    """The images that a list names: lines "PATH<TAB>CLASS" or "PATH", then CLASS is the folder that holds the
-    image; PATH is below the list's own folder. Raises FileNotFoundError or ValueError."""
+    """The images that a list names: lines "PATH<TAB>CLASS" or "PATH", then CLASS is the folder that holds
+    the image; PATH is below the list's own folder. Raises FileNotFoundError or ValueError."""
     rows = [line.partition("\t") for line in text_lines(table)]
     images = [table.parent / path.strip().lstrip("/") for path, _, _ in rows]
     refuse_missing(images, table)
@@ -761,8 +768,8 @@ def check_index(source: Source, max_bad: float) -> None:
 class TrainingBatches(Dataset):
     """Item k is this rank's share of global batch k: a function of (source, seed, k, batch size).
 
-    Nothing has a state: to resume the step is enough, workers and ranks change nothing, and no rank runs dry,
-    however few or uneven the shards are.
+    No batch depends on those before it: to resume the step is enough, workers and ranks change nothing, and
+    no rank runs dry, however few or uneven the shards are.
     """
     source: Source
     image_size: int               # px
@@ -774,7 +781,7 @@ class TrainingBatches(Dataset):
     shuffle_buffer: int = 100_000                  # samples that are mixed with each other
     draw: Callable[[int], dict] | None = None      # number of the batch -> what else training needs for it
     augment: bool = False         # a random crop and RandAugment of each picture, not its centre square
-    order: tuple = (-1, None)     # of the last epoch that was asked for
+    order: tuple = (-1, None)     # kept from the last call: an epoch's number and order
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """All samples once, in an order that is a function of (seed, epoch).
@@ -837,7 +844,7 @@ class TrainingBatches(Dataset):
 
 
 def as_it_is(batch: Batch | ValueError) -> Batch | ValueError:
-    return batch
+    return batch               # what the loader does by default would add a Counter to itself
 
 
 def leave_signals(worker: int) -> None:

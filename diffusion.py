@@ -142,8 +142,9 @@ def sampling_timesteps(steps: int, total: int, spacing: str) -> list[int]:
     "trailing" starts at T-1, where what a sampler starts from, pure noise, is what training showed.
     Raises ValueError on an impossible number of steps.
     """
-    if not 1 <= steps <= total:
-        raise ValueError(f"sampling steps is {steps}, expected 1 to {total}")
+    most = total if spacing == "trailing" else total - 1
+    if not 1 <= steps <= most:
+        raise ValueError(f"sampling steps is {steps}, expected 1 to {most}")
     if spacing == "leading":
         return [min(i * (total // steps) + 1, total - 1) for i in reversed(range(steps))]
     return [round(total - i * total / steps) - 1 for i in range(steps)]

@@ -41,8 +41,9 @@ from tqdm import tqdm
 
 import evaluate
 import model as models
-from data import (Batch, SkipReport, Source, Tokenizer, check_index, evaluation_batches, evenly_spaced,
-                  hold_out, open_source, to_float, training_batches, usable_captions, write_atomically)
+from data import (BadSample, Batch, SkipReport, Source, Tokenizer, check_index, evaluation_batches,
+                  evenly_spaced, hold_out, open_source, to_float, training_batches, usable_captions,
+                  write_atomically)
 from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
                        q_sample, read_prediction, signal_and_noise)
 from evaluate import everybody, in_turn, join_ranks, rank_and_world, restarts
@@ -744,8 +745,10 @@ def add_latents(source: Source, model: DiffDis, args: argparse.Namespace) -> Non
     ranks, which must see the same folder, encode what is missing; a stopped run goes on where it was.
     """
     (rank, world), size, folder = rank_and_world(), model.config.image_size, Path(args.latents)
-    keys = [source.key(int(i)) for i in np.linspace(0, len(source) - 1, 1000)]
-    digest = hashlib.sha256(repr((len(source), keys, size, model.config.autoencoder)).encode())
+    digest = hashlib.sha256(repr((len(source), size, model.config.autoencoder)).encode())
+    for i in np.linspace(0, len(source) - 1, 1000):        # keys would be the same for many data sets
+        with contextlib.suppress(BadSample):
+            digest.update(source.content(int(i), "image"))
     for value in model.autoencoder.state_dict().values():
         digest.update(value.cpu().contiguous().numpy().tobytes())
     path = folder / f"{digest.hexdigest()[:16]}.npy"
@@ -753,10 +756,14 @@ def add_latents(source: Source, model: DiffDis, args: argparse.Namespace) -> Non
     if rank == 0 and not marks.exists():
         channels, height, width = model.latent_shape(size, size)
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"latents: {path}, {len(source) * 4 * channels * height * width / 2 ** 30:.1f} GiB")
+        need, free = len(source) * 4 * channels * height * width, shutil.disk_usage(folder).free
+        print(f"latents: {path}, {need / 2 ** 30:.1f} GiB")
+        if free < need:       # a mapped file would end the program by a signal when the disk is full
+            raise ValueError(f"{folder} has {free / 2 ** 30:.1f} GiB left: make room, or name another folder")
         np.lib.format.open_memmap(path, "w+", np.float16, (len(source), 2 * channels, height, width))
         np.lib.format.open_memmap(marks, "w+", bool, (len(source),))
     everybody(None)
+    np.load(path, "r")         # raises ValueError on a file cut short, which "r+" would fill up with zeros
     moments, done = np.load(path, "r+"), np.load(marks, "r+")
     todo = np.array_split(np.flatnonzero(~done), world)[rank]
     everybody(None)            # each has its share before any is marked as done
@@ -788,8 +795,8 @@ def check_resume(checkpoint: dict, args: argparse.Namespace) -> None:
 
 def run_flags(args: argparse.Namespace) -> dict:
     """The flags that decide what is computed, as plain values."""
-    return {k: list(v) if isinstance(v, tuple) else v
-            for k, v in vars(args).items() if k not in FREE_ON_RESUME}
+    flags = {**vars(args), "latents": args.latents is not None}        # wherever they lie
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in flags.items() if k not in FREE_ON_RESUME}
 
 
 def start_ranks(args: argparse.Namespace) -> tuple[int, int, torch.device]:
@@ -840,7 +847,7 @@ class Trainer:
         self.model.to(device, memory_format=torch.channels_last)
         if args.latents:
             add_latents(source, self.model, args)
-            self.source, self.val = hold_out(source, args.val)
+            self.source, self.val = hold_out(source, args.val)      # again: now they have the latents
         self.optimizer = make_optimizer(self.model, args, pretrained=args.init is not None)
         self.averages = Averages(self.model, args.ema, args.ema_on_cpu)
         if checkpoint is not None:

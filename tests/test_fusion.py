@@ -70,6 +70,7 @@ def test_the_alignment_transformer_equals_the_text() -> None:
     pixels = [features[:, :, y, x] for y in range(2) for x in range(3)]
     tokens = [head.query_fc(state)] + [head.image_fc(pixel) for pixel in pixels]
     tokens = torch.stack(tokens, dim=1)
+    assert head.blocks[0].attn1.heads == 2, "of head_width each"
     for block in head.blocks:
         normed = block.norm1(tokens)
         tokens = tokens + slow_attention(block.attn1, normed, normed)
@@ -86,7 +87,7 @@ def test_k_transformer_blocks_follow_one_another() -> None:
     projected = block.proj_in(block.norm(x))
     tokens = torch.stack([projected[:, :, row, column] for row in range(2) for column in range(3)], dim=1)
     q = block.query_in(state + query)[:, None]
-    assert len(block.transformer_blocks) == 3
+    assert len(block.transformer_blocks) == 3 and block.norm.eps == 1e-6, "Stable Diffusion's"
     for inner in block.transformer_blocks:
         tokens, q = inner(tokens, context, q)
     rows = torch.stack([tokens[:, 3 * row:3 * row + 3] for row in range(2)], dim=1)

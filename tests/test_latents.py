@@ -1,4 +1,4 @@
-"""train.py --latents: a run from encoded images is the run from the pictures, but for half precision."""
+"""train.py --latents: a run from encoded images is the run from the pictures, but for rounding."""
 import json
 from pathlib import Path
 
@@ -83,7 +83,33 @@ def test_other_data_size_or_autoencoder_make_other_latents(start) -> None:
     start.autoencoder.quant_conv.bias.data += 1
     models.save("start.pt", start)
     trainer("c", "--latents", "latents")
-    assert len(list(Path("latents").glob("*.done.npy"))) == 3, "latents of one belong to no other"
+    write_tar(Path("pictures/1.tar"), [(f"1{i:03d}.{kind}", body) for i in range(20) for kind, body in (
+        ("png", picture((9, 9, 9), form="PNG")), ("txt", b"of the same names"))])
+    trainer("d", "--latents", "latents")
+    assert len(list(Path("latents").glob("*.done.npy"))) == 4, "latents of one belong to no other"
+
+
+def test_two_ranks_share_the_work(start, monkeypatch) -> None:
+    whole, source = trainer("a", "--latents", "latents"), open_source("pictures")
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(train, "rank_and_world", lambda: (rank, 2))
+        monkeypatch.setattr(train, "evaluation_batches", lambda part, *rest: shares.append(part.rows) or [])
+        Path("latents2").mkdir(exist_ok=True)
+        for path in Path("latents").iterdir():       # nothing is done yet
+            np.save(Path("latents2") / path.name, np.zeros_like(np.load(path)))
+        args = train.parse_args(["--data", "pictures", "--latents", "latents2"])
+        train.add_latents(source, whole.model, args)
+    assert sorted(np.concatenate(shares)) == list(range(50)) and min(map(len, shares)) == 25
+
+
+def test_a_file_cut_short_is_refused(start) -> None:
+    trainer("a", "--latents", "latents")
+    moments = min(Path("latents").iterdir(), key=lambda path: len(path.name))
+    with moments.open("r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(ValueError, match="mmap length"):
+        trainer("b", "--latents", "latents")
 
 
 def test_a_run_from_latents_is_whole(start) -> None:

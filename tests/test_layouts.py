@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import BadSample, evenly_spaced, open_source
+from data import BadSample, open_source
 
 
 def write_image(path: Path, grey: int = 100) -> None:
@@ -112,6 +112,7 @@ def test_a_list_chooses_images_and_their_classes(images) -> None:
     source = listed(images, "\ufeffpizza/3.png\n\n/pizza/1.jpg\r\napple_pie/2.jpeg\n")
     assert greys(source) == [(2, "pizza"), (0, "pizza"), (1, "apple pie")] and source.labels == [1, 1, 0]
     assert source.captions(2) == ["a photo of an apple pie"]
+    assert greys(source.subset(np.array([2, 0]))) == [(1, "apple pie"), (2, "pizza")]
     source = listed(images, "0034309.jpg\tBoeing 707\na b/4.jpg\tDC-3\npizza/1.jpg\n"
                             "c/church/outdoor/5.jpg\tchurch outdoor\n")
     assert greys(source) == [(3, "Boeing 707"), (4, "DC-3"), (0, "pizza"), (5, "church outdoor")]
@@ -155,7 +156,9 @@ def test_karpathys_split(tmp_path, has_filepath: bool) -> None:
     assert [grey for grey, _ in greys(train)] == [1, 2] and train.classes is None
     assert val.captions(0) == [f"a.jpg says {k}." for k in range(5)], "the first five, as in the field"
     assert len(train.captions(1)) == 4 and val.read(1).captions == [f"e.jpg says {k}." for k in range(5)]
-    assert val.texts is not None and evenly_spaced(val, 1).texts is not None, "each is a text of its own"
+    last = val.subset(np.array([1]))
+    assert val.texts is not None and last.texts is not None, "each is a text of its own"
+    assert greys(last)[0][0] == 4 and last.captions(0)[0] == "e.jpg says 0.", "of this very picture"
 
 
 def test_karpathys_table_refuses(tmp_path) -> None:

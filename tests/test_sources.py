@@ -424,6 +424,10 @@ def test_hold_out_and_evaluation_order(tars) -> None:
     assert [key for batch in batches for key in batch.keys] == [key for key in keys if key != "14"]
     assert sum(batch.visited for batch in batches) == 24
     assert isinstance(hold_out(Shapes(), 10)[0], Shapes)
+    train, val = hold_out(tars.subset(np.repeat(np.arange(24), 5)), 5)
+    assert list(val.rows) == [0, 5, 11, 17, 23], "from all over, not the first ones"
+    with pytest.raises(ValueError, match="training needs more"):
+        hold_out(tars.subset(np.array([3])), 1)
 
 
 def test_hidden_folders_are_left_out_and_links_followed(tmp_path) -> None:
@@ -457,24 +461,22 @@ def test_training_never_sees_the_validation_half(tmp_path, kind: str) -> None:
                 (folder / "a.txt").write_text("a")
     put(tmp_path / "both" / "train")
     put(tmp_path / "both" / "val")
-    put(tmp_path / "one" / ("more" if kind != "classes" else ""))
-    put(tmp_path / "one" / "val")
-    for name in ("both", "one"):
-        found = {split: open_source(str(tmp_path / name), split) for split in ("train", "val")}
-        assert [len(source) for source in found.values()] == [2 if kind == "classes" else 1] * 2
-        paths = [(source.tars if kind == "tars" else source.images)[0] for source in found.values()]
-        halves = [path.relative_to(tmp_path / name).parts[0] for path in paths]
-        rest = "cat" if kind == "classes" else "more"
-        assert halves == ["train" if name == "both" else rest, "val"]
+    for split in ("train", "val"):
+        source = open_source(str(tmp_path / "both"), split)
+        assert len(source) == (2 if kind == "classes" else 1)
+        path = (source.tars if kind == "tars" else source.images)[0]
+        assert path.relative_to(tmp_path / "both").parts[0] == split
     put(tmp_path / "tested" / "train")
     put(tmp_path / "tested" / "Test")
-    with pytest.raises(ValueError, match="no folder val, but Test, train: name the one to use"):
+    with pytest.raises(ValueError, match="no folder val, but below it Test, train: name one to use"):
         open_source(str(tmp_path / "tested"), "val")
     assert len(open_source(str(tmp_path / "tested"), "train")) > 0
-    put(tmp_path / "called" / "Training")
-    put(tmp_path / "called" / "Testing")
-    with pytest.raises(ValueError, match="no folder train, but Testing, Training"):
-        open_source(str(tmp_path / "called"))
+    for name in ("called/Training", "higher/set/train2017", "higher/set/val2017"):
+        put(tmp_path / name)
+    for name in ("called", "higher"):
+        for split in ("train", "val"):
+            with pytest.raises(ValueError, match=f"no folder {split}, but below it"):
+                open_source(str(tmp_path / name), split)
 
 
 @pytest.mark.parametrize("names", [("Images/cat/a.jpg", "Images/dog/b.jpg"), ("cat/a.jpg", "dog.jpg"),
@@ -489,8 +491,22 @@ def test_folders_that_are_half_understood_are_refused(tmp_path, names: tuple[str
 
 
 def test_a_line_of_a_text_file_is_a_caption_in_tars_as_in_folders(tmp_path) -> None:
-    write_tar(tmp_path / "0.tar", [("a.jpg", picture()), ("a.txt", b"\xef\xbb\xbfone\r\n\n two \nthree")])
-    assert open_source(str(tmp_path)).captions(0) == ["one", "two", "three"]
+    text, meta = b"\xef\xbb\xbfone\r\n\n two \nthree", json.dumps({"captions": ["four", 5, " "]}).encode()
+    write_tar(tmp_path / "0.tar", [
+        ("a.jpg", picture()), ("a.txt", text), ("b.jpg", picture()), ("b.txt", b"six"), ("b.json", meta),
+        ("c.jpg", picture()), ("c.json", meta), ("d.jpg", picture()),
+        ("d.json", json.dumps({"captions": [" "], "caption": "seven"}).encode())])
+    expected = [["one", "two", "three"], ["six"], ["four"], ["seven"]]
+    source = open_source(str(tmp_path / "0.tar"))
+    assert [source.captions(i) for i in range(4)] == expected, "KEY.txt wins over what does not hold it"
+    with pytest.raises(ValueError, match="one kind of data"):
+        (tmp_path / "a.jpg").write_bytes(picture())
+        open_source(str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        tar.extractall(tmp_path / "folder", filter="data")
+    source = open_source(str(tmp_path / "folder"))
+    assert [source.captions(i) for i in range(4)] == expected
 
 
 def test_a_file_that_vanishes_is_a_bad_sample(tmp_path) -> None:
@@ -500,8 +516,8 @@ def test_a_file_that_vanishes_is_a_bad_sample(tmp_path) -> None:
     source = open_source(str(tmp_path))
     (tmp_path / "a.jpg").unlink()
     (tmp_path / "b.txt").unlink()
-    for i in range(2):
-        with pytest.raises(BadSample, match="unreadable file"):
+    for i, cause in enumerate(("unreadable file", "empty caption")):
+        with pytest.raises(BadSample, match=cause):
             source.read(i)
 
 
