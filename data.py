@@ -584,7 +584,7 @@ def open_source(name: str, split: str = "train") -> Source:
         return Shapes(split)
     path = Path("data/cc3m" if name == "cc3m" and not Path(name).is_dir() else name).absolute()
     if not path.exists():
-        raise FileNotFoundError(f"no data at {path}: expected shapes, a file, a folder, or cc3m or data/cc3m "
+        raise FileNotFoundError(f"no data at {name}: expected shapes, a file, a folder, or cc3m or data/cc3m "
                                 "as img2dataset downloads it (see the README)")
     if path.is_file() and path.suffix in (".json", ".txt"):
         return open_karpathy(path, split) if path.suffix == ".json" else open_list(path)
