@@ -964,7 +964,7 @@ def coverage(shape: str, centre_x, centre_y, radius) -> np.ndarray:
 
 def paint(image: np.ndarray, alpha: np.ndarray, colour: str) -> np.ndarray:
     """A colour over a picture [32, 32, 3], as far as alpha [32, 32] covers it."""
-    return image + alpha[..., None] * (np.array(COLOURS[colour], np.float32) - image)
+    return (image + alpha[..., None] * (np.array(COLOURS[colour], np.float32) - image)).astype(np.float32)
 
 
 def render(scene: Scene) -> np.ndarray:
