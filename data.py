@@ -2,8 +2,8 @@
 
 What it is, top to bottom: CLIP's tokenizer, which can also learn a vocabulary; images that may be broken;
 random crops and RandAugment, for training CLIP; the sources that `--data` names; batches that are a function
-of the step alone; the built-in data `shapes`; and its checker, which judges a picture against its caption
-from the pixels.
+of the step alone; the built-in data `shapes`; and its checker, which judges a picture by its pixels alone
+against its caption.
 What it is not: noise, or a network. It imports no other file of the project.
 
 A bad sample is never fatal and never silent: it is counted by cause, and too many of them stop the run.
@@ -57,7 +57,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:        # torch.save's word for a full disk is a RuntimeError
         reason = getattr(error, "strerror", None) or "writing stopped short: is the disk full?"
-        raise OSError(f"cannot write {path}: {reason}; what was there before is intact") from None
+        raise OSError(f"cannot write {path}: {reason}; whatever was there before is intact") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -423,7 +423,8 @@ class Source:
         return moments
 
     def read(self, index: int, side: int | None = None) -> Sample:
-        return Sample(self.image(index, side), self.captions(index), self.key(index), self.label(index))
+        captions = self.captions(index)          # first: a bad one costs no decoding
+        return Sample(self.image(index, side), captions, self.key(index), self.label(index))
 
 
 def read_captions(text: bytes | None, meta: bytes | None) -> tuple[list[str], list[str]]:
@@ -517,10 +518,11 @@ class TarSource(Source):
     def member(self, index: int, kind: str) -> bytes | None:
         shard, *places = self.table["place"][self.rows[index]].tolist()
         offset, size = places[2 * self.KINDS.index(kind):][:2]
-        if size < 0:
-            return None
-        with self.tars[shard].open("rb") as file:
-            return os.pread(file.fileno(), size, offset)
+        return None if size < 0 else os.pread(self.shard_file(shard).fileno(), size, offset)
+
+    @lru_cache(maxsize=256)          # to open a file for each member is a tenth of reading small pictures
+    def shard_file(self, shard: int) -> BinaryIO:
+        return self.tars[shard].open("rb")
 
 
 class FileSource(Source):
@@ -535,10 +537,9 @@ class FileSource(Source):
         return str(self.images[self.rows[index]])
 
     def member(self, index: int, kind: str) -> bytes | None:
-        path = self.images[self.rows[index]]
-        if kind != "image" and not path.with_suffix(f".{kind}").is_file():
-            return None
-        return (path if kind == "image" else path.with_suffix(f".{kind}")).read_bytes()
+        image = self.images[self.rows[index]]
+        path = image if kind == "image" else image.with_suffix(f".{kind}")
+        return path.read_bytes() if kind == "image" or path.is_file() else None
 
 
 def evenly_spaced(source: Source, count: int | None) -> Source:
@@ -591,11 +592,12 @@ def open_source(name: str, split: str = "train") -> Source:
     files = [path] if path.is_file() else files_of_half(path, split)
     tars = [file for file in files if file.suffix.lower() == ".tar"]
     images = [file for file in files if file.suffix[1:].lower() in IMAGE_SUFFIXES]
-    captioned = [image for image in images
-                 if image.with_suffix(".txt").is_file() or image.with_suffix(".json").is_file()]
+    texts = {file.with_suffix("") for file in files if file.suffix in (".txt", ".json")}
+    captioned = [image for image in images if image.with_suffix("") in texts]
     if tars and images or path.is_file() and not tars:
-        raise ValueError(f"{path} is no tar, list (.txt) or table (.json), or a folder of tars and images: "
-                         "name one kind of data")
+        what = "a file" if path.is_file() else "a folder of tars and images"
+        raise ValueError(f"{path} is {what}: expected a tar, a list (.txt), a table (.json), or a folder of one "
+                         "kind of data")
     if tars:
         source: Source = TarSource(tars, path.name)
     elif captioned:

@@ -499,7 +499,7 @@ def test_a_line_of_a_text_file_is_a_caption_in_tars_as_in_folders(tmp_path) -> N
     expected = [["one", "two", "three"], ["six"], ["four"], ["seven"]]
     source = open_source(str(tmp_path / "0.tar"))
     assert [source.captions(i) for i in range(4)] == expected, "KEY.txt wins over what does not hold it"
-    with pytest.raises(ValueError, match="one kind of data"):
+    with pytest.raises(ValueError, match="folder of tars and images.*one kind of data"):
         (tmp_path / "a.jpg").write_bytes(picture())
         open_source(str(tmp_path))
     (tmp_path / "folder").mkdir()
