@@ -428,4 +428,4 @@ def test_both_stages_run_on_shapes_by_zipfs_law(tmp_path) -> None:
     found = both_stages(tmp_path, checkpoint, "--limit", "96", "--epochs", "1", "--lr", "3e-4",
                         "--warmup-epochs", "0", "--head-epochs", "2", "--mixup", "0", "--cutmix", "0")
     assert found["classes_by_shot"] == {"many": 2, "medium": 13, "few": 9} and found["n"] == 96
-    assert {"image_acc_few", "top1_few", "linear_few"} <= set(found), "rates where images are few, of all three"
+    assert {"image_acc_few", "top1_few", "linear_few"} <= set(found), "of all three"
