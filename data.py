@@ -596,8 +596,8 @@ def open_source(name: str, split: str = "train") -> Source:
     captioned = [image for image in images if image.with_suffix("") in texts]
     if tars and images or path.is_file() and not tars:
         what = "a file" if path.is_file() else "a folder of tars and images"
-        raise ValueError(f"{path} is {what}: expected a tar, a list (.txt), a table (.json), or a folder of one "
-                         "kind of data")
+        raise ValueError(f"{path} is {what}: expected a tar, a list (.txt), a table (.json), or a folder of "
+                         "one kind of data")
     if tars:
         source: Source = TarSource(tars, path.name)
     elif captioned:
