@@ -184,15 +184,11 @@ class AlignmentTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.predictor = nn.Linear(width, width)
 
-    def tokens(self, state: Tensor, features: Tensor) -> Tensor:
-        """state h_e [B, D], features of the middle block [B, C, H, W] -> query token, then image tokens, last
-        norm included [B, 1+N, D]."""
+    def forward(self, state: Tensor, features: Tensor) -> Tensor:
+        """state h_e [B, D], features of the middle block [B, C, H, W] -> the text target's prediction [B, D]
+        (Eq. 7)."""
         image_tokens = self.image_fc(features.flatten(2).transpose(1, 2))              # [B, N, D]
         tokens = torch.cat([self.query_fc(state).unsqueeze(1), image_tokens], dim=1)   # [B, 1+N, D]
         for block in self.blocks:
             tokens, _ = block(tokens)
-        return self.norm(tokens)
-
-    def forward(self, state: Tensor, features: Tensor) -> Tensor:
-        """As `tokens` -> the text target's prediction [B, D] (Eq. 7)."""
-        return self.predictor(self.tokens(state, features)[:, 0])
+        return self.predictor(self.norm(tokens)[:, 0])

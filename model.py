@@ -1,29 +1,30 @@
-"""DiffDis: one Stable Diffusion UNet that draws images from text and reads text from images.
+"""The networks: Stable Diffusion's UNet with a text query in its encoder half, and all that stands around it.
 
-What it is: every network of the project, bottom-up: residual block, autoencoder, text encoder, UNet, and the
-`DiffDis` module that holds them with their configuration. The `sd-v1` preset has Stable Diffusion v1's exact
-shapes; `tiny` and `small` are the same classes with smaller numbers.
-What it is not: noise, timesteps' distribution, losses and samplers (diffusion.py), or data (data.py).
+What it is: the UNet first, then what only serves it (autoencoder, text encoder), then `DiffDis`, which holds
+the three with their configuration, then CLIP, with which the paper compares, and last the files: Stable
+Diffusion's and CLIP's published weights in, checkpoints in and out.
+What it is not: attention blocks (fusion.py), noise, losses and samplers (diffusion.py), or data (data.py).
 
-The UNet has three entry points. `denoise_image` is Stable Diffusion. `denoise_query` runs only the
-*encoder half* (down and middle blocks), with one extra token, the noised text query, in every
-attention block (fusion.py).
+The UNet has two uses and three entry points. `denoise_image` is Stable Diffusion. `denoise_query` runs only
+the *encoder half* (down and middle blocks), with one more token, the noised text query, in every attention
+block. `denoise_both` does both for a training step, the encoder half in one pass.
 
-Parameter names are those of the diffusers / transformers folders of Stable Diffusion v1; what DiffDis adds is
-named `query_...`. Read next: diffusion.py.
+Parameter names are those of the diffusers and transformers folders of Stable Diffusion v1; what DiffDis adds
+is named `query_...`. Read next: sample.py.
 """
 import argparse
-import http.client
-import io
 import json
 import math
 import pickle
 import re
 import struct
 import sys
+import typing
 import zipfile
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,12 +34,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import CACHE, END, START, Tokenizer, to_float, write_atomically
+from data import CACHE, Tokenizer, to_float, write_atomically
 from fusion import AlignmentTransformer, FusionConfig, SpatialTransformer, TransformerBlock
 
 TARGETS = ("noise", "v", "data")       # what a network may be asked to predict; formulas in diffusion.py
 SCHEDULES = ("linear", "cosine")
-MAX_SIDE = 4096            # px; a larger image is a slip of the finger
 
 
 # ---------------------------------------------------------------- configuration
@@ -51,14 +51,6 @@ class UNetConfig:
     heads: int = 8               # heads per attention, at every width
     depth: int = 1               # K, transformer blocks per attention block
 
-    def __post_init__(self) -> None:
-        if len(self.channels) != len(self.attention):
-            raise ValueError(f"{len(self.channels)} levels of channels "
-                             f"but {len(self.attention)} of attention")
-        if any(c % 32 or c % self.heads for c in self.channels):
-            raise ValueError(f"channels {self.channels} must be multiples of 32 "
-                             f"and of the {self.heads} heads")
-
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -68,6 +60,48 @@ class TextConfig:
     width: int = 768             # D
     layers: int = 12
     heads: int = 12
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """`kl`: Stable Diffusion's autoencoder.
+    `patch`: a pixel-unshuffle, which has no weights and loses nothing."""
+    kind: str = "kl"
+    latent_channels: int = 4
+    factor: int = 8              # pixels per latent, along a side
+    scale: float = 0.18215       # latents are the autoencoder's output times this: about unit variance
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a checkpoint must remember to be used: the networks, and what they were trained to predict."""
+    fusion: FusionConfig
+    unet: UNetConfig = UNetConfig()
+    text: TextConfig = TextConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    image_size: int = 256        # px, side of the training images
+    timesteps: int = 1000        # T
+    # t_z while the image is a condition (Table 7); None: T, at which no noisy image is ever seen
+    condition_timestep: int | None = None
+    image_target: str = "noise"  # Eq. 4 has noise; small presets predict data
+    text_target: str = "data"    # Table 2
+    image_schedule: str = "linear"
+    text_schedule: str = "cosine"           # Table 3
+    gamma: float = 1.0           # γ, scale of the text query inside its noise (Eq. 6)
+    guidance_scale: float = 7.5  # 1 + w with which images are drawn unless another is given
+
+    def __post_init__(self) -> None:
+        if self.condition_timestep is None:
+            object.__setattr__(self, "condition_timestep", self.timesteps)
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma is {self.gamma}, expected a number in (0, 1]")
+        if not 0 <= self.condition_timestep <= self.timesteps:
+            raise ValueError(f"condition_timestep is {self.condition_timestep}, "
+                             f"expected 0 to {self.timesteps}")
+        if self.image_size % self.autoencoder.factor:
+            raise ValueError(f"image size is {self.image_size} px, expected a multiple of "
+                             f"{self.autoencoder.factor}")
 
 
 @dataclass(frozen=True)
@@ -83,99 +117,18 @@ class ClipConfig:
     activation: str = "quick_gelu"       # OpenAI's; OpenCLIP's own models have "gelu"
 
     def __post_init__(self) -> None:
-        if self.activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f"activation is {self.activation!r}, expected quick_gelu or gelu")
-        if self.image_size % self.patch or self.width % self.heads or self.text.width % self.text.heads:
-            raise ValueError(f"image size {self.image_size} px must be a multiple of the patch "
-                             f"{self.patch} px, width {self.width} one of the {self.heads} heads, the text's "
-                             f"{self.text.width} one of its {self.text.heads}")
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(values: dict) -> "ClipConfig":
-        """The inverse of `to_dict`. Raises ValueError on fields that this version does not know."""
-        try:
-            return ClipConfig(**{**values, "text": TextConfig(**values["text"])})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the checkpoint's configuration does not fit this version: {error}") from None
+        if self.width % self.heads or self.text.width % self.text.heads or self.image_size % self.patch:
+            raise ValueError(f"widths {self.width} and {self.text.width} must be multiples of the "
+                             f"{self.heads} and {self.text.heads} heads, {self.image_size} px of the patch "
+                             f"{self.patch} px")
 
 
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    """`kl`: Stable Diffusion's autoencoder.
-    `patch`: a pixel-unshuffle, which has no weights and loses nothing."""
-    kind: str = "kl"
-    latent_channels: int = 4
-    factor: int = 8              # pixels per latent, along a side
-    scale: float = 0.18215       # latents are the autoencoder's output times this: about unit variance
-    channels: tuple[int, ...] = (128, 256, 512, 512)
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("kl", "patch"):
-            raise ValueError(f"autoencoder kind is {self.kind!r}, expected 'kl' or 'patch'")
-        if self.kind == "patch" and self.latent_channels != 3 * self.factor ** 2:
-            raise ValueError(f"patches of {self.factor} px hold {3 * self.factor ** 2} numbers, "
-                             f"not {self.latent_channels}")
-
-
-@dataclass(frozen=True)
-class Config:
-    """All that a checkpoint must remember to be used: the networks, and what they were trained to predict."""
-    fusion: FusionConfig
-    unet: UNetConfig = UNetConfig()
-    text: TextConfig = TextConfig()
-    autoencoder: AutoencoderConfig = AutoencoderConfig()
-    image_size: int = 256        # px, side of the training images
-    timesteps: int = 1000        # T
-    # t_z while the image is a condition (Table 7); None: T, never drawn
-    condition_timestep: int | None = None
-    image_target: str = "noise"  # Eq. 4 has noise; small presets predict data
-    text_target: str = "data"    # Table 2
-    image_schedule: str = "linear"
-    text_schedule: str = "cosine"           # Table 3
-    gamma: float = 1.0           # γ, scale of the text query inside its noise (Eq. 6)
-    guidance_scale: float = 7.5  # 1 + w with which images are drawn unless told otherwise
-
-    def __post_init__(self) -> None:
-        if self.condition_timestep is None:
-            object.__setattr__(self, "condition_timestep", self.timesteps)
-        for name, value, allowed in (("image_target", self.image_target, TARGETS),
-                                     ("text_target", self.text_target, TARGETS),
-                                     ("image_schedule", self.image_schedule, SCHEDULES),
-                                     ("text_schedule", self.text_schedule, SCHEDULES)):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma is {self.gamma}, expected a number in (0, 1]")
-        if not 0 <= self.condition_timestep <= self.timesteps:
-            raise ValueError(f"condition_timestep is {self.condition_timestep}, "
-                             f"expected 0 to {self.timesteps}")
-        side = self.autoencoder.factor
-        if self.image_size % side or not 0 < self.image_size <= MAX_SIDE:
-            raise ValueError(f"image size is {self.image_size} px, "
-                             f"expected a multiple of {side} up to {MAX_SIDE}")
-        if self.fusion.query_width != self.text.width:
-            raise ValueError(f"query_width {self.fusion.query_width} is not the text width {self.text.width}")
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(values: dict) -> "Config":
-        """The inverse of `to_dict`.
-
-        Raises ValueError on fields that this version does not know, or misses.
-        """
-        parts = {"fusion": FusionConfig, "unet": UNetConfig, "text": TextConfig,
-                 "autoencoder": AutoencoderConfig}
-        try:
-            built = {name: cls(**{field: tuple(value) if isinstance(value, list) else value
-                                  for field, value in values[name].items()}) for name, cls in parts.items()}
-            return Config(**{**values, **built})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the checkpoint's configuration does not fit this version: {error}") from None
+def from_dict(config: type, values: dict):
+    """The inverse of `dataclasses.asdict` for Config and ClipConfig, also after JSON, which has lists for
+    tuples. Raises TypeError or ValueError on fields that this version does not know, or misses."""
+    kinds = typing.get_type_hints(config)
+    return config(**{name: from_dict(kinds[name], value) if is_dataclass(kinds.get(name)) else
+                     tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def patches(factor: int, scale: float) -> AutoencoderConfig:
@@ -195,8 +148,6 @@ PRESETS = {
         guidance_scale=2.0),
     "sd-v1": Config(FusionConfig(query_width=768)),
 }
-
-
 # What alignment is compared with (Table 1): the paper's two, and one of like size for each small preset.
 CLIPS = {"clip-tiny": ClipConfig(128, 4, 4, 4, 32, 128, PRESETS["tiny"].text),
          "clip-small": ClipConfig(384, 12, 6, 8, 64, 384, PRESETS["small"].text),
@@ -206,18 +157,8 @@ LIKE = {"tiny": "clip-tiny", "small": "clip-small", "sd-v1": "clip-vit-l14"}    
 
 
 # ---------------------------------------------------------------- shared parts
-def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Sinusoids of timesteps t [B] -> float32 [B, width], cosines first (Stable Diffusion's order).
-
-    In float32 whatever the network's type: bfloat16 cannot tell timestep 998 from 1000.
-    """
-    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
 class TimestepEmbedding(nn.Module):
-    """Timesteps [B] -> [B, out]: sinusoid, linear, SiLU, linear."""
+    """Timesteps [B] -> [B, out]: sinusoids (cosines first, as Stable Diffusion), linear, SiLU, linear."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
@@ -225,8 +166,12 @@ class TimestepEmbedding(nn.Module):
         self.linear_1, self.linear_2 = nn.Linear(width, out), nn.Linear(out, out)
 
     def forward(self, t: Tensor) -> Tensor:
-        sinusoid = timestep_embedding(t, self.width).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(sinusoid)))
+        # In float32 whatever the network's type: bfloat16 cannot tell timestep 998 from 1000.
+        half = self.width // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        angles = t.float()[:, None] * frequencies
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(sinusoids)))
 
 
 class ResBlock(nn.Module):
@@ -248,8 +193,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the side by a strided convolution;
-    the autoencoder pads only right and below, the UNet all around."""
+    """Halves the side by a strided convolution; the UNet pads all around, the autoencoder right and below."""
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
@@ -268,6 +212,184 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         return self.conv(F.interpolate(x, size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
+
+
+# ---------------------------------------------------------------- UNet
+class TwoTaskBlock(TransformerBlock):
+    """For a batch of which only the last rows have a query: both tasks in one pass (UNet.denoise_both)."""
+
+    def self_attention(self, x: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, C], query [B', 1, C] of its last B' rows, or None -> the same."""
+        if query is None or len(query) == len(x):
+            return super().self_attention(x, query)
+        alone, x = x.tensor_split([len(x) - len(query)])
+        x, query = super().self_attention(x, query)
+        return torch.cat([super().self_attention(alone, None)[0], x]), query
+
+
+def dual_stream(channels: int, config: Config) -> SpatialTransformer:
+    """An attention block of the encoder half, where the text query passes through (section 3.3)."""
+    return SpatialTransformer(channels, config.unet.heads, config.text.width, config.unet.depth,
+                              config.fusion if config.fusion.fusion else None, TwoTaskBlock)
+
+
+class DownBlock(nn.Module):
+    """A level of the encoder half: residual and attention blocks in turn, then half the side."""
+
+    def __init__(self, channels: int, out: int, config: Config, attention: bool, downsample: bool) -> None:
+        super().__init__()
+        blocks, time_width = config.unet.res_blocks, 4 * config.unet.channels[0]
+        self.resnets = nn.ModuleList(
+            ResBlock(channels if i == 0 else out, out, time_width) for i in range(blocks))
+        self.attentions = nn.ModuleList(dual_stream(out, config) for _ in range(blocks if attention else 0))
+        self.downsamplers = nn.ModuleList([Downsample(out, padding=1)] if downsample else [])
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, query: Tensor | None, state: Tensor | None,
+                skips: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """x [B, C, H, W], emb [B, E], context [B or 1, L, D], query and state as in SpatialTransformer
+        -> x [B, out, H/2, W/2], the query's next state. Appends each stage's output to skips."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, emb)
+            if self.attentions:
+                x, state = self.attentions[i](x, context, query, state)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x, state
+
+
+class MiddleBlock(nn.Module):
+    """The end of the encoder half: residual, attention, residual block."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width, time_width = config.unet.channels[-1], 4 * config.unet.channels[0]
+        self.resnets = nn.ModuleList(ResBlock(width, width, time_width) for _ in range(2))
+        self.attentions = nn.ModuleList([dual_stream(width, config)])
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, query: Tensor | None,
+                state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """As in DownBlock -> x [B, C, H, W], the query's last state h_e [B, D]."""
+        x, state = self.attentions[0](self.resnets[0](x, emb), context, query, state)
+        return self.resnets[1](x, emb), state
+
+
+class UpBlock(nn.Module):
+    """A level of the decoder half: plain Stable Diffusion, the query never comes here."""
+
+    def __init__(self, channels: int, skip_channels: list[int], out: int, config: Config, attention: bool,
+                 upsample: bool) -> None:
+        super().__init__()
+        unet = config.unet
+        self.resnets = nn.ModuleList(
+            ResBlock((channels if i == 0 else out) + skip, out, 4 * unet.channels[0])
+            for i, skip in enumerate(skip_channels))
+        self.attentions = nn.ModuleList(
+            SpatialTransformer(out, unet.heads, config.text.width, unet.depth)
+            for _ in skip_channels if attention)
+        self.upsamplers = nn.ModuleList([Upsample(out)] if upsample else [])
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+        """x [B, C, H, W], emb [B, E], context [B or 1, L, D] -> [B, out, 2H, 2W]; takes its skips away."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
+            if self.attentions:
+                x, _ = self.attentions[i](x, context)
+        for upsample in self.upsamplers:
+            x = upsample(x, skips[-1].shape[2:])
+        return x
+
+
+class UNet(nn.Module):
+    """Φ: Stable Diffusion's UNet (Φ_u), whose encoder half also denoises text queries (Φ_θ)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        unet, width = config.unet, config.fusion.query_width
+        channels, last = unet.channels, len(unet.channels) - 1
+        self.fused, self.condition_timestep = config.fusion.fusion, config.condition_timestep
+        latent_channels = config.autoencoder.latent_channels
+        self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
+        self.down_blocks = nn.ModuleList(
+            DownBlock(channels[max(i - 1, 0)], c, config, unet.attention[i], downsample=i < last)
+            for i, c in enumerate(channels))
+        self.mid_block = MiddleBlock(config)
+        skips = [channels[0]] + [
+            c for i, c in enumerate(channels) for _ in range(unet.res_blocks + (i < last))]
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(range(len(channels))):
+            own = [skips.pop() for _ in range(unet.res_blocks + 1)]
+            self.up_blocks.append(UpBlock(channels[min(i + 1, last)], own, channels[i], config,
+                                          unet.attention[i], upsample=i > 0))
+        self.conv_norm_out = nn.GroupNorm(32, channels[0])
+        self.conv_out = nn.Conv2d(channels[0], latent_channels, 3, padding=1)
+        self.query_time_embedding = TimestepEmbedding(width, width)
+        self.query_head = AlignmentTransformer(channels[-1], config.fusion)
+        # From scratch, every residual branch of the generation path starts at zero, as in Stable Diffusion.
+        for module in self.modules():
+            for name in {ResBlock: ["conv2"], SpatialTransformer: ["proj_out"], UNet: ["conv_out"]}.get(
+                    type(module), []):
+                for parameter in getattr(module, name).parameters():
+                    nn.init.zeros_(parameter)
+
+    def recompute_activations(self) -> None:
+        """Activation checkpointing: keep what passes between blocks, compute what is inside them again in the
+        backward pass. A third more work, a fraction of the memory."""
+        for module in self.modules():
+            if isinstance(module, (ResBlock, SpatialTransformer)):
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+    def encode(self, latents: Tensor, t_image: Tensor, context: Tensor, query: Tensor | None = None
+               ) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
+        """The encoder half: latents [B, C, H, W], t_image [B], context [B or 1, L, D], query [B, D] or None
+        -> middle features, the skips for the decoder half, timestep embedding, the query's last state.
+        A query of fewer rows belongs to the last ones."""
+        emb = self.time_embedding(t_image)
+        x = self.conv_in(latents.to(self.conv_in.weight.dtype))
+        skips, state = [x], None if query is None else torch.zeros_like(query)
+        for block in self.down_blocks:
+            x, state = block(x, emb, context, query, state, skips)
+        x, state = self.mid_block(x, emb, context, query, state)
+        return x, skips, emb, state
+
+    def decode(self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor) -> Tensor:
+        """The decoder half: what `encode` returned -> prediction [B, C, H, W]."""
+        for block in self.up_blocks:
+            x = block(x, emb, context, skips)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def denoise_image(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor) -> Tensor:
+        """Φ_u (Eq. 4), the text query masked: what Stable Diffusion computes
+        -> prediction, as noisy_latents."""
+        x, skips, emb, _ = self.encode(noisy_latents, t_image, context)
+        return self.decode(x, skips, emb, context)
+
+    def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor,
+                      null_context: Tensor) -> Tensor:
+        """Φ_θ (Eq. 7): noisy_query e_t [B, D], t_text [B], the clean image as condition, null_context
+        [1, L, D] -> prediction [B, D]."""
+        query = noisy_query.to(self.conv_in.weight.dtype) + self.query_time_embedding(t_text)
+        # The same for all: 0 … T-1 mean noisy images.
+        t_image = torch.full_like(t_text, self.condition_timestep)
+        features, _, _, state = self.encode(latents, t_image, null_context, query if self.fused else None)
+        return self.query_head(state if self.fused else query, features)
+
+    def denoise_both(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor, noisy_query: Tensor,
+                     t_text: Tensor, latents: Tensor, null_context: Tensor) -> tuple[Tensor, Tensor]:
+        """`denoise_image` and `denoise_query` of as many pairs each, the encoder half in one pass over all of
+        them: its weights are read, and their gradients written, once. -> what the two would return."""
+        count = len(noisy_latents)
+        query = noisy_query.to(self.conv_in.weight.dtype) + self.query_time_embedding(t_text)
+        times = torch.cat([t_image, torch.full_like(t_text, self.condition_timestep)])
+        both = torch.cat([context, null_context.expand(len(latents), -1, -1)])
+        x, skips, emb, state = self.encode(torch.cat([noisy_latents, latents]), times, both,
+                                           query if self.fused else None)
+        pred = self.decode(x[:count], [skip[:count] for skip in skips], emb[:count], context)
+        return pred, self.query_head(state if self.fused else query, x[count:])
+
+    forward = denoise_image
 
 
 # ---------------------------------------------------------------- autoencoders
@@ -304,25 +426,6 @@ class AutoencoderAttention(nn.Module):
         return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-class AutoencoderLevel(nn.Module):
-    """Residual blocks of one width, then at most one change of size. `resample` None, "down" or "up"."""
-
-    def __init__(self, channels: int, out: int, blocks: int, resample: str | None) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            ResBlock(channels if i == 0 else out, out, eps=1e-6) for i in range(blocks))
-        if resample == "down":
-            self.downsamplers = nn.ModuleList([Downsample(out, padding=0)])
-        elif resample == "up":
-            self.upsamplers = nn.ModuleList([Upsample(out)])
-        self.resample = resample
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.resnets:
-            x = block(x)
-        return getattr(self, f"{self.resample}samplers")[0](x) if self.resample else x
-
-
 class AutoencoderMiddle(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -333,41 +436,51 @@ class AutoencoderMiddle(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Encoder(nn.Module):
-    def __init__(self, channels: tuple[int, ...], out_channels: int) -> None:
+class AutoencoderLevel(nn.Module):
+    """Residual blocks of one width, then half the side on the way down, or twice the side on the way up."""
+
+    def __init__(self, channels: int, out: int, down: bool, last: bool) -> None:
         super().__init__()
-        last = len(channels) - 1
-        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            AutoencoderLevel(channels[max(i - 1, 0)], c, 2, "down" if i < last else None)
-            for i, c in enumerate(channels))
-        self.mid_block = AutoencoderMiddle(channels[-1])
-        self.conv_norm_out = nn.GroupNorm(32, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
+        self.resnets = nn.Sequential(*(
+            ResBlock(channels if i == 0 else out, out, eps=1e-6) for i in range(2 if down else 3)))
+        resample = [] if last else [Downsample(out, padding=0) if down else Upsample(out)]
+        self.add_module("downsamplers" if down else "upsamplers", nn.Sequential(*resample))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in (*self.down_blocks, self.mid_block):
-            x = block(x)
+        for layers in self.children():
+            x = layers(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, widths: tuple[int, ...], out: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down_blocks = nn.Sequential(*(
+            AutoencoderLevel(before, width, down=True, last=i == len(widths))
+            for i, (before, width) in enumerate(zip((widths[0], *widths), widths), 1)))
+        self.mid_block = AutoencoderMiddle(widths[-1])
+        self.conv_norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid_block(self.down_blocks(self.conv_in(x)))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
-    def __init__(self, channels: tuple[int, ...], latent_channels: int) -> None:
+    def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
         super().__init__()
-        up = tuple(reversed(channels))
-        self.conv_in = nn.Conv2d(latent_channels, up[0], 3, padding=1)
-        self.mid_block = AutoencoderMiddle(up[0])
-        self.up_blocks = nn.ModuleList(
-            AutoencoderLevel(up[max(i - 1, 0)], c, 3, "up" if i < len(up) - 1 else None)
-            for i, c in enumerate(up))
-        self.conv_norm_out = nn.GroupNorm(32, up[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(up[-1], 3, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.mid_block = AutoencoderMiddle(widths[0])
+        self.up_blocks = nn.Sequential(*(
+            AutoencoderLevel(before, width, down=False, last=i == len(widths))
+            for i, (before, width) in enumerate(zip((widths[0], *widths), widths), 1)))
+        self.conv_norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in (self.mid_block, *self.up_blocks):
-            x = block(x)
+        x = self.up_blocks(self.mid_block(self.conv_in(x)))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -376,12 +489,11 @@ class KLAutoencoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.config = config
-        channels = config.latent_channels
+        self.config, channels = config, config.latent_channels
         self.encoder = Encoder(config.channels, 2 * channels)
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.post_quant_conv = nn.Conv2d(channels, channels, 1)
-        self.decoder = Decoder(config.channels, channels)
+        self.decoder = Decoder(channels, config.channels[::-1])
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W] in [-1, 1] -> mean, log-variance [B, 4, H/8, W/8], before scaling."""
@@ -393,10 +505,6 @@ class KLAutoencoder(nn.Module):
         """Scaled latents [B, 4, H/8, W/8] -> images [B, 3, H, W], nominally in [-1, 1]."""
         latents = latents.to(self.post_quant_conv.weight.dtype) / self.config.scale
         return self.decoder(self.post_quant_conv(latents))
-
-
-def make_autoencoder(config: AutoencoderConfig) -> KLAutoencoder | PatchAutoencoder:
-    return (KLAutoencoder if config.kind == "kl" else PatchAutoencoder)(config)
 
 
 # ---------------------------------------------------------------- text encoder
@@ -411,7 +519,17 @@ class ClipLayer(nn.Module):
             f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
+    def initialise(self, depth: int) -> None:
+        """CLIP's initialisation of one of `depth` layers, for training from scratch."""
+        width, residual = self.layer_norm1.normalized_shape[0], (2 * depth) ** -0.5
+        for name in ("q_proj", "k_proj", "v_proj"):
+            nn.init.normal_(self.self_attn[name].weight, std=width ** -0.5)
+        nn.init.normal_(self.self_attn["out_proj"].weight, std=width ** -0.5 * residual)
+        nn.init.normal_(self.mlp["fc1"].weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(self.mlp["fc2"].weight, std=width ** -0.5 * residual)
+
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, width] -> the same."""
         h, attn = self.layer_norm1(x), self.self_attn
         q, k, v = (attn[f"{name}_proj"](h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in "qkv")
         h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
@@ -420,17 +538,6 @@ class ClipLayer(nn.Module):
         # quick GELU: CLIP's own, not PyTorch's
         h = F.gelu(h) if self.activation == "gelu" else h * torch.sigmoid(1.702 * h)
         return x + self.mlp["fc2"](h)
-
-
-def initialise_layers(layers: Iterable[ClipLayer], width: int, depth: int) -> None:
-    """CLIP's initialisation of a transformer, for training from scratch."""
-    residual = (2 * depth) ** -0.5
-    for layer in layers:
-        for name in ("q_proj", "k_proj", "v_proj"):
-            nn.init.normal_(layer.self_attn[name].weight, std=width ** -0.5)
-        nn.init.normal_(layer.self_attn["out_proj"].weight, std=width ** -0.5 * residual)
-        nn.init.normal_(layer.mlp["fc1"].weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(layer.mlp["fc2"].weight, std=width ** -0.5 * residual)
 
 
 class TextEncoder(nn.Module):
@@ -442,16 +549,16 @@ class TextEncoder(nn.Module):
         self.embeddings = nn.ModuleDict({
             "token_embedding": nn.Embedding(config.vocab_size, config.width),
             "position_embedding": nn.Embedding(config.context_length, config.width)})
-        self.encoder = nn.ModuleDict({
-            "layers": nn.ModuleList(
-                ClipLayer(config.width, config.heads, True, activation) for _ in range(config.layers))})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
+            ClipLayer(config.width, config.heads, True, activation) for _ in range(config.layers))})
         self.final_layer_norm = nn.LayerNorm(config.width)
 
     def initialise(self) -> None:
         """CLIP's initialisation, for training from scratch."""
         nn.init.normal_(self.embeddings["token_embedding"].weight, std=0.02)
         nn.init.normal_(self.embeddings["position_embedding"].weight, std=0.01)
-        initialise_layers(self.encoder["layers"], self.config.width, self.config.layers)
+        for layer in self.encoder["layers"]:
+            layer.initialise(self.config.layers)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [B, L] int64 -> context c [B, L, D]; text query e [B, D], float32, of unit norm.
@@ -466,6 +573,86 @@ class TextEncoder(nn.Module):
         context = self.final_layer_norm(x)
         ends = context[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)]
         return context, F.normalize(ends.float(), dim=-1)
+
+
+# ---------------------------------------------------------------- the whole
+LOGIT_SCALE = math.log(1 / 0.07)         # CLIP's start; exp of it is 1/temperature
+
+
+class DiffDis(nn.Module):
+    """The networks, the tokenizer and the configuration: all that sampling, scoring and training need."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.tasks: tuple[str, ...] = ("generation", "alignment")     # what its weights were trained for
+        self.data: str | None = None                      # and on, as --data has it; None: not recorded
+        self.autoencoder = (KLAutoencoder if config.autoencoder.kind == "kl" else PatchAutoencoder)(
+            config.autoencoder)
+        self.text_encoder = TextEncoder(config.text)
+        self.unet = UNet(config)
+        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
+        self.register_buffer("null_tokens", tokenizer([""]), persistent=False)
+        self.text_encoder.initialise()
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def encode_text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Captions -> context [B, L, D], text_query [B, D] of unit norm."""
+        return self.text_encoder(self.tokenizer(captions).to(self.device))
+
+    def null_context(self) -> Tensor:
+        """The empty prompt's text condition [1, L, D]."""
+        return self.text_encoder(self.null_tokens)[0]
+
+    def encode_image(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1]
+        -> latents: the posterior's mean, or a sample if noise is given, scaled."""
+        return self.scale_latents(*self.autoencoder.moments(images), noise)
+
+    def scale_latents(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The autoencoder's moments, each [B, C, h, w] -> latents, as `encode_image`."""
+        if noise is not None:
+            mean = mean + torch.exp(0.5 * logvar) * noise
+        return mean * self.config.autoencoder.scale
+
+    def read_batch(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Batch.images, uint8 pixels or an autoencoder's stored moments -> latents."""
+        if images.dtype == torch.uint8:
+            return self.encode_image(to_float(images), noise)
+        return self.scale_latents(*images.float().chunk(2, dim=1), noise)
+
+    def decode_image(self, latents: Tensor) -> Tensor:
+        """latents -> images [B, 3, H, W], nominally in [-1, 1] (clamp before saving)."""
+        return self.autoencoder.decode(latents)
+
+    def denoise_image(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor) -> Tensor:
+        """The image target's prediction (ε̂ for `sd-v1`), shape of the latents (Eq. 4)."""
+        return self.unet.denoise_image(noisy_latents, t_image, context)
+
+    def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor,
+                      null_context: Tensor | None = None) -> Tensor:
+        """noisy_query [B, D], t_text [B], clean latents -> the text target's prediction [B, D] (Eq. 7).
+
+        There is no argument for a text: the condition c is always the null prompt's, so the answer cannot
+        leak. null_context: what `null_context()` returned, to encode it once for several calls.
+        """
+        null_context = self.null_context() if null_context is None else null_context
+        return self.unet.denoise_query(noisy_query, t_text, latents, null_context)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Image size in px -> (channels, height, width) of its latents. Raises ValueError."""
+        side = self.config.autoencoder.factor
+        if height % side or width % side or not (height > 0 and width > 0):
+            raise ValueError(f"size is {width}x{height} px, expected multiples of {side}")
+        return self.config.autoencoder.latent_channels, height // side, width // side
+
+
+def is_new(name: str) -> bool:
+    """Whether the parameter of this name is DiffDis's own, rather than one Stable Diffusion has."""
+    return "query_" in name or name == "logit_scale"
 
 
 # ---------------------------------------------------------------- CLIP, to compare with
@@ -488,19 +675,15 @@ class ClipImageEncoder(nn.Module):
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
             ClipLayer(width, config.heads, False, config.activation) for _ in range(config.layers))})
 
-    def tokens(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S], of CLIP's mean and deviation -> class and patch tokens [B, 1+N, width]."""
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, S, S], of CLIP's mean and deviation -> the class token's output [B, width]."""
         patches = self.embeddings["patch_embedding"](images).flatten(2).transpose(1, 2)       # [B, N, width]
         first = self.embeddings.class_embedding.expand(len(images), 1, -1)
         x = torch.cat([first, patches], dim=1) + self.embeddings["position_embedding"].weight
         x = self.pre_layrnorm(x)
         for layer in self.encoder["layers"]:
             x = layer(x)
-        return x
-
-    def forward(self, images: Tensor) -> Tensor:
-        """As `tokens` -> the class token's output [B, width]."""
-        return self.post_layernorm(self.tokens(images)[:, 0])
+        return self.post_layernorm(x[:, 0])
 
 
 class Clip(nn.Module):
@@ -508,19 +691,20 @@ class Clip(nn.Module):
 
     train.py and evaluate.py use it as they use a DiffDis that only reads.
     """
-    tasks = ("alignment",)
 
     def __init__(self, config: ClipConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
+        self.tasks: tuple[str, ...] = ("alignment",)
         self.data: str | None = None          # what its weights were trained on, as --data has it
-        self.vision_model, self.text_model = ClipImageEncoder(config), TextEncoder(config.text,
-                                                                                   config.activation)
+        self.vision_model = ClipImageEncoder(config)
+        self.text_model = TextEncoder(config.text, config.activation)
         self.visual_projection = nn.Linear(config.width, config.embedding, bias=False)
         self.text_projection = nn.Linear(config.text.width, config.embedding, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         self.text_model.initialise()
-        initialise_layers(self.vision_model.encoder["layers"], config.width, config.layers)
+        for layer in self.vision_model.encoder["layers"]:
+            layer.initialise(config.layers)
         for layer, width in ((self.vision_model.embeddings["position_embedding"], config.width),
                              (self.visual_projection, config.width),
                              (self.text_projection, config.text.width)):
@@ -549,453 +733,13 @@ class Clip(nn.Module):
         return context, F.normalize(self.text_projection(ends).float(), dim=-1)
 
 
-# ---------------------------------------------------------------- a head for long-tailed recognition
-class LanguageGuidedHead(nn.Module):
-    """Classifies an image's features by themselves, and by what is said of each class (Tian et al. 2022).
-
-    An image attends to the sentences about a class, which so become one vector; its cosine with the image's
-    text query is one branch, a perceptron on its visual features the other. At its start the attention
-    compares queries and sentences as they are: its projections are the identity.
-    anchors: sentences' text queries [K, S, D], unit norm; present: which of them are there [K, S];
-    visual_width: V of the visual features, which may be the text query itself.
-    """
-    temperature, visual_share = 0.07, 0.2       # both fixed; of the prediction, the rest is the text branch's
-
-    def __init__(self, anchors: Tensor, present: Tensor, visual_width: int) -> None:
-        super().__init__()
-        classes, _, width = anchors.shape
-        self.visual_width = visual_width
-        self.register_buffer("anchors", anchors)
-        self.register_buffer("present", present)
-        self.norm_q, self.norm_k = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_q, self.to_k = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
-        self.visual = nn.Sequential(nn.Linear(visual_width, 4 * visual_width), nn.ReLU(),
-                                    nn.Linear(4 * visual_width, classes))
-        for layer in (self.to_q, self.to_k):
-            nn.init.eye_(layer.weight)
-        for layer in (self.visual[0], self.visual[2]):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-
-    def visual_input(self, features: Tensor) -> Tensor:
-        """The last V of the features, scaled to numbers of about 1, as a linear layer likes them."""
-        return features[:, -self.visual_width:] * self.visual_width ** 0.5
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """features: text queries [B, D], or those and visual features [B, D + V], both of unit norm
-        -> logits of the visual and of the text branch, [B, K] each."""
-        width = self.anchors.shape[2]
-        query = features[:, :width]
-        q, k = self.to_q(self.norm_q(query)), self.to_k(self.norm_k(self.anchors))
-        scores = torch.einsum("bd,ksd->bks", q, k) * width ** -0.5
-        weights = scores.masked_fill(~self.present, -math.inf).softmax(dim=2)
-        classes = F.normalize(torch.einsum("bks,ksd->bkd", weights, self.anchors), dim=2)
-        text = torch.einsum("bkd,bd->bk", classes, query) / self.temperature
-        return self.visual(self.visual_input(features)), text
-
-    def predict(self, features: Tensor) -> Tensor:
-        """features, as above -> probabilities [B, K]: 0.2 of the visual branch, 0.8 of the text branch."""
-        visual, text = (logits.softmax(dim=1) for logits in self(features))
-        return self.visual_share * visual + (1 - self.visual_share) * text
-
-
-# ---------------------------------------------------------------- Inception, for FID
-WIDE, TALL = (1, 7), (7, 1)          # kernels, height × width
-FORK = ((1, 3), (3, 1))              # two convolutions of the same input, side by side
-
-
-def inception_a(pooled: int) -> dict[str, list]:
-    return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
-            "branch3x3dbl": [(64, 1), (96, 3), (96, 3)], "branch_pool": [(pooled, 1)]}
-
-
-def inception_c(width: int) -> dict[str, list]:
-    return {"branch1x1": [(192, 1)], "branch7x7": [(width, 1), (width, WIDE), (192, TALL)],
-            "branch7x7dbl": [(width, 1), (width, TALL), (width, WIDE), (width, TALL), (192, WIDE)],
-            "branch_pool": [(192, 1)]}
-
-
-INCEPTION_E = {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), (384, FORK)],
-               "branch3x3dbl": [(448, 1), (384, 3), (384, FORK)], "branch_pool": [(192, 1)]}
-# Block -> what its pooling branch does ("halve": all branches do, and that one has no convolution); branch ->
-# its convolutions, (channels, kernel) each.
-INCEPTION = {
-    "Mixed_5b": ("average", inception_a(32)), "Mixed_5c": ("average", inception_a(64)),
-    "Mixed_5d": ("average", inception_a(64)),
-    "Mixed_6a": ("halve", {"branch3x3": [(384, 3)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]}),
-    "Mixed_6b": ("average", inception_c(128)), "Mixed_6c": ("average", inception_c(160)),
-    "Mixed_6d": ("average", inception_c(160)), "Mixed_6e": ("average", inception_c(192)),
-    "Mixed_7a": ("halve", {"branch3x3": [(192, 1), (320, 3)],
-                           "branch7x7x3": [(192, 1), (192, WIDE), (192, TALL), (192, 3)]}),
-    # The last block of the original pools by maximum, unlike the published architecture.
-    "Mixed_7b": ("average", INCEPTION_E), "Mixed_7c": ("max", INCEPTION_E)}
-
-
-class InceptionConv(nn.Module):
-    """Convolution, batch norm, ReLU; it keeps the side unless told not to pad."""
-
-    def __init__(self, channels: int, out: int, kernel: int | tuple[int, int], stride: int = 1,
-                 pad: bool = True) -> None:
-        super().__init__()
-        sides = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-        padding = tuple(side // 2 for side in sides) if pad else 0
-        self.conv = nn.Conv2d(channels, out, sides, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(out, eps=0.001)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
-
-
-class InceptionBlock(nn.Module):
-    """Branches side by side, joined over channels; a row of INCEPTION."""
-
-    def __init__(self, channels: int, pool: str, branches: dict[str, list]) -> None:
-        super().__init__()
-        self.pool, self.out = pool, channels if pool == "halve" else 0
-        self.stages: dict[str, list[list[str]]] = {}     # branch -> the layers' names, two where it forks
-        for branch, layers in branches.items():
-            self.stages[branch], width = [], channels
-            for i, (out, kernel) in enumerate(layers, 1):
-                name = branch if len(layers) == 1 else f"{branch}_{i}"
-                kernels = {name + "a": FORK[0], name + "b": FORK[1]} if kernel == FORK else {name: kernel}
-                halves = pool == "halve" and i == len(layers)
-                for name, sides in kernels.items():
-                    self.add_module(name, InceptionConv(width, out, sides, 1 + halves, pad=not halves))
-                self.stages[branch].append(list(kernels))
-                width = out * len(kernels)
-            self.out += width
-
-    def pooled(self, x: Tensor) -> Tensor:
-        if self.pool == "average":         # of real pixels only: zeros of the padding would darken the edges
-            return F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False)
-        return F.max_pool2d(x, 3, 2) if self.pool == "halve" else F.max_pool2d(x, 3, 1, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> [B, out, H, W], or about half the side."""
-        joined = []
-        for branch, stages in self.stages.items():
-            h = self.pooled(x) if branch == "branch_pool" else x
-            for names in stages:
-                h = torch.cat([self.get_submodule(name)(h) for name in names], dim=1)
-            joined.append(h)
-        return torch.cat(joined + [self.pooled(x)] * (self.pool == "halve"), dim=1)
-
-
-class Inception(nn.Module):
-    """The network whose features FID compares: TensorFlow's Inception v3 of 2015-12-05, names as in
-    pytorch-fid's port. It is not torchvision's: other weights, other pooling at edges and at the end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.Conv2d_1a_3x3 = InceptionConv(3, 32, 3, stride=2, pad=False)
-        self.Conv2d_2a_3x3 = InceptionConv(32, 32, 3, pad=False)
-        self.Conv2d_2b_3x3 = InceptionConv(32, 64, 3)
-        self.Conv2d_3b_1x1 = InceptionConv(64, 80, 1)
-        self.Conv2d_4a_3x3 = InceptionConv(80, 192, 3, pad=False)
-        width = 192
-        for name, (pool, branches) in INCEPTION.items():
-            self.add_module(name, block := InceptionBlock(width, pool, branches))
-            width = block.out
-        self.fc = nn.Linear(width, 1008)       # in the file, not in the features
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, 299, 299] in [-1, 1] -> features "pool3" [B, 2048]."""
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images)))       # [B, 64, 147, 147]
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))            # [B, 192, 71, 71]
-        x = F.max_pool2d(x, 3, 2)
-        for name in INCEPTION:
-            x = self.get_submodule(name)(x)
-        return x.mean(dim=(2, 3))                                                    # of [B, 2048, 8, 8]
-
-
-# ---------------------------------------------------------------- UNet
-class Stages(nn.Module):
-    """What the UNet's blocks share: each residual and attention stage may be run again in the backward pass
-    instead of keeping all that is inside it (activation checkpointing)."""
-    recompute = False            # set by UNet.recompute_activations
-
-    def run(self, stage: nn.Module, *inputs):
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(stage, *inputs, use_reentrant=False)
-        return stage(*inputs)
-
-
-class TwoTaskBlock(TransformerBlock):
-    """For a batch of which only the last rows have a query: both tasks in one pass (UNet.denoise_both)."""
-
-    def self_attention(self, x: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, C], query [B', 1, C] of its last B' rows, or None -> the same."""
-        if query is None or len(query) == len(x):
-            return super().self_attention(x, query)
-        alone, x = x.tensor_split([len(x) - len(query)])
-        x, query = super().self_attention(x, query)
-        return torch.cat([super().self_attention(alone, None)[0], x]), query
-
-
-class DownBlock(Stages):
-    def __init__(self, channels: int, out: int, config: "Config", attention: bool, downsample: bool) -> None:
-        super().__init__()
-        unet, fusion = config.unet, config.fusion if config.fusion.fusion else None
-        self.resnets = nn.ModuleList(
-            ResBlock(channels if i == 0 else out, out, 4 * unet.channels[0]) for i in range(unet.res_blocks))
-        self.attentions = nn.ModuleList(
-            SpatialTransformer(out, unet.heads, config.text.width, unet.depth, fusion, TwoTaskBlock)
-            for _ in range(unet.res_blocks if attention else 0))
-        self.downsamplers = nn.ModuleList([Downsample(out, padding=1)] if downsample else [])
-
-    def forward(self, x, emb, context, query, state, skips):
-        """Appends each stage's output to skips; -> x, state (the query's, None when masked)."""
-        for i, resnet in enumerate(self.resnets):
-            x = self.run(resnet, x, emb)
-            if self.attentions:
-                x, state = self.run(self.attentions[i], x, context, query, state)
-            skips.append(x)
-        for downsample in self.downsamplers:
-            x = downsample(x)
-            skips.append(x)
-        return x, state
-
-
-class MiddleBlock(Stages):
-    def __init__(self, config: "Config") -> None:
-        super().__init__()
-        unet, fusion = config.unet, config.fusion if config.fusion.fusion else None
-        width = unet.channels[-1]
-        self.resnets = nn.ModuleList(ResBlock(width, width, 4 * unet.channels[0]) for _ in range(2))
-        self.attentions = nn.ModuleList(
-            [SpatialTransformer(width, unet.heads, config.text.width, unet.depth, fusion, TwoTaskBlock)])
-
-    def forward(self, x, emb, context, query, state):
-        x, state = self.run(self.attentions[0], self.run(self.resnets[0], x, emb), context, query, state)
-        return self.run(self.resnets[1], x, emb), state
-
-
-class UpBlock(Stages):
-    """The decoder half's level: plain Stable Diffusion, the query never comes here."""
-
-    def __init__(self, channels: int, skip_channels: list[int], out: int, config: "Config", attention: bool,
-                 upsample: bool) -> None:
-        super().__init__()
-        unet = config.unet
-        self.resnets = nn.ModuleList(
-            ResBlock((channels if i == 0 else out) + skip, out, 4 * unet.channels[0])
-            for i, skip in enumerate(skip_channels))
-        self.attentions = nn.ModuleList(
-            SpatialTransformer(out, unet.heads, config.text.width, unet.depth)
-            for _ in skip_channels if attention)
-        self.upsamplers = nn.ModuleList([Upsample(out)] if upsample else [])
-
-    def forward(self, x, emb, context, skips):
-        for i, resnet in enumerate(self.resnets):
-            x = self.run(resnet, torch.cat([x, skips.pop()], dim=1), emb)
-            if self.attentions:
-                x, _ = self.run(self.attentions[i], x, context)
-        for upsample in self.upsamplers:
-            x = upsample(x, skips[-1].shape[2:])
-        return x
-
-
-class UNet(nn.Module):
-    """Φ: Stable Diffusion's UNet (Φ_u), whose encoder half also denoises text queries (Φ_θ)."""
-
-    def __init__(self, config: "Config") -> None:
-        super().__init__()
-        unet, width = config.unet, config.fusion.query_width
-        channels, last = unet.channels, len(unet.channels) - 1
-        self.fused, self.condition_timestep = config.fusion.fusion, config.condition_timestep
-        latent_channels = config.autoencoder.latent_channels
-        self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
-        self.down_blocks = nn.ModuleList(
-            DownBlock(channels[max(i - 1, 0)], c, config, unet.attention[i], downsample=i < last)
-            for i, c in enumerate(channels))
-        self.mid_block = MiddleBlock(config)
-        skips = [channels[0]] + [
-            c for i, c in enumerate(channels) for _ in range(unet.res_blocks + (i < last))]
-        self.up_blocks = nn.ModuleList()
-        for i in reversed(range(len(channels))):
-            taken = [skips.pop() for _ in range(unet.res_blocks + 1)]
-            self.up_blocks.append(UpBlock(channels[min(i + 1, last)], taken, channels[i], config,
-                                          unet.attention[i], upsample=i > 0))
-        self.conv_norm_out = nn.GroupNorm(32, channels[0])
-        self.conv_out = nn.Conv2d(channels[0], latent_channels, 3, padding=1)
-        self.query_time_embedding = TimestepEmbedding(width, width)
-        self.query_head = AlignmentTransformer(channels[-1], config.fusion)
-        self.zero_residuals()
-
-    def zero_residuals(self) -> None:
-        """From scratch, every residual branch of the generation path starts at zero,
-        as in Stable Diffusion."""
-        for module in self.modules():
-            last = (module.conv2 if isinstance(module, ResBlock) else
-                    module.proj_out if isinstance(module, SpatialTransformer) else
-                    module.conv_out if module is self else None)
-            if last is not None:
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
-
-    def recompute_activations(self) -> None:
-        """Keep only what passes between stages for the backward pass: a third more work, a fraction of the
-        memory."""
-        for module in self.modules():
-            if isinstance(module, Stages):
-                module.recompute = True
-
-    def encode(self, latents: Tensor, t_image: Tensor, context: Tensor, query: Tensor | None = None):
-        """The encoder half: latents [B, C, H, W], t_image [B], context [B or 1, L, D], query [B, D] or None
-        -> middle features, the skips for the decoder half, timestep embedding, the query's last state.
-        A query of fewer rows belongs to the last ones."""
-        emb = self.time_embedding(t_image)
-        x = self.conv_in(latents.to(self.conv_in.weight.dtype))
-        skips, state = [x], None if query is None else torch.zeros_like(query)
-        for block in self.down_blocks:
-            x, state = block(x, emb, context, query, state, skips)
-        x, state = self.mid_block(x, emb, context, query, state)
-        return x, skips, emb, state
-
-    def denoise_image(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor) -> Tensor:
-        """Φ_u (Eq. 4), the text query masked: what Stable Diffusion computes
-        -> prediction, as noisy_latents."""
-        x, skips, emb, _ = self.encode(noisy_latents, t_image, context)
-        return self.decode(x, skips, emb, context)
-
-    def decode(self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor) -> Tensor:
-        """The decoder half: what `encode` returned -> prediction [B, C, H, W]."""
-        for block in self.up_blocks:
-            x = block(x, emb, context, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-    def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor, null_context: Tensor,
-                      image_tokens: bool = False) -> Tensor:
-        """Φ_θ (Eq. 7): noisy_query e_t [B, D], t_text [B], the clean image as condition
-        -> prediction [B, D]; with image_tokens the alignment transformer's, averaged, instead."""
-        query = noisy_query.to(self.conv_in.weight.dtype) + self.query_time_embedding(t_text)
-        # The same for all: 0 … T-1 mean noisy images.
-        t_image = torch.full_like(t_text, self.condition_timestep)
-        features, _, _, state = self.encode(latents, t_image, null_context, query if self.fused else None)
-        state = state if self.fused else query
-        if image_tokens:
-            return self.query_head.tokens(state, features)[:, 1:].mean(dim=1)
-        return self.query_head(state, features)
-
-    def denoise_both(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor, noisy_query: Tensor,
-                     t_text: Tensor, latents: Tensor, null_context: Tensor) -> tuple[Tensor, Tensor]:
-        """`denoise_image` and `denoise_query` of as many pairs each, the encoder half in one pass over all of
-        them: its weights are read, and their gradients written, once. -> what the two would return."""
-        count = len(noisy_latents)
-        query = noisy_query.to(self.conv_in.weight.dtype) + self.query_time_embedding(t_text)
-        times = torch.cat([t_image, torch.full_like(t_text, self.condition_timestep)])
-        both = torch.cat([context, null_context.expand(len(latents), -1, -1)])
-        x, skips, emb, state = self.encode(torch.cat([noisy_latents, latents]), times, both,
-                                           query if self.fused else None)
-        pred = self.decode(x[:count], [skip[:count] for skip in skips], emb[:count], context)
-        return pred, self.query_head(state if self.fused else query, x[count:])
-
-    forward = denoise_image
-
-
-# ---------------------------------------------------------------- the whole
-class DiffDis(nn.Module):
-    """The networks, the tokenizer and the configuration: all that sampling, scoring and training need."""
-
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        if tokenizer.vocab_size != config.text.vocab_size:
-            raise ValueError(f"the tokenizer knows {tokenizer.vocab_size} tokens, the text encoder "
-                             f"{config.text.vocab_size}")
-        self.config, self.tokenizer = config, tokenizer
-        self.tasks = ("generation", "alignment")          # what its weights were trained for
-        self.data: str | None = None                      # and on, as --data has it; None: not recorded
-        self.autoencoder = make_autoencoder(config.autoencoder)
-        self.text_encoder = TextEncoder(config.text)
-        self.unet = UNet(config)
-        # As CLIP: exp of it is 1/temperature.
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.register_buffer("null_tokens", tokenizer([""]), persistent=False)
-        self.text_encoder.initialise()
-
-    @property
-    def device(self) -> torch.device:
-        return self.logit_scale.device
-
-    def encode_text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Captions -> context [B, L, D], text_query [B, D] of unit norm."""
-        return self.text_encoder(self.tokenizer(captions).to(self.device))
-
-    def encode_image(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """images [B, 3, H, W] in [-1, 1]
-        -> latents: the posterior's mean, or a sample if noise is given, scaled."""
-        return self.draw_latents(*self.autoencoder.moments(images), noise)
-
-    def draw_latents(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The autoencoder's moments, each [B, C, h, w] -> latents."""
-        if noise is not None:
-            mean = mean + torch.exp(0.5 * logvar) * noise
-        return mean * self.config.autoencoder.scale
-
-    def read_batch(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Batch.images, uint8 pixels or the moments of a latent cache -> latents."""
-        if images.dtype == torch.uint8:
-            return self.encode_image(to_float(images), noise)
-        return self.draw_latents(*images.float().chunk(2, dim=1), noise)
-
-    def decode_image(self, latents: Tensor) -> Tensor:
-        """latents -> images [B, 3, H, W], nominally in [-1, 1] (clamp before saving)."""
-        return self.autoencoder.decode(latents)
-
-    def denoise_image(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor) -> Tensor:
-        """The image target's prediction (ε̂ for `sd-v1`), shape of the latents (Eq. 4)."""
-        return self.unet.denoise_image(noisy_latents, t_image, context)
-
-    def image_features(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor) -> Tensor:
-        """As `denoise_query` -> the alignment transformer's image tokens, averaged [B, D]: what
-        `fid --features` compares images by (our choice)."""
-        context = self.text_encoder(self.null_tokens)[0]
-        return self.unet.denoise_query(noisy_query, t_text, latents, context, image_tokens=True)
-
-    def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor) -> Tensor:
-        """noisy_query [B, D], t_text [B], clean latents -> the text target's prediction [B, D] (Eq. 7).
-
-        There is no argument for a text: the condition c is always the null prompt's,
-        so the answer cannot leak.
-        """
-        return self.unet.denoise_query(noisy_query, t_text, latents, self.text_encoder(self.null_tokens)[0])
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Image size in px -> (channels, height, width) of its latents.
-
-        Raises ValueError on an unfit size.
-        """
-        side = self.config.autoencoder.factor
-        if height % side or width % side or not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
-            raise ValueError(f"size is {width}x{height} px, expected multiples of {side} up to {MAX_SIDE}")
-        return self.config.autoencoder.latent_channels, height // side, width // side
-
-
-def is_new(name: str) -> bool:
-    """Whether the parameter of this name is DiffDis's own, rather than one Stable Diffusion has."""
-    return "query_" in name or name == "logit_scale"
-
-
 # ---------------------------------------------------------------- Stable Diffusion's names
 # Our names are those of a diffusers folder. The original files (CompVis) count through flat lists instead.
+FOLDERS = {"unet": "unet", "autoencoder": "vae", "text_encoder": "text_encoder"}
 PREFIXES = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.",
-            "text_encoder": "cond_stage_model.transformer."}
-# Part -> its folder, its file, the prefix of names in it.
-FOLDERS = {"unet": ("unet", "diffusion_pytorch_model", ""),
-           "autoencoder": ("vae", "diffusion_pytorch_model", ""),
-           "text_encoder": ("text_encoder", "model", "text_model.")}
+            "text_encoder": "cond_stage_model.transformer.text_model."}
 QUERY_PREFIX = "diffdis."         # what Stable Diffusion does not have, in files we write under its names
-# What such files hold beside the networks.
-IGNORED = re.compile(r".*position_ids$|model_ema\.|first_stage_model\.loss\.|"
-                     r"(cond_stage_model|text_encoder)\.((transformer\.)?(text_model\.)?"
-                     r"(logit_scale|text_projection))|"
-                     r"((log_|sqrt_)?(one_minus_|recip(m1)?_)?alphas|betas|posterior_|lvlb_|logvar)[^.]*$")
 RES_BLOCK = r"(put_blocks\.\d+\.0|middle_block\.\d)\."
-# Spellings that older files have for what is now called otherwise.
-OLD_SPELLINGS = [(r"(attentions\.\d\.)query\.", r"\1to_q."), (r"(attentions\.\d\.)key\.", r"\1to_k."),
-                 (r"(attentions\.\d\.)value\.", r"\1to_v."),
-                 (r"(attentions\.\d\.)proj_attn\.", r"\1to_out.0."), (r"^text_model\.", "")]
 
 
 def compvis_rules(config: Config) -> dict[str, list]:
@@ -1031,46 +775,43 @@ def compvis_rules(config: Config) -> dict[str, list]:
         (r"up_blocks\.(\d)\.resnets", lambda x: f"up.{top - x}.block"),     # counted from the finest
         (r"up_blocks\.(\d)\.upsamplers\.0", lambda x: f"up.{top - x}.upsample"),
         (r"conv_norm_out", "norm_out"), (r"conv_shortcut", "nin_shortcut")]
-    return {"unet": unet, "autoencoder": autoencoder, "text_encoder": [("^", "text_model.")]}
+    return {"unet": unet, "autoencoder": autoencoder, "text_encoder": []}
 
 
 def to_compvis(names: Iterable[str], config: Config) -> dict[str, str]:
-    """Our names of Stable Diffusion's parameters -> {our name: CompVis's}."""
-    rules, found = compvis_rules(config), {}
+    """Our parameters' names -> {our name: CompVis's, or QUERY_PREFIX and ours}."""
+    rules, spellings = compvis_rules(config), {}
     for name in names:
-        part, spelling = name.split(".", 1)
-        for pattern, to in rules[part]:
+        part, spelling = name.split(".", 1) if "." in name else ("", name)
+        for pattern, to in rules[part] if not is_new(name) else ():
             new = to if isinstance(to, str) else lambda match, to=to: to(*map(int, match.groups()))
             spelling = re.sub(pattern, new, spelling)
-        found[name] = PREFIXES[part] + spelling
-    return found
+        spellings[name] = QUERY_PREFIX + name if is_new(name) else PREFIXES[part] + spelling
+    return spellings
 
 
-def from_compvis(raw: dict[str, Tensor], names: list[str], config: Config, weights: str) -> dict[str, Tensor]:
+def from_compvis(raw: dict[str, Tensor], names: Iterable[str], config: Config, weights: str
+                 ) -> dict[str, Tensor]:
     """A CompVis file's tensors under our names; those it has and we know nothing of keep theirs.
 
-    weights: "ema" takes the averages of the UNet where the file has them, "raw" never.
+    weights: "ema" prefers the UNet's averages where the file has them, "raw" what was trained last.
     """
-    raw, found = dict(raw), {}
-    text = PREFIXES["text_encoder"]
-    if not any(name.startswith(text + "text_model.") for name in raw):           # some files leave it out
-        raw = {name.replace(text, text + "text_model.", 1): value for name, value in raw.items()}
-    has_averages = sum(name.startswith("model_ema.") for name in raw) > 100
-    for name, theirs in to_compvis([name for name in names if not is_new(name)], config).items():
+    # Some files leave `text_model.` out.
+    raw = {re.sub(r"^(cond_stage_model\.transformer\.)(?!text_model\.)", r"\1text_model.", name): value
+           for name, value in raw.items()}
+    tensors = {}
+    for name, theirs in to_compvis(names, config).items():
         averaged = "model_ema." + theirs.removeprefix("model.").replace(".", "")
-        if weights == "ema" and has_averages and averaged in raw:
-            found[name] = raw.pop(averaged)
-            raw.pop(theirs, None)
-        elif theirs in raw:
-            found[name] = raw.pop(theirs)
-    for name in [name for name in raw if name.startswith(QUERY_PREFIX)]:
-        found[name.removeprefix(QUERY_PREFIX)] = raw.pop(name)
-    return raw | found
+        spellings = (averaged, theirs) if weights == "ema" else (theirs, averaged)
+        values = [raw.pop(spelling) for spelling in spellings if spelling in raw]
+        tensors |= {name: value for value in values[:1]}
+    return raw | tensors
 
 
-# ---------------------------------------------------------------- CLIP's published names
-# Our names are transformers'. OpenAI's files and OpenCLIP's share others; see `from_open_clip`.
+# ---------------------------------------------------------------- CLIP's names and configurations
+# Our names are transformers'. OpenCLIP's files have others.
 OPEN_CLIP_RULES = [
+    (r"^module\.", ""),                                   # of a training checkpoint
     (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
     (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
     (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
@@ -1084,195 +825,127 @@ OPEN_CLIP_RULES = [
     (r"^ln_final\.", "text_model.final_layer_norm."),
     (r"(layers\.\d+\.)ln_([12])\.", r"\1layer_norm\2."), (r"(layers\.\d+\.)attn\.", r"\1self_attn."),
     (r"(layers\.\d+\.mlp\.)c_fc\.", r"\1fc1."), (r"(layers\.\d+\.mlp\.)c_proj\.", r"\1fc2.")]
-# What such files hold beside the weights: masks and numbers that follow from the shapes.
-CLIP_IGNORED = re.compile(r"(.*\.)?(position_ids|attn_mask)$|(input_resolution|context_length|vocab_size)$")
-OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-# The fields of an open_clip_config.json that our two towers obey, or that the tensors' shapes tell anyway.
-OPEN_CLIP_FIELDS = {
-    "model_cfg": {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"},
-    "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"},
-    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}}
 
 
 def from_open_clip(raw: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP's or OpenAI's tensors under our names; those we know nothing of keep theirs.
-
-    There q, k and v have one weight and one bias, and the projections are [width, embedding], ours
-    transposed.
-    """
-    found = {}
-    for theirs, value in raw.items():
-        name = theirs
+    """OpenCLIP's tensors under our names. There q, k and v have one weight and one bias, and the projections
+    are [width, embedding], ours transposed."""
+    tensors = {}
+    for name, value in raw.items():
         for pattern, spelling in OPEN_CLIP_RULES:
             name = re.sub(pattern, spelling, name)
-        packed = re.fullmatch(r"(.*\.self_attn\.)in_proj_(weight|bias)", name)
-        if packed and value.dim() and len(value) % 3 == 0:
-            found |= {f"{packed[1]}{part}_proj.{packed[2]}": third
-                      for part, third in zip("qkv", value.chunk(3))}
-        elif theirs in ("visual.proj", "text_projection") and value.dim() == 2:
-            found[name] = value.t().contiguous()
+        if packed := re.fullmatch(r"(.*\.self_attn\.)in_proj_(weight|bias)", name):
+            tensors |= {f"{packed[1]}{part}_proj.{packed[2]}": third
+                        for part, third in zip("qkv", value.tensor_split(3))}
         else:
-            found[name] = value
-    return found
+            tensors[name] = value.T.contiguous() if name.endswith("_projection.weight") else value
+    return tensors
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file that holds an object. Raises ValueError, or OSError where there is none."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON object ({error}): fetch it again") from None
+# What transformers' CLIPModel (config.json) and OpenCLIP (open_clip_config.json) call the fields of our
+# towers, in the order of ClipConfig and TextConfig, and the value where a file leaves a field out.
+TRANSFORMERS_FIELDS = {
+    "vision_config": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+                      "patch_size": 32, "image_size": 224},
+    "text_config": {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512,
+                    "num_hidden_layers": 12, "num_attention_heads": 8}}
+OPEN_CLIP_FIELDS = {
+    "vision_cfg": {"width": 768, "layers": 12, "head_width": 64, "patch_size": 16, "image_size": 224},
+    "text_cfg": {"vocab_size": 49408, "context_length": 77, "width": 512, "layers": 12, "heads": 8}}
 
 
-def section(config: dict, name: str, path: Path, needed: bool) -> dict:
-    """The object of this name in a JSON file; {} if it is absent and not needed. Raises ValueError."""
-    found = config.get(name) or {}
-    if not isinstance(found, dict) or (needed and not found):
-        raise ValueError(f"{path} has {config.get(name)!r} for {name}, expected an object: fetch it again")
-    return found
+def transformers_config(path: Path) -> ClipConfig:
+    """A CLIPModel's config.json. Raises ValueError for one that our two towers would not obey."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("model_type") != "clip":
+        raise ValueError(f"{path} says model_type {config.get('model_type')!r}, expected 'clip': a "
+                         "transformers CLIPModel. (A Stable Diffusion folder has a folder unet.)")
+    shared = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    # Old files write a tower's fields twice; transformers too lets the second win.
+    vision, text = (shared | fields | (config.get(tower) or {}) | (config.get(f"{tower}_dict") or {})
+                    for tower, fields in TRANSFORMERS_FIELDS.items())
+    for name, allowed in (("hidden_act", ("quick_gelu", "gelu")), ("layer_norm_eps", (1e-5,))):
+        if vision[name] != text[name] or text[name] not in allowed:
+            raise ValueError(f"{path}: {name} is {vision[name]!r} for images and {text[name]!r} for texts, "
+                             f"expected {' or '.join(map(str, allowed))} for both")
+    return ClipConfig(*(vision[name] for name in TRANSFORMERS_FIELDS["vision_config"]),
+                      config.get("projection_dim", 512),
+                      TextConfig(*(text[name] for name in TRANSFORMERS_FIELDS["text_config"])),
+                      text["hidden_act"])
 
 
-def transformers_options(path: Path) -> dict:
-    """What shapes do not tell of a transformers CLIPModel, from its config.json
-    -> {"activation", "heads", "text_heads"}. A field that is absent has transformers' default there.
-
-    Raises ValueError.
-    """
-    config, found = read_json(path), {}
-    for tower, heads in (("vision", 12), ("text", 8)):
-        # Old files write a tower's fields twice; transformers too lets the second win.
-        fields = (section(config, f"{tower}_config", path, needed=False)
-                  | section(config, f"{tower}_config_dict", path, needed=False))
-        found[tower] = fields.get("num_attention_heads", heads), fields.get("hidden_act", "quick_gelu")
-        if fields.get("layer_norm_eps", 1e-5) != 1e-5:
-            raise ValueError(f"{path}: layer_norm_eps of {tower}_config is {fields['layer_norm_eps']}, "
-                             "expected 1e-05")
-    (heads, activation), (text_heads, other) = found["vision"], found["text"]
-    if activation != other:
-        raise ValueError(f"{path}: hidden_act is {activation!r} for images and {other!r} for texts, "
-                         "expected one for both")
-    return {"activation": activation, "heads": heads, "text_heads": text_heads}
-
-
-def open_clip_options(file: Path, tensors: dict[str, Tensor]) -> dict:
-    """What shapes do not tell of a file with OpenCLIP's names -> {"activation", "head_width", "text_heads"}.
-
-    OpenAI's own files, told by the scalar input_resolution in them, have quick GELU, and heads 64 wide.
-    Raises FileNotFoundError or ValueError: no open_clip_config.json beside another file, or one that asks for
-    what our CLIP is not.
-    """
-    if "input_resolution" in tensors:
-        return {"activation": "quick_gelu"}
-    path = file.parent / "open_clip_config.json"
+def open_clip_config(path: Path) -> ClipConfig:
+    """An open_clip_config.json. Raises FileNotFoundError, or ValueError as `transformers_config`."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{file} has OpenCLIP's names, but its tensors do not tell whether the activation is quick GELU "
-            "or GELU, and a wrong guess would change every result without a word: put the model's "
-            f"open_clip_config.json beside it, at {path}")
-    config = read_json(path)
-    fields = {"model_cfg": section(config, "model_cfg", path, needed=True)}
-    for part in ("vision_cfg", "text_cfg"):
-        fields[part] = section(fields["model_cfg"], part, path, needed=True)
-    for part, known in OPEN_CLIP_FIELDS.items():
-        if strange := sorted(set(fields[part]) - known):
-            raise ValueError(f"{path}: {part} has {', '.join(strange)}, which this CLIP does not know; "
-                             f"expected only {', '.join(sorted(known))}")
-    pixels = section(config, "preprocess_cfg", path, needed=False)
-    for name, ours in (("mean", list(CLIP_MEAN)), ("std", list(CLIP_STD))):
-        if pixels.get(name, ours) != ours:
-            raise ValueError(f"{path}: preprocess_cfg has {name} {pixels[name]}, expected CLIP's {ours}")
-    return {"activation": "quick_gelu" if fields["model_cfg"].get("quick_gelu") else "gelu",
-            "head_width": fields["vision_cfg"].get("head_width", 64),
-            "text_heads": fields["text_cfg"].get("heads", 8)}          # OpenCLIP's defaults
-
-
-def clip_config(path: Path, tensors: dict[str, Tensor], options: dict) -> ClipConfig:
-    """The configuration of a published CLIP: the shapes of its tensors, under our names, and the options.
-
-    options: of `transformers_options` or `open_clip_options`; heads are 64 wide where they do not say.
-    Raises ValueError, naming what does not fit.
-    """
-    def shape(name: str, dims: int) -> torch.Size:
-        if name not in tensors or tensors[name].dim() != dims:
-            found = f"has it of shape {tuple(tensors[name].shape)}" if name in tensors else "lacks it"
-            raise ValueError(f"{path}: expected {name} of {dims} dimensions, the file {found}; only CLIPs "
-                             "that read images with a vision transformer are taken")
-        return tensors[name].shape
-
-    def layers(tower: str) -> int:
-        pattern = re.compile(rf"{tower}\.encoder\.layers\.(\d+)\.")
-        return len({match[1] for match in map(pattern.match, tensors) if match})
-    width, _, patch, _ = shape("vision_model.embeddings.patch_embedding.weight", 4)
-    positions, _ = shape("vision_model.embeddings.position_embedding.weight", 2)
-    embedding, _ = shape("visual_projection.weight", 2)
-    vocab_size, text_width = shape("text_model.embeddings.token_embedding.weight", 2)
-    length, _ = shape("text_model.embeddings.position_embedding.weight", 2)
-    try:
-        heads = options.get("heads", width // options.get("head_width", 64))
-        text_heads = options.get("text_heads", text_width // 64)
-        if not (isinstance(heads, int) and isinstance(text_heads, int) and heads > 0 and text_heads > 0):
-            raise ValueError(f"{heads!r} and {text_heads!r} attention heads, expected whole numbers")
-        text = TextConfig(vocab_size, length, text_width, layers("text_model"), text_heads)
-        # One position is the class token's, the others are a square of patches.
-        image_size = patch * math.isqrt(positions - 1)
-        return ClipConfig(width, layers("vision_model"), heads, patch, image_size, embedding, text,
-                          options["activation"])
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise ValueError(f"{path}: no CLIP can be built from its shapes and configuration: {error}") from None
-
-
-def describe_clip(path: Path, tensors: dict[str, Tensor], options: dict) -> dict:
-    """What `build` needs for a published CLIP, as `describe` writes it; arguments as `clip_config`."""
-    config = clip_config(path, tensors, options)
-    tokenizer = find_tokenizer(path, config.text.context_length)
-    if tokenizer.vocab_size != config.text.vocab_size:
-        raise ValueError(f"{path}: its text tower knows {config.text.vocab_size} tokens, the tokenizer found "
-                         f"for it {tokenizer.vocab_size}: put its vocab.json and merges.txt beside it")
-    return {"network": "clip", "config": config.to_dict(), "tokenizer": tokenizer.to_dict(), "foreign": True}
+        raise FileNotFoundError(f"no {path}: a file with OpenCLIP's names does not tell whether its "
+                                "activation is quick GELU or GELU; put the model's open_clip_config.json "
+                                "beside it")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    model = config["model_cfg"]
+    vision, text = (fields | model[tower] for tower, fields in OPEN_CLIP_FIELDS.items())
+    strange = {*model, *vision, *text} - {"embed_dim", "quick_gelu", "mlp_ratio", "patch_dropout"}.union(
+        OPEN_CLIP_FIELDS, *OPEN_CLIP_FIELDS.values())
+    for name, expected in (("mean", CLIP_MEAN), ("std", CLIP_STD)):
+        if config.get("preprocess_cfg", {}).get(name, [*expected]) != [*expected]:
+            strange.add(f"{name} {config['preprocess_cfg'][name]}")
+    if strange:
+        raise ValueError(f"{path} has {', '.join(sorted(strange))}, which is not how this CLIP computes")
+    vision["head_width"] = vision["width"] // vision["head_width"]
+    return ClipConfig(*(vision[name] for name in OPEN_CLIP_FIELDS["vision_cfg"]), model["embed_dim"],
+                      TextConfig(*(text[name] for name in OPEN_CLIP_FIELDS["text_cfg"])),
+                      "quick_gelu" if model.get("quick_gelu") else "gelu")
 
 
 # ---------------------------------------------------------------- files; nothing in them is ever run
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
+HARMLESS = ("pytorch_lightning.", "lightning.", "numpy.")      # whose objects training programs leave behind
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "open_clip_model.safetensors",
+           "diffusion_pytorch_model.bin", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong within means that a file is damaged or another program's: a ValueError of one line
+    that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
+            OSError, EOFError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise                                # which names it already
+        # Of torch's own words only the first sentence: it goes on to advise switching safety off.
+        reason = " ".join(str(error).split()).split(". ")[0][:400]
+        raise ValueError(f"{path} cannot be used: {type(error).__name__}: {reason}") from None
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A .safetensors file -> tensors mapped from the file (read when touched), metadata.
 
     The format: 8 bytes of header length; a JSON header of name: dtype, shape, byte range; then the bytes.
-    Raises ValueError where the ranges do not tile the rest of the file exactly.
+    Raises ValueError, or what comes of a damaged header, where the ranges do not tile the rest of the file.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    size, tensors = path.stat().st_size, {}
+    with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            raise ValueError(f"{path} is no .safetensors file, or is cut short: "
-                             f"its header would have {length} bytes, the file has {size}")
-        header_bytes = file.read(length)
-    try:
-        header = json.loads(header_bytes)
-        metadata = dict(header.pop("__metadata__", {}))
-        rows = sorted((*entry["data_offsets"], entry["dtype"], tuple(entry["shape"]), name)
-                      for name, entry in header.items())
-        tensors, at, start = {}, 0, 8 + length
-        for begin, end, kind, shape, name in rows:
-            if kind not in DTYPES:
-                raise ValueError(f"{name} is of type {kind}, known are {', '.join(DTYPES)}")
-            dtype = DTYPES[kind]
-            fits = min(shape, default=0) >= 0 and end - begin == math.prod(shape) * dtype.itemsize
-            if not fits or begin != at or start + end > size:
-                raise ValueError(f"{name}: bytes {begin} to {end} of a file of {size} for {kind} {shape}")
-            # One map per tensor: as views of one map, saving a single tensor would write out the whole file.
-            flat = torch.empty(0, dtype=torch.uint8) if begin == end else torch.from_numpy(
-                np.memmap(path, np.uint8, "c", start + begin, end - begin))
-            if flat.data_ptr() % dtype.itemsize:
-                flat = flat.clone()          # not aligned in the file
-            tensors[name], at = flat.view(dtype).view(shape), end
-        if start + at != size:
-            raise ValueError(f"{size - start - at} bytes belong to no tensor")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
-        raise ValueError(f"{path}: its header is not usable ({error}): fetch it again") from None
+        header = json.loads(file.read(min(length, size)))
+    metadata, start = dict(header.pop("__metadata__", {})), 8 + length
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        if begin != start or end > size:
+            raise ValueError(f"{path} has bytes {begin} to {end} of {size} for {name}: fetch it again")
+        # One map per tensor: as views of one map, saving a single tensor would write out the whole file.
+        dtype, values = DTYPES[entry["dtype"]], torch.empty(0)
+        if end > begin:
+            values = torch.from_numpy(np.memmap(path, np.uint8, "c", begin, end - begin))
+            values = (values if begin % dtype.itemsize == 0 else values.clone()).view(dtype)   # not aligned
+        tensors[name] = values.to(dtype).view(entry["shape"])
+        start = end
+    if start != size:
+        raise ValueError(f"{path} has {size - start} bytes that belong to no tensor: fetch it again")
     return tensors, metadata
 
 
@@ -1286,163 +959,36 @@ class Inert(dict):
         pass
 
 
-class Attributes(dict):
-    """What stands in for a module of a TorchScript archive: its attributes by name, and no code."""
-
-    def __setstate__(self, state: dict) -> None:
-        self.update(state)
-
-    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """The tensors in it and in the modules below it, under dotted names."""
-        found = {}
-        for name, value in self.items():
-            if isinstance(value, Attributes):
-                found |= value.tensors(f"{prefix}{name}.")
-            elif isinstance(value, Tensor):
-                found[f"{prefix}{name}"] = value.detach()
-        return found
+def read_torch(path: Path) -> dict:
+    """The dict that torch.save wrote, mapped to CPU memory, without running any code from the file: objects
+    of HARMLESS packages become `Inert`, anything else but tensors and plain values is refused."""
+    mapped = zipfile.is_zipfile(path)        # a file of torch before 1.6 is none, and takes no exceptions
+    classes = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
+    if refused := [name for name in classes if not name.startswith(HARMLESS)]:
+        raise ValueError(f"{path} wants to run {', '.join(refused)}, which is refused")
+    with torch.serialization.safe_globals([(Inert, name) for name in classes]):
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
 
 
-def plain(value: object, *kind) -> object:
-    """What stands in for TorchScript's functions that give a list or a dict its type: it stays as it is."""
-    return value
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """A .safetensors file or one of torch.save's -> its tensors by name, and what else it says."""
+    with reading(path):
+        tensors, rest = read_safetensors(path) if path.suffix == ".safetensors" else (read_torch(path),) * 2
+        tensors = tensors.get("state_dict", tensors)
+        return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}, rest
 
 
-# Names in a TorchScript archive's pickle begin so; what stands in for them.
-SCRIPTED = {"__torch__.": Attributes, "torch.jit._pickle.": plain}
-# How files of torch.save before 1.6 begin: a pickled number.
-OLD_FORMAT = b"\x80\x02\x8a\x0a" + torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
-HARMLESS = ("pytorch_lightning.", "lightning.", "numpy.")      # whose objects training programs leave behind
-
-
-def without_code(path: Path) -> Path | BinaryIO:
-    """A TorchScript archive -> what torch.save would have written of it, in memory; another file -> its path.
-
-    Such an archive is a zip of a pickle, the tensors' bytes, and program text that `torch.jit.load` compiles:
-    `torch.load` refuses it. The pickle only names classes of that text; `read_torch` has stand-ins for them.
-    """
-    if not zipfile.is_zipfile(path):
-        return path
-    with zipfile.ZipFile(path) as archive:
-        if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            return path
-        kept = io.BytesIO()
-        with zipfile.ZipFile(kept, "w") as copy:
-            for name in archive.namelist():
-                if re.fullmatch(r"[^/]+/(data\.pkl|data/\d+|(\.data/)?version|byteorder)", name):
-                    copy.writestr(name, archive.read(name))
-    kept.seek(0)
-    return kept
-
-
-def read_torch(path: Path) -> object:
-    """What torch.save wrote, mapped to CPU memory, without running any code from the file.
-
-    Objects of HARMLESS packages become `Inert`, modules of a TorchScript archive `Attributes`; anything else
-    but tensors and plain values is refused. Raises ValueError.
-    """
-    if path.suffix == ".safetensors":      # torch.load would hand such a name to another library
-        raise ValueError(f"{path} is no .safetensors file; if torch.save wrote it, name it .ckpt")
-    try:
-        with path.open("rb") as file:
-            old = file.read(len(OLD_FORMAT)) == OLD_FORMAT
-        source = path if old else without_code(path)
-        # The old format takes no exceptions, nor can it be mapped: only tensors and plain values are read.
-        wanted = [] if old else torch.serialization.get_unsafe_globals_in_checkpoint(source)
-        refused = [name for name in wanted if not name.startswith((*HARMLESS, *SCRIPTED))]
-        if refused:
-            raise ValueError(f"it wants to run {', '.join(refused)}, which is refused")
-        stubs = [(next((stub for start, stub in SCRIPTED.items() if name.startswith(start)), Inert), name)
-                 for name in wanted]
-        if source is not path:
-            source.seek(0)               # the line above has read it
-        with torch.serialization.safe_globals(stubs):
-            return torch.load(source, map_location="cpu", weights_only=True,
-                              mmap=not old and source is path)
-    except (RuntimeError, ValueError, TypeError, EOFError, OSError, LookupError, AttributeError,
-            AssertionError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        # Of torch's own words, only the first sentence: it goes on to advise switching safety off.
-        reason = str(error).splitlines()[0].split(". ")[0][:200] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is no readable checkpoint (truncated, or not written by torch.save): "
-                         f"{reason}") from None
-
-
-def part_file(folder: Path, stem: str) -> Path:
-    """The file of one part of a diffusers folder: full precision and .safetensors first."""
-    old = "pytorch_model" if stem == "model" else stem
-    names = [f"{stem}.safetensors", f"{old}.bin", f"{stem}.fp16.safetensors", f"{old}.fp16.bin"]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"{folder} has none of {', '.join(names)}: expected a folder of Stable "
-                            "Diffusion or of transformers' CLIPModel")
-
-
-def tensors_of(raw: object, path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict, or of a TorchScript archive, whatever else is in it. Raises ValueError."""
-    if isinstance(raw, Attributes):
-        try:
-            return raw.tensors()
-        except RecursionError:
-            raise ValueError(f"{path} is damaged: its modules hold one another") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, expected a dict of tensors")
-    return {name: value for name, value in raw.items() if isinstance(name, str) and isinstance(value, Tensor)}
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """A file of published weights, .safetensors or torch.save's -> its tensors. Raises ValueError."""
-    if file.suffix == ".safetensors":
-        return read_safetensors(file)[0]
-    raw = read_torch(file)
-    return tensors_of(raw.get("state_dict", raw) if isinstance(raw, dict) else raw, file)
-
-
-def read_open_clip(file: Path, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-    """A file's tensors under OpenCLIP's names -> what `build` needs, tensors under ours. Raises as `load`."""
-    # A training checkpoint has this before every name.
-    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    if custom := [name for name in tensors if name.startswith("text.")]:
-        raise ValueError(f"{file} holds {custom[0]}: an OpenCLIP model with a text tower of its own make; "
-                         "expected CLIP's (transformer.resblocks..., token_embedding.weight)")
-    options, named = open_clip_options(file, tensors), from_open_clip(tensors)
-    return describe_clip(file, named, options), named
-
-
-def read_clip_folder(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """A folder of transformers' CLIPModel or of OpenCLIP -> what `build` needs, tensors under our names.
-
-    Raises FileNotFoundError or ValueError.
-    """
-    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    published = [path / name for name in OPEN_CLIP_FILES if (path / name).is_file()]
-    # Some folders are both: OpenCLIP's part is then taken only if it is whole.
-    whole = published and (path / "open_clip_config.json").is_file()
-    if whole or (published and config.get("model_type") != "clip"):
-        return read_open_clip(published[0], read_tensors(published[0]))
-    if config.get("model_type") != "clip":
-        raise ValueError(f"{path / 'config.json'} says model_type {config.get('model_type')!r}, expected "
-                         "'clip': a transformers CLIPModel. (A Stable Diffusion folder has a folder unet.)")
-    tensors = read_tensors(part_file(path, "model"))
-    return describe_clip(path, tensors, transformers_options(path / "config.json")), tensors
-
-
-def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A diffusers folder's tensors under our names -> tensors, metadata (of our own part, if it has one)."""
-    tensors, metadata = {}, {}
-    for part, (folder, stem, _) in FOLDERS.items():
-        for name, value in read_tensors(part_file(path / folder, stem)).items():
-            for old, new in OLD_SPELLINGS:
-                name = re.sub(old, new, name)
-            tensors[f"{part}.{name}"] = value
-    if (path / "diffdis/query.safetensors").is_file():
-        query, metadata = read_safetensors(path / "diffdis/query.safetensors")
-        tensors |= {name.removeprefix(QUERY_PREFIX): value for name, value in query.items()}
-    return tensors, metadata
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A file of published weights, or the one in a folder of them -> its tensors. Raises ValueError or
+    FileNotFoundError."""
+    files = [path / name for name in WEIGHTS if (path / name).is_file()] if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"{path} has none of {', '.join(WEIGHTS)}")
+    return read_file(files[0])[0]
 
 
 # ---------------------------------------------------------------- downloads
-MODELS = ("sd-v1-5", "sd-v1-4")      # whose licence is CreativeML OpenRAIL-M
+MODELS = {"sd-v1-5": "4.3 GB", "sd-v1-4": "4.3 GB"}        # their licence: CreativeML OpenRAIL-M
 DOWNLOADS = {
     "sd-v1-5": ("https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/"
                 "v1-5-pruned-emaonly.safetensors",
@@ -1453,8 +999,7 @@ DOWNLOADS = {
                    "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
     # Of this one only the beginning of the sha256 is published, in its name.
     "inception": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                  "pt_inception-2015-12-05-6726825d.pth", "6726825d"),
-}
+                  "pt_inception-2015-12-05-6726825d.pth", "6726825d")}
 
 
 def download(name: str) -> Path:
@@ -1463,12 +1008,12 @@ def download(name: str) -> Path:
     path = CACHE / url.rsplit("/", 1)[1]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {url} to {path}")
+        print(f"downloading {url} ({MODELS.get(name, 'small')}) to {path}")
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-            raise OSError(f"could not download {url} ({error}): try again, "
-                          f"or put the file at {path} yourself") from None
+        except (OSError, RuntimeError, ValueError) as error:
+            raise OSError(f"could not download {url} ({error}): try again, put the file at {path} yourself, "
+                          "train a model with `python train.py`, or give another as --ckpt") from None
     return path
 
 
@@ -1479,9 +1024,8 @@ def locate(path: str | Path) -> Path:
 
 def find_tokenizer(path: Path, length: int) -> Tokenizer:
     """CLIP's vocabulary for weights at `path`: in their folder, beside them, in the cache, or downloaded."""
-    file = Path(DOWNLOADS["vocabulary"][0]).name
     for folder in (path, path.parent):
-        for place in (folder / "tokenizer", folder / file):
+        for place in (folder / "tokenizer", folder / Path(DOWNLOADS["vocabulary"][0]).name):
             if place.exists():
                 return Tokenizer.from_file(place, length)
         if (folder / "vocab.json").is_file():      # transformers keeps a CLIP's in the folder itself
@@ -1489,13 +1033,13 @@ def find_tokenizer(path: Path, length: int) -> Tokenizer:
     return Tokenizer.from_file(download("vocabulary"), length)
 
 
-# ---------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- load, save, export
 FORMAT = "diffdis-1"
 
 
 def describe(model: DiffDis | Clip) -> dict:
     """What a file must remember besides tensors."""
-    return {"network": "clip" if isinstance(model, Clip) else "diffdis", "config": model.config.to_dict(),
+    return {"network": "clip" if isinstance(model, Clip) else "diffdis", "config": asdict(model.config),
             "tokenizer": model.tokenizer.to_dict(), "data": model.data, "tasks": list(model.tasks)}
 
 
@@ -1503,118 +1047,92 @@ def save(path: str | Path, model: DiffDis | Clip, ema: dict | None = None,
          training: dict | None = None) -> None:
     """Write a checkpoint atomically: it is complete under its name, or the old one is still there.
 
-    ema: averaged parameters by name, preferred by `load`;
-    training: what resuming needs (tensors, plain dicts).
+    ema: averaged parameters by name, preferred by `load`; training: what resuming needs, tensors and dicts.
     Raises OSError, naming the path, when it cannot be written.
     """
-    checkpoint = {"format": FORMAT, **describe(model), "model": model.state_dict(), "ema": ema,
-                  "training": training}
-    write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+    contents = {"format": FORMAT, **describe(model), "model": model.state_dict(), "ema": ema,
+                "training": training}
+    write_atomically(Path(path), lambda file: torch.save(contents, file))
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint of ours to CPU memory (mapped, not copied), without running any code from it.
-
-    Raises FileNotFoundError or ValueError: no file, not a checkpoint, another program's, truncated.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py`, or give --ckpt")
-    checkpoint = read_torch(path)
-    if not is_ours(checkpoint):
-        found = (", ".join(map(str, list(checkpoint)[:4])) if isinstance(checkpoint, dict) else
-                 type(checkpoint).__name__)
-        raise ValueError(f"{path} is not a DiffDis checkpoint: expected format {FORMAT!r}, "
-                         f"found {found or 'nothing'}")
-    missing = {"config", "tokenizer", "model", "ema", "training"} - set(checkpoint)
-    if missing:
-        raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
-    return checkpoint
+def read_checkpoint(path: Path) -> dict:
+    """What `save` wrote, mapped to CPU memory. Raises FileNotFoundError or ValueError."""
+    with reading(path):
+        contents = read_torch(path)
+        if contents.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a DiffDis checkpoint of format {FORMAT!r}")
+        return contents
 
 
-def is_ours(checkpoint: object) -> bool:
-    return isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
+def published(path: Path, config: Config | ClipConfig) -> dict:
+    """What `describe` would say of weights that others published."""
+    return {"network": "clip" if isinstance(config, ClipConfig) else "diffdis", "config": asdict(config),
+            "tokenizer": find_tokenizer(path, config.text.context_length).to_dict(), "foreign": True}
 
 
-def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor], bool]:
-    """Any file or folder that `load` takes -> what `describe` wrote or {}, tensors, are their names ours."""
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py`, give a file or "
-                                "folder of Stable Diffusion v1 or CLIP, or name one to download: "
-                                f"{', '.join(MODELS)}")
-    if path.is_dir() and not (path / "unet").is_dir() and any(
-            (path / name).is_file() for name in ("config.json", *OPEN_CLIP_FILES)):
-        return (*read_clip_folder(path), True)
-    if path.is_dir():
-        tensors, metadata = read_folder(path)
-    elif path.open("rb").read(9)[8:] == b"{":
-        tensors, metadata = read_safetensors(path)
-    else:
-        raw, metadata = read_torch(path), {}
-        if is_ours(raw):
-            checkpoint = read_checkpoint(path)
-            averages = checkpoint["ema"] if weights == "ema" and checkpoint["ema"] is not None else {}
-            return checkpoint, tensors_of(checkpoint["model"], path) | tensors_of(averages, path), True
-        tensors = tensors_of(raw.get("state_dict", raw) if isinstance(raw, dict) else raw, path)
-    if any(name.startswith(("visual.", "module.visual.")) for name in tensors):
-        return (*read_open_clip(path, tensors), True)
-    if not path.is_dir() and not any(name.startswith(PREFIXES["unet"]) for name in tensors):
-        found = ", ".join(list(tensors)[:4]) or "no tensor"
-        raise ValueError(f"{path} is not a DiffDis checkpoint (format {FORMAT!r}), nor one of Stable "
-                         f"Diffusion ({PREFIXES['unet']}...) or OpenCLIP (visual....): found {found}. "
-                         "Of weights under transformers' names give the folder, with its config.json")
-    try:
-        description = dict(json.loads(metadata.get("diffdis", "{}")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its description is no JSON ({error})") from None
-    return description, tensors, path.is_dir()
+def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
+    """Any file or folder that `load` takes -> its description, as `describe` writes it, and its tensors under
+    our names or CompVis's. Raises ValueError or FileNotFoundError."""
+    stable_diffusion = replace(PRESETS["sd-v1"], image_size=512)         # what v1 was trained at
+    if (path / "unet").is_dir():
+        return published(path, stable_diffusion), {
+            f"{part}.{name.removeprefix('text_model.')}": value for part, folder in FOLDERS.items()
+            for name, value in read_tensors(path / folder).items()}
+    if path.is_dir() and not (path / "open_clip_config.json").is_file():
+        return published(path, transformers_config(path / "config.json")), read_tensors(path)
+    tensors, rest = (read_tensors(path), {}) if path.is_dir() else read_file(path)
+    if rest.get("format") == FORMAT:
+        return rest, rest["model"] | ((weights == "ema" and rest["ema"]) or {})
+    if "diffdis" in rest:                                # metadata of what `export` wrote
+        return json.loads(rest["diffdis"]), tensors
+    if any(name.startswith(PREFIXES["unet"]) for name in tensors):
+        return published(path, stable_diffusion), tensors
+    if any("visual." in name for name in tensors):
+        folder = path if path.is_dir() else path.parent
+        return published(path, open_clip_config(folder / "open_clip_config.json")), from_open_clip(tensors)
+    raise ValueError(f"{path} is no DiffDis checkpoint (format {FORMAT!r}), nor one of Stable Diffusion "
+                     f"({PREFIXES['unet']}...) or OpenCLIP (visual....): it holds "
+                     f"{', '.join([*tensors][:4]) or 'no tensor'}. Of weights under transformers' names give "
+                     "the folder, with its config.json")
 
 
 def build(description: dict, path: str | Path, adapt: Callable = lambda config: config) -> DiffDis | Clip:
     """The networks that a file describes, its tensors not yet in them. Raises ValueError."""
-    try:
-        tokenizer = Tokenizer(**description["tokenizer"])
-        kind, config = (Clip, ClipConfig) if description.get("network") == "clip" else (DiffDis, Config)
-        model = kind(adapt(config.from_dict(description["config"])), tokenizer)
+    with reading(path):
+        network, kind = (Clip, ClipConfig) if description["network"] == "clip" else (DiffDis, Config)
+        config, tokenizer = from_dict(kind, description["config"]), Tokenizer(**description["tokenizer"])
+        if tokenizer.vocab_size != config.text.vocab_size:
+            raise ValueError(f"{path}: its text encoder knows {config.text.vocab_size} tokens, the tokenizer "
+                             f"{tokenizer.vocab_size}: put its own vocab.json and merges.txt beside it")
+        model = network(adapt(config), tokenizer)
         model.tasks, model.data = tuple(description.get("tasks", model.tasks)), description.get("data")
         return model
-    except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged: no networks can be built from it "
-                         f"({type(error).__name__}: {error})") from None
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema",
-         dtype: torch.dtype = torch.float32, adapt: Callable[[Config], Config] = lambda config: config,
-         only_draw: bool = False) -> DiffDis | Clip:
+         dtype: torch.dtype = torch.float32, adapt: Callable[[Config], Config] = lambda config: config
+         ) -> DiffDis | Clip:
     """A checkpoint as a model in eval mode, averaged weights preferred.
 
     path: a file that `save` or `export` wrote; Stable Diffusion v1 as .ckpt, .safetensors (CompVis's names)
-    or a diffusers folder; a published CLIP: transformers' folder, OpenCLIP's file or folder, OpenAI's .pt; or
-    one of MODELS, downloaded once; weights: "ema" (if the file has them) or "raw"; dtype: of the parameters;
-    adapt: changes the configuration before the networks are built. What a Stable Diffusion file does not
-    have, the query stream, starts from random weights, and this is said.
-    only_draw: leave out what only reading images needs, the query stream and the autoencoder's encoder.
+    or a diffusers folder; a published CLIP: transformers' folder, OpenCLIP's file or folder; or one of
+    MODELS, downloaded once; weights: "ema" (if the file has them) or "raw"; dtype: of the parameters; adapt:
+    changes the configuration before the networks are built. What a Stable Diffusion file does not have, the
+    query stream, starts from random weights, and this is said.
     Raises FileNotFoundError or ValueError: no file, not a checkpoint, truncated, tensors that do not fit.
     """
-    if weights not in ("ema", "raw"):
-        raise ValueError(f"weights is {weights!r}, expected 'ema' or 'raw'")
     path = locate(path)
-    description, tensors, ours = read_weights(path, weights)
-    foreign = not description or description.get("foreign", False)
-    if not description:
-        config = replace(PRESETS["sd-v1"], image_size=512)       # what Stable Diffusion v1 was trained at
-        tokenizer = find_tokenizer(path, config.text.context_length)
-        description = {"config": config.to_dict(), "tokenizer": tokenizer.to_dict()}
-    with torch.device("meta"):       # no storage: nothing is initialised only to be overwritten
-        model = build(description, path, adapt)
-    every = list(model.state_dict())
-    if not ours:
-        tensors = from_compvis(tensors, every, model.config, weights)
-    if only_draw and isinstance(model, DiffDis):
-        drop_reading_parts(model)
-        dropped = set(every) - set(model.state_dict())
-        tensors = {name: value for name, value in tensors.items() if name not in dropped}
-    put_tensors(model, tensors, path, foreign)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py`, give a file or "
+                                "folder of Stable Diffusion v1 or CLIP, or name one to download: "
+                                f"{', '.join(MODELS)}")
+    with reading(path):
+        description, tensors = read_weights(path, weights)
+        with torch.device("meta"):       # no storage: nothing is initialised only to be overwritten
+            model = build(description, path, adapt)
+        if any(name.startswith(PREFIXES["unet"]) for name in tensors):
+            tensors = from_compvis(tensors, model.state_dict(), model.config, weights)
+        put_tensors(model, tensors, path, "foreign" in description)
     model.to(device)
     for name, part in model.named_children():
         if name != "autoencoder" or dtype != torch.float16:     # there it overflows: black pictures
@@ -1622,119 +1140,57 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     return model.eval().requires_grad_(False)
 
 
-def drop_query_stream(network: nn.Module) -> None:
-    for module in list(network.modules()):
-        for name in [name for name, _ in module.named_children() if name.startswith("query_")]:
-            setattr(module, name, None)
-
-
-def drop_reading_parts(model: DiffDis) -> None:
-    """Take away the modules that drawing never runs."""
-    drop_query_stream(model)
-    if model.config.autoencoder.kind == "kl":
-        model.autoencoder.encoder = model.autoencoder.quant_conv = None
-
-
-def check_fit(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], path: str | Path,
-              what: str = "the configuration and flags") -> None:
-    """Each tensor of a file must have its place, each place its tensor; what: has the places.
-
-    Raises ValueError naming what does not fit.
-    """
-    wrong = ([f"lacks {name}" for name in shapes if name not in tensors]
-             + [f"has an unknown {name}" for name in tensors if name not in shapes]
-             + [f"has {name} as {value.dtype}, {value.layout}" for name, value in tensors.items()
-                if name in shapes and not (value.is_floating_point() and value.layout == torch.strided
-                                           and value.device.type == "cpu")]
-             + [f"has {name} of shape {tuple(value.shape)} instead of {tuple(shapes[name])}"
-                for name, value in tensors.items() if name in shapes and value.shape != shapes[name]])
-    if wrong:
-        raise ValueError(f"{path}: its tensors do not fit {what}: "
-                         f"it {'; '.join(wrong[:4])}"
-                         + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
-
-
-def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: str | Path,
-                foreign: bool = False) -> None:
-    """Make a file's tensors the model's own, without a copy.
-
-    foreign: the file is another program's: it may hold what IGNORED or CLIP_IGNORED names, and Stable
-    Diffusion's may lack the query stream.
-    Raises ValueError naming what does not fit.
-    """
+def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, foreign: bool) -> None:
+    """Make a file's tensors the model's own, without a copy. foreign: another program's may hold more, and
+    Stable Diffusion's lack the query stream. Raises ValueError naming what does not fit."""
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    needless = CLIP_IGNORED if isinstance(model, Clip) else IGNORED
-    ignored = [name for name in tensors if foreign and name not in shapes and needless.match(name)]
     # Attention as 1×1 convolutions, half precision: other ways of writing the same.
     tensors = {name: value.flatten(1) if value.dim() == 4 and len(shapes.get(name, ())) == 2 else value
-               for name, value in tensors.items() if name not in ignored}
+               for name, value in tensors.items()}
     tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-    fresh = [name for name in shapes if foreign and isinstance(model, DiffDis)
-             and name not in tensors and is_new(name)]
-    check_fit(tensors, {name: shape for name, shape in shapes.items() if name not in fresh}, path)
-    started = start_query_stream(model, set(fresh))
-    model.load_state_dict(tensors | started, assign=True)
-    if isinstance(model, DiffDis):
+    missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
+    draws = isinstance(model, DiffDis)
+    fresh = [name for name in missing if foreign and draws and is_new(name)]
+    needless = r"(?!unet|model\.diffusion_model)" if draws else r".*(position_ids|attn_mask)$"
+    ignored = [name for name in unknown if foreign and re.match(needless, name)]
+    if wrong := ([f"lacks {name}" for name in missing if name not in fresh]
+                 + [f"has an unknown {name}" for name in unknown if name not in ignored]):
+        raise ValueError(f"{path}: its tensors do not fit the configuration and flags: it "
+                         f"{'; '.join(wrong[:4])}" + f" and {len(wrong) - 4} more" * (len(wrong) > 4))
+    for module in model.modules():               # the query stream starts as PyTorch starts its layers
+        own = list(module.parameters(recurse=False))
+        if own and own[0].is_meta and module is not model:
+            module.to_empty(device="cpu", recurse=False).reset_parameters()
+    if draws:
         model.null_tokens = model.tokenizer([""])
     if fresh:
-        model.tasks = ("generation",)        # a random query stream beside pretrained weights
+        model.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
+        model.tasks = ("generation",)            # a random query stream beside pretrained weights
     if foreign:
-        numbers = sum(value.numel() for value in started.values())
-        kinds = sorted({re.search(r"query_\w+|logit_scale", name)[0] for name in fresh})
-        new = (f"new, from random weights: {len(fresh)} tensors, {numbers:,} numbers "
-               f"({', '.join(kinds) or 'none'}); " if isinstance(model, DiffDis) else "")
-        print(f"{path}: loaded {len(tensors)} tensors; {new}"
+        print(f"{path}: loaded {len(tensors) - len(ignored)} tensors; from random weights: {len(fresh)}; "
               f"ignored: {len(ignored)} ({', '.join(ignored[:3] + ['...'] * (len(ignored) > 3)) or 'none'})")
 
 
-def start_query_stream(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
-    """Random starts, PyTorch's own, for these parameters of a model without storage."""
-    started = {}
-    for prefix, module in model.named_modules():
-        own = {f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)}
-        if own and own <= names:
-            module.to_empty(device="cpu", recurse=False)
-            module.reset_parameters()
-            started |= {f"{prefix}.{name}": p.data for name, p in module.named_parameters(recurse=False)}
-    if "logit_scale" in names:
-        started["logit_scale"] = torch.tensor(math.log(1 / 0.07))
-    return started
+def export(model: DiffDis, path: Path) -> None:
+    """Write a model for other programs, as .safetensors under CompVis's names.
 
-
-def load_inception(path: str | Path | None = None, device: str | torch.device = "cpu") -> Inception:
-    """FID's network with its published weights, in eval mode.
-
-    path: pytorch-fid's weight file; None: downloaded once.
-    Raises FileNotFoundError, OSError (no download) or ValueError, naming the tensors that do not fit.
+    Stable Diffusion's part is what they expect; the query stream stands beside it under a prefix,
+    configuration and vocabulary in the metadata, so that `load` gives the whole model back.
+    Raises ValueError for a model that is not of Stable Diffusion v1's make.
     """
-    path = download("inception") if path is None else Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights of Inception at {path}: give pytorch-fid's "
-                                f"{DOWNLOADS['inception'][0].rsplit('/', 1)[1]}, or no path to download it")
-    with torch.device("meta"):
-        network = Inception()
-    # How many batches a batch norm was trained on: only training reads it, and not every file has it.
-    counters = {name: torch.tensor(0) for name in network.state_dict()
-                if name.endswith(".num_batches_tracked")}
-    try:
-        tensors = {name: value for name, value in tensors_of(read_torch(path), path).items()
-                   if name not in counters}
-        check_fit(tensors, {name: value.shape for name, value in network.state_dict().items()
-                            if name not in counters}, path, "FID's Inception")
-    except ValueError as error:
-        raise ValueError(f"{error}; if it was downloaded, delete it to fetch it again") from None
-    network.load_state_dict({name: value.float() for name, value in tensors.items()} | counters, assign=True)
-    return network.to(device).eval().requires_grad_(False)
-
-
-# ---------------------------------------------------------------- export
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """tensors in any layout -> a .safetensors file, atomically."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header, at = {"__metadata__": {"format": "pt", **metadata}}, 0
+    config = model.config
+    if isinstance(model, Clip) or path.suffix != ".safetensors" or (
+            config.autoencoder.kind, config.image_target, config.image_schedule) != ("kl", "noise", "linear"):
+        raise ValueError("exported is, as OUT.safetensors, only a DiffDis with Stable Diffusion's "
+                         "autoencoder, target and schedule ('kl', 'noise', 'linear')")
+    types, end = {dtype: name for name, dtype in DTYPES.items()}, 0
+    tensors, names = model.state_dict(), to_compvis(model.state_dict(), config)
+    header: dict = {"__metadata__": {"format": "pt", "diffdis": json.dumps(describe(model))}}
     for name, value in tensors.items():
-        header[name] = {"dtype": names[value.dtype], "shape": list(value.shape),
-                        "data_offsets": [at, at := at + value.numel() * value.dtype.itemsize]}
+        # Attention of the autoencoder is written as 1×1 convolutions.
+        square = [1, 1] if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", names[name]) else []
+        header[names[name]] = {"dtype": types[value.dtype], "shape": [*value.shape, *square],
+                               "data_offsets": [end, end := end + value.numel() * value.itemsize]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)       # tensors begin at a multiple of 8
 
@@ -1745,102 +1201,14 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     write_atomically(path, write)
 
 
-def export(model: DiffDis, out: str | Path) -> None:
-    """Write a model for other programs: OUT.safetensors (CompVis's names) or a diffusers folder OUT.
-
-    Stable Diffusion's part is what they expect; the query stream, the configuration and the vocabulary stand
-    beside it, under a prefix or in a folder `diffdis`, so that `load` gives the whole model back.
-    Raises ValueError for a model that is not of Stable Diffusion v1's make.
-    """
-    config, out = model.config, Path(out)
-    if not isinstance(model, DiffDis):
-        raise ValueError("a CLIP is not exported: only DiffDis is")
-    made = (config.autoencoder.kind, config.image_target, config.image_schedule)
-    if made != ("kl", "noise", "linear"):
-        raise ValueError("only a model with Stable Diffusion's autoencoder, target and schedule is exported "
-                         f"('kl', 'noise', 'linear'): this one has {made}")
-    if out.suffix not in (".safetensors", "") or out.name == "":
-        raise ValueError(f"export to {str(out)!r}: expected OUT.safetensors, or a folder without a suffix")
-    tensors, metadata = model.state_dict(), {"diffdis": json.dumps(describe(model))}
-    query = {QUERY_PREFIX + name: value for name, value in tensors.items() if is_new(name)}
-    theirs = {name: value for name, value in tensors.items() if not is_new(name)}
-    if out.suffix == ".safetensors":
-        names = to_compvis(theirs, config)
-        renamed = {names[name]: value[:, :, None, None] if re.search(r"attn_1\.\w+\.weight$", names[name])
-                   and value.dim() == 2 else value for name, value in theirs.items()}
-        write_safetensors(out, renamed | query, metadata)
-        return
-    for part, (folder, stem, prefix) in FOLDERS.items():
-        (out / folder).mkdir(parents=True, exist_ok=True)
-        write_safetensors(out / folder / f"{stem}.safetensors", {
-            prefix + name.removeprefix(part + "."): value for name, value in theirs.items()
-            if name.startswith(part + ".")}, {})
-    (out / "diffdis").mkdir(exist_ok=True)
-    write_safetensors(out / "diffdis/query.safetensors", query, metadata)
-    for name, content in folder_configs(model).items():
-        (out / name).parent.mkdir(exist_ok=True)
-        text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
-        write_atomically(out / name, lambda file, text=text: file.write(text.encode()))
-
-
-def folder_configs(model: DiffDis) -> dict[str, dict | str]:
-    """The text files of a diffusers folder, by path."""
-    config, tokenizer = model.config, model.tokenizer
-    unet, text, vae = config.unet, config.text, config.autoencoder
-    levels = len(vae.channels)
-    end = tokenizer.vocab_size - 1
-    return {
-        "model_index.json": {
-            "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "DDIMScheduler"],
-            "safety_checker": [None, None], "feature_extractor": [None, None],
-            "requires_safety_checker": False},
-        "unet/config.json": {
-            "_class_name": "UNet2DConditionModel", "in_channels": vae.latent_channels,
-            "out_channels": vae.latent_channels, "sample_size": config.image_size // vae.factor,
-            "block_out_channels": unet.channels, "layers_per_block": unet.res_blocks,
-            "attention_head_dim": unet.heads, "cross_attention_dim": text.width,
-            "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in unet.attention],
-            "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in unet.attention[::-1]]},
-        "vae/config.json": {
-            "_class_name": "AutoencoderKL", "latent_channels": vae.latent_channels,
-            "block_out_channels": vae.channels, "layers_per_block": 2, "scaling_factor": vae.scale,
-            "sample_size": config.image_size, "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels},
-        "text_encoder/config.json": {
-            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "quick_gelu",
-            "vocab_size": text.vocab_size, "hidden_size": text.width, "intermediate_size": 4 * text.width,
-            "num_hidden_layers": text.layers, "num_attention_heads": text.heads, "projection_dim": text.width,
-            "max_position_embeddings": text.context_length, "bos_token_id": end - 1, "eos_token_id": end,
-            "pad_token_id": end},
-        "scheduler/scheduler_config.json": {
-            "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-            "beta_end": 0.012, "num_train_timesteps": config.timesteps, "clip_sample": False,
-            "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon"},
-        "tokenizer/vocab.json": tokenizer.id,
-        "tokenizer/merges.txt": "\n".join(["#version: 0.2", *tokenizer.merges]) + "\n",
-        "tokenizer/tokenizer_config.json": {
-            "tokenizer_class": "CLIPTokenizer", "model_max_length": text.context_length,
-            "bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END},
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:
-            print(f"error: {message}; --help explains every flag", file=sys.stderr)
-            sys.exit(2)
-    parser = Parser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    description="Export a checkpoint for other programs.")
+    parser = argparse.ArgumentParser(description="Export a checkpoint for other programs.")
     parser.add_argument("command", choices=("export",), help="what to do")
     parser.add_argument("ckpt", help="a checkpoint that sample.py takes")
-    parser.add_argument("out", help="OUT.safetensors (CompVis's names), or a folder in diffusers's layout")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
-                        help="averaged weights, or the last step's")
+    parser.add_argument("out", type=Path, help="OUT.safetensors, under Stable Diffusion's original names")
     args = parser.parse_args(argv)
     try:
-        export(load(args.ckpt, weights=args.weights), args.out)
+        export(load(args.ckpt), args.out)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -1,9 +1,8 @@
 """Prompts to PNG, with DiffDis's own judgement of what it drew.
 
-What it is: the paper's Algorithm 2 (`draw_images`, text to image) and Algorithm 3 (`draw_queries`,
-image to text query), each a few lines around the one sampler in diffusion.py, and the command line
-that saves pictures. `--best-of N` puts the two together: one model draws N images and keeps the one
-it reads the prompt from best.
+What it is: the paper's Algorithm 2 (`draw_images`, text to image) and Algorithm 3 (`draw_queries`, image to
+text query), each a few lines around the samplers of diffusion.py, and the command line that saves pictures.
+`--best-of N` puts the two together: one model draws N images and keeps the one it reads the prompt from best.
 
     python sample.py "a red circle above a blue square" --best-of 4
 
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import MAX_PIXELS, parse, write_atomically
+from data import parse, write_atomically
 from diffusion import (ddim, dpm_solver, guide, make_alphas_cumprod, make_denoiser, noise_of,
                        sampling_timesteps)
 from model import DiffDis
@@ -51,7 +50,8 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
     sampler: one of SAMPLERS;
     guidance_scale: 1 + w, 1 is no guidance, None the configuration's; size: (height, width) in px, None the
     training size; negative: the prompt to guide away from
-    -> images [B, 3, H, W] in [-1, 1], float32, on the model's device.
+    -> images [B, 3, H, W] in [-1, 1], float32, on the model's device. Raises ValueError where they are not
+    finite, or on an impossible size or number of steps.
     """
     config, device = model.config, model.device
     shape = model.latent_shape(*(size or (config.image_size, config.image_size)))
@@ -73,7 +73,10 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
     else:
         last = float(alphas_cumprod[0]) if config.image_target == "noise" else 1.0
         latents = ddim(denoise, z_T, timesteps, alphas_cumprod, 1.0, last, progress)
-    return model.decode_image(latents).float().clamp(-1, 1)
+    images = model.decode_image(latents).float()
+    if not torch.isfinite(images).all():
+        raise ValueError("the model draws numbers that are not finite: its weights are not usable")
+    return images.clamp(-1, 1)
 
 
 # ---------------------------------------------------------------- Algorithm 3: image -> text query
@@ -85,18 +88,19 @@ def draw_queries(model: DiffDis, latents: Tensor, indices: list[int], steps: int
     latents: clean z [B, C, h, w]; indices: B numbers that name the images: noise is a function of
     (seed, index); steps: 1 is one pass from t = T-1; draws: noise draws whose results are averaged;
     guidance_scale: 1 + w, with the zeroed latent as the unconditional image
-    -> text queries [B, D], unit norm, float32.
+    -> text queries [B, D], unit norm, float32. Raises ValueError where they are not finite.
     No text goes in: whatever comes out was read from the image.
     """
-    config, device = model.config, model.device
+    config, device, null_context = model.config, model.device, model.null_context()
     alphas_cumprod = make_alphas_cumprod(config.text_schedule, config.timesteps).to(device)
     timesteps = sampling_timesteps(steps, config.timesteps, "trailing")
 
     def predict(e_t: Tensor, t: Tensor) -> Tensor:
-        conditional = model.denoise_query(e_t, t, latents)
+        conditional = model.denoise_query(e_t, t, latents, null_context)
         if guidance_scale == 1:
             return conditional
-        return guide(conditional, model.denoise_query(e_t, t, torch.zeros_like(latents)), guidance_scale)
+        unconditional = model.denoise_query(e_t, t, torch.zeros_like(latents), null_context)
+        return guide(conditional, unconditional, guidance_scale)
 
     denoise = make_denoiser(predict, config.text_target, alphas_cumprod, config.gamma, unit_norm=True)
     total = 0
@@ -104,6 +108,8 @@ def draw_queries(model: DiffDis, latents: Tensor, indices: list[int], steps: int
         noise = noise_of((config.text.width,), [(seed, index, draw) for index in indices]).to(device)
         query = ddim(denoise, noise, timesteps, alphas_cumprod, config.gamma)
         total = total + F.normalize(query, dim=-1)
+    if not torch.isfinite(total).all():
+        raise ValueError("the model's text queries are not finite: its weights are not usable")
     return F.normalize(total, dim=-1)
 
 
@@ -164,17 +170,18 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def find_checkpoint(given: str | None) -> Path:
-    """--ckpt, or the newest runs/*/checkpoint.pt (saying which). Raises FileNotFoundError."""
+def find_checkpoint(given: str | None, otherwise: str | None = None) -> str | Path:
+    """--ckpt, or the newest runs/*/checkpoint.pt, or `otherwise` (saying which). Raises FileNotFoundError."""
     if given is not None:
-        return Path(given)
-    found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
+        return given
+    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    if not runs and otherwise is None:
         raise FileNotFoundError("no --ckpt given and no runs/*/checkpoint.pt here: train one with "
                                 "`python train.py`, give Stable Diffusion v1 as --ckpt FILE_OR_FOLDER, "
                                 "or download it with --ckpt sd-v1-5")
-    print(f"checkpoint: {found[-1]} (the newest of {len(found)})")
-    return found[-1]
+    print(f"checkpoint: {runs[-1]} (the newest of {len(runs)})" if runs else
+          f"no --ckpt given and no runs/*/checkpoint.pt here: taking {otherwise}")
+    return runs[-1] if runs else otherwise
 
 
 def warn_of_grammar(model: DiffDis, prompts: list[str]) -> None:
@@ -211,15 +218,22 @@ CKPT_HELP = ("checkpoint, Stable Diffusion v1 as .ckpt, .safetensors or diffuser
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def image_size(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT -> (height, width)."""
+    width, height = map(int, text.lower().split("x"))
+    if not (0 < width <= 4096 and 0 < height <= 4096):
+        raise argparse.ArgumentTypeError(f"{text} has a side that is not 1 to 4096 px")
+    return height, width
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Draw images for prompts.")
     add = parser.add_argument
     add("prompts", nargs="+", help="what to draw; several prompts give a grid, a row each")
-    add("--ckpt", help=CKPT_HELP)
-    add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights, or the last step's")
+    add("--ckpt", help=f"{CKPT_HELP}, and without one sd-v1-5")
     add("--dtype", choices=tuple(DTYPES), default="fp32",
         help="type of the weights (the autoencoder is never in fp16)")
-    add("--sampler", choices=tuple(SAMPLERS), default="ddim",
+    add("--sampler", choices=SAMPLERS, default="ddim",
         help="DDIM, or DPM-Solver++(2M), for which 20 steps are plenty")
     add("--steps", type=positive, default=50, help="sampler steps")
     add("--guidance-scale", type=finite,
@@ -228,59 +242,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=natural, default=0, help="the k-th image drawn for a prompt comes from seed + k")
     add("-n", type=positive, default=1, help="images per prompt")
     add("--best-of", type=positive, default=1, metavar="N",
-        help="draw N images for each one kept: the one whose own alignment score with the prompt is highest")
-    add("--size", help="WIDTHxHEIGHT in px; without it the training size")
-    add("--batch", type=positive, default=16, help="images drawn at once")
-    add("--scale", type=positive, help="enlarge saved pixels this many times; without it, to about 256 px")
-    add("--out", default="sample.png", help="PNG to write")
+        help="draw N images for each that is saved: the one from which the model reads the prompt best")
+    add("--size", type=image_size, metavar="WIDTHxHEIGHT", help="in px; without it the training size")
+    add("--out", default="sample.png", help="PNG to write; small pictures are enlarged to about 256 px")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     return parser.parse_args(argv)
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """WIDTHxHEIGHT -> (height, width)."""
-    if text is None:
-        return None
-    try:
-        width, height = map(int, text.lower().split("x"))
-    except ValueError:
-        raise ValueError(f"--size is {text!r}, expected WIDTHxHEIGHT in px, e.g. 512x512") from None
-    return height, width
-
-
-def draw_all(model: DiffDis, args: argparse.Namespace) -> tuple[Tensor, list[dict]]:
-    """Every prompt's images, prompt by prompt
+def draw_all(model: DiffDis, prompts: list[str], seed: int, n: int, best: int, size: tuple[int, int],
+             steps: int, **settings) -> tuple[Tensor, list[dict]]:
+    """n images per prompt, each the best of `best`; size, steps and settings: as `draw_images`
     -> images [P·n, 3, H, W], a note (prompt, seed, similarity) on each."""
-    size, per_prompt = parse_size(args.size), args.n * args.best_of
-    jobs = [(prompt, args.seed + k) for prompt in args.prompts for k in range(per_prompt)]
+    jobs = [(prompt, seed + k) for prompt in prompts for k in range(n * best)]
+    at_once = min(64, max(1, 2 ** 20 // (size[0] * size[1])))           # 4 of 512 px
     drawn = []
-    with tqdm(total=-(-len(jobs) // args.batch) * args.steps, unit="step", disable=None) as bar:
+    with tqdm(total=-(-len(jobs) // at_once) * steps, unit="step", disable=None) as bar:
         def progress(timesteps):
             for t in timesteps:
                 yield t
                 bar.update()
-        for i in range(0, len(jobs), args.batch):
-            prompts, seeds = zip(*jobs[i:i + args.batch])
-            drawn.append(draw_images(model, list(prompts), list(seeds), args.steps, args.guidance_scale, size,
-                                     args.negative, args.sampler, progress))
-    images = torch.cat(drawn)
-    notes = [{"prompt": prompt, "seed": seed} for prompt, seed in jobs]
-    if args.best_of == 1:
+        for i in range(0, len(jobs), at_once):
+            texts, seeds = zip(*jobs[i:i + at_once])
+            drawn.append(draw_images(model, list(texts), list(seeds), steps, size=size, progress=progress,
+                                     **settings))
+    images, notes = torch.cat(drawn), [{"prompt": prompt, "seed": seed} for prompt, seed in jobs]
+    if best == 1:
         return images, notes
-    kept = []
-    for i in range(0, len(jobs), args.best_of):
-        best, similarities = best_of(model, jobs[i][0], images[i:i + args.best_of], args.seed)
-        notes[i + best]["similarity"] = float(similarities[best])
-        kept.append(i + best)
-    return images[kept], [notes[i] for i in kept]
+    chosen = []
+    for i in range(0, len(jobs), best):
+        index, similarities = best_of(model, jobs[i][0], images[i:i + best], seed)
+        notes[i + index]["similarity"] = float(similarities[index])
+        chosen.append(i + index)
+    return images[chosen], [notes[i] for i in chosen]
 
 
 def fingerprint(path: Path) -> str:
-    """The first 10 digits of a checkpoint's SHA-256 (of a folder: its UNet's, of a CLIP's its largest
-    file's), as other programs show it."""
+    """The first 10 digits of a checkpoint's SHA-256 (of a folder: its largest file's), as other programs show
+    it."""
     if path.is_dir():
-        path = (models.part_file(path / "unet", "diffusion_pytorch_model") if (path / "unet").is_dir() else
-                max(filter(Path.is_file, path.iterdir()), key=lambda file: file.stat().st_size))
+        path = max(filter(Path.is_file, path.rglob("*")), key=lambda file: file.stat().st_size)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2 ** 24):
@@ -288,18 +288,15 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:10]
 
 
-def save_png(images: Tensor, notes: list[dict], args: argparse.Namespace, checkpoint: str) -> None:
+def save_png(images: Tensor, notes: list[dict], columns: int, out: str, **settings) -> None:
     """One picture, or a grid with a row per prompt; what made it stands in the PNG's text chunks."""
-    scale = args.scale or max(1, 256 // images.shape[3])
-    picture = make_grid(images, args.n, scale, gap=2 if len(images) > 1 else 0)
+    picture = make_grid(images, columns, max(1, 256 // images.shape[3]), gap=2 if len(images) > 1 else 0)
     text = PngImagePlugin.PngInfo()
-    for key, value in (("prompt", " | ".join(args.prompts)),
-                       ("seeds", ", ".join(str(n["seed"]) for n in notes)),
-                       ("sampler", args.sampler), ("checkpoint", checkpoint),
-                       ("steps", args.steps), ("guidance_scale", args.guidance_scale),
-                       ("negative", args.negative)):
+    settings = {"prompt": " | ".join(dict.fromkeys(note["prompt"] for note in notes)),
+                "seeds": ", ".join(str(note["seed"]) for note in notes), **settings}
+    for key, value in settings.items():
         text.add_itxt(key, str(value))
-    write_atomically(Path(args.out), lambda file: picture.save(file, "PNG", pnginfo=text))
+    write_atomically(Path(out), lambda file: picture.save(file, "PNG", pnginfo=text))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -308,27 +305,22 @@ def main(argv: list[str] | None = None) -> None:
         if Path(args.out).suffix.lower() != ".png" or not Path(args.out).resolve().parent.is_dir():
             raise ValueError(f"--out is {args.out!r}, expected a .png in an existing folder")
         device = pick_device(args.device)
-        path = models.locate(find_checkpoint(args.ckpt))
-        model = models.load(path, device, args.weights, DTYPES[args.dtype], only_draw=args.best_of == 1)
+        path = models.locate(find_checkpoint(args.ckpt, otherwise="sd-v1-5"))
+        model = models.load(path, device, dtype=DTYPES[args.dtype])
         if "generation" not in model.tasks:
             raise ValueError(f"{path} was trained to read images, not to draw them (--tasks alignment, or a "
                              "CLIP): give a --ckpt that was trained with --tasks generation,alignment")
-        model.unet.to(memory_format=torch.channels_last)       # float32, 512 px, CPU: a tenth faster
-        if args.guidance_scale is None:
-            args.guidance_scale = model.config.guidance_scale
-        model.latent_shape(*(parse_size(args.size) or (model.config.image_size,) * 2))
-        image_timesteps(model, args.steps)
         if args.best_of > 1 and "alignment" not in model.tasks:
             raise ValueError("--best-of needs a model that reads images, and these weights only draw them: "
                              "train their query stream with train.py --init first")
-        height, width = parse_size(args.size) or (model.config.image_size,) * 2
-        pixels = len(args.prompts) * args.n * height * width * (args.scale or max(1, 256 // width)) ** 2
-        if pixels > MAX_PIXELS:
-            raise ValueError(f"the picture would have {pixels:,} pixels, {MAX_PIXELS:,} are the most: "
-                             "lower --scale, -n or --size")
+        model.unet.to(memory_format=torch.channels_last)       # float32, 512 px, CPU: a tenth faster
         warn_of_grammar(model, args.prompts)
-        images, notes = draw_all(model, args)
-        save_png(images, notes, args, fingerprint(path))
+        if args.guidance_scale is None:
+            args.guidance_scale = model.config.guidance_scale
+        settings = {name: getattr(args, name) for name in ("sampler", "steps", "guidance_scale", "negative")}
+        images, notes = draw_all(model, args.prompts, args.seed, args.n, args.best_of,
+                                 args.size or (model.config.image_size,) * 2, **settings)
+        save_png(images, notes, args.n, args.out, checkpoint=fingerprint(path), **settings)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 and a model small enough to build anywhere."""
 import atexit
 import importlib
+import json
 import os
 import shutil
 import sys
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import Shapes, Tokenizer  # noqa: E402  (the path comes first)
 from fusion import FusionConfig  # noqa: E402
-from model import Clip, ClipConfig, Config, DiffDis, TextConfig, UNetConfig, patches  # noqa: E402
+from model import Clip, ClipConfig, Config, DiffDis, TextConfig, UNetConfig, is_new, patches  # noqa: E402
 
 
 def import_oracle(name: str) -> types.ModuleType:
@@ -79,6 +80,41 @@ def build(config: Config | ClipConfig | None = None, seed: int = 0) -> DiffDis |
     config = replace(config, text=replace(config.text, vocab_size=tokenizer.vocab_size))
     network = Clip if isinstance(config, ClipConfig) else DiffDis
     return randomise(network(config, tokenizer), seed).eval()
+
+
+def put_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(tokenizer.id), encoding="utf-8")
+    merges = "\n".join(["#version: 0.2", *tokenizer.merges]) + "\n"
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
+
+
+def write_folder(model: DiffDis, folder: Path) -> None:
+    """The folder that diffusers and transformers write of a model's Stable Diffusion part."""
+    import diffusers
+    import transformers
+    unet, text, vae = model.config.unet, model.config.text, model.config.autoencoder
+    end, levels = model.tokenizer.vocab_size - 1, len(vae.channels)
+
+    def put(part: str, network: torch.nn.Module, name: str) -> None:
+        prefix = "text_model." if any(n.startswith("text_model.") for n in network.state_dict()) else ""
+        network.load_state_dict({prefix + n: value for n, value in getattr(model, part).state_dict().items()
+                                 if not is_new(n)})
+        network.save_pretrained(folder / name)
+    put("unet", diffusers.UNet2DConditionModel(
+        in_channels=vae.latent_channels, out_channels=vae.latent_channels, layers_per_block=unet.res_blocks,
+        block_out_channels=unet.channels, attention_head_dim=unet.heads, cross_attention_dim=text.width,
+        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in unet.attention],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in unet.attention[::-1]]), "unet")
+    put("autoencoder", diffusers.AutoencoderKL(
+        latent_channels=vae.latent_channels, block_out_channels=vae.channels, layers_per_block=2,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels), "vae")
+    put("text_encoder", transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=end + 1, hidden_size=text.width, intermediate_size=4 * text.width,
+        num_hidden_layers=text.layers, num_attention_heads=text.heads, projection_dim=text.width,
+        max_position_embeddings=text.context_length, bos_token_id=end - 1, eos_token_id=end)), "text_encoder")
+    put_vocabulary(folder / "tokenizer", model.tokenizer)
 
 
 @pytest.fixture()

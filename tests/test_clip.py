@@ -1,12 +1,10 @@
-"""Published CLIP weights: transformers' folders, OpenCLIP's files and OpenAI's archives give the vectors that
-those programs give, nothing in a file is run, and what would change results silently is refused."""
+"""Published CLIP weights: transformers' folders and OpenCLIP's files give the vectors that those programs
+give, and what would change results silently is refused."""
 import json
-import zipfile
 
 import pytest
 import torch
-from conftest import import_oracle, randomise
-from torch import nn
+from conftest import import_oracle, put_vocabulary, randomise
 
 import model as models
 import sample
@@ -26,13 +24,6 @@ def own_cache(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.learn((Shapes().captions(i)[0] for i in range(200)), 560, 16)
-
-
-def put_vocabulary(folder, tokenizer: Tokenizer) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(tokenizer.id), encoding="utf-8")
-    merges = "\n".join(["#version: 0.2", *tokenizer.merges]) + "\n"
-    (folder / "merges.txt").write_text(merges, encoding="utf-8")
 
 
 def clip_of_transformers(vocab_size: int, activation: str = "quick_gelu", heads: int = 2, text_heads: int = 1,
@@ -86,21 +77,15 @@ def test_folders_of_transformers(tokenizer, tmp_path, capsys, activation: str, h
     assert f"loaded {len(theirs.state_dict())} tensors" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.fp16.safetensors", "pytorch_model.fp16.bin"])
-def test_older_folders_of_transformers(tokenizer, tmp_path, capsys, name: str) -> None:
+def test_older_folders_of_transformers(tokenizer, tmp_path, capsys) -> None:
     """Position ids are among the tensors, and the configuration writes each tower twice."""
     theirs = clip_of_transformers(tokenizer.vocab_size, heads=4)
     theirs.save_pretrained(tmp_path / "clip")
     put_vocabulary(tmp_path / "clip", tokenizer)
     (tmp_path / "clip/model.safetensors").unlink()
-    if "fp16" in name:
-        theirs = theirs.half().float()
-    tensors = theirs.state_dict() | {"text_model.embeddings.position_ids": torch.arange(16)[None],
-                                     "vision_model.embeddings.position_ids": torch.arange(17)[None]}
-    tensors = {key: value.half() if "fp16" in name and value.is_floating_point() else value
-               for key, value in tensors.items()}
-    write = torch.save if name.endswith(".bin") else safetensors.save_file
-    write(tensors, tmp_path / "clip" / name)
+    torch.save(theirs.state_dict() | {"text_model.embeddings.position_ids": torch.arange(16)[None],
+                                      "vision_model.embeddings.position_ids": torch.arange(17)[None]},
+               tmp_path / "clip/pytorch_model.bin")
     config = json.loads((tmp_path / "clip/config.json").read_text())
     config["vision_config_dict"] = {"num_attention_heads": config["vision_config"]["num_attention_heads"]}
     config["vision_config"]["num_attention_heads"], config["text_config_dict"] = 2, None
@@ -113,8 +98,8 @@ def test_older_folders_of_transformers(tokenizer, tmp_path, capsys, name: str) -
 @pytest.mark.parametrize("changes, message", [
     ({"hidden_act": "gelu_new"}, "gelu_new.*expected quick_gelu or gelu"),
     ({"layer_norm_eps": 1e-6}, "layer_norm_eps.*1e-06.*expected 1e-05"),
-    ({"num_attention_heads": 7}, "one of the 7 heads"), ({"num_attention_heads": "4"}, "'4'.*whole numbers"),
-    ({"num_attention_heads": 0}, "0 and 0 attention heads")])
+    ({"num_attention_heads": 7}, "multiples of the 7"), ({"num_attention_heads": "4"}, "clip.*TypeError"),
+    ({"num_attention_heads": 0}, "clip.*ZeroDivision")])
 def test_configurations_that_would_change_results_are_refused(tokenizer, tmp_path, changes, message) -> None:
     clip_of_transformers(tokenizer.vocab_size).save_pretrained(tmp_path / "clip")
     put_vocabulary(tmp_path / "clip", tokenizer)
@@ -141,13 +126,13 @@ def test_other_folders_are_refused(tokenizer, tmp_path) -> None:
     with pytest.raises(ValueError, match="'quick_gelu' for images and 'gelu' for texts"):
         models.load(tmp_path / "clip")
     path.write_text(json.dumps(config | {"text_config": [1]}))
-    with pytest.raises(ValueError, match=r"\[1\] for text_config, expected an object"):
+    with pytest.raises(ValueError, match="clip cannot be used"):
         models.load(tmp_path / "clip")
     path.write_text(json.dumps(config | {"model_type": "siglip"}))
     with pytest.raises(ValueError, match="'siglip', expected 'clip'"):
         models.load(tmp_path / "clip")
     path.write_text("[")
-    with pytest.raises(ValueError, match="config.json is no JSON object"):
+    with pytest.raises(ValueError, match="clip cannot be used"):
         models.load(tmp_path / "clip")
 
 
@@ -216,11 +201,6 @@ def test_files_of_open_clip(tokenizer, tmp_path, capsys, name: str, what: str, q
     assert f"loaded {len(theirs.state_dict())} tensors" in capsys.readouterr().out
 
 
-def test_a_folder_has_the_fingerprint_of_its_weights(tokenizer, tmp_path) -> None:
-    file = put_open_clip(tmp_path / "oc", tokenizer, openai_names(clip_of_transformers(tokenizer.vocab_size)))
-    assert sample.fingerprint(tmp_path / "oc") == sample.fingerprint(file)
-
-
 def test_heads_of_another_width_in_open_clip(tokenizer, tmp_path) -> None:
     """As in ViT-H/14: vision_cfg.head_width; and text_cfg.heads, which is 8 where it is absent."""
     theirs = clip_of_transformers(tokenizer.vocab_size, "gelu", heads=4, text_heads=8)
@@ -239,32 +219,27 @@ def test_open_clip_itself_computes_the_same(tokenizer, tmp_path, quick: bool) ->
     theirs = randomise(open_clip.CLIP(**config["model_cfg"])).eval()
     file = put_open_clip(tmp_path / "oc", tokenizer, theirs.state_dict(), config=config)
     images, tokens = torch.randn(3, 3, 32, 32), tokenizer(CAPTIONS)
-    expected = theirs.encode_image(images, normalize=True), theirs.encode_text(tokens, normalize=True)
-    torch.jit.script(theirs).save(str(tmp_path / "oc/scripted.pt"))
-    torch.jit.trace(theirs, (images, tokens), check_trace=False).save(str(tmp_path / "oc/traced.pt"))
-    for path in (file, tmp_path / "oc/scripted.pt", tmp_path / "oc/traced.pt"):
-        ours = models.load(path)
-        assert (ours.encode_image(images) - expected[0]).abs().max() < 1e-5, path.name
-        assert (ours.encode_tokens(tokens) - expected[1]).abs().max() < 1e-5, path.name
+    ours = models.load(file)
+    assert (ours.encode_image(images) - theirs.encode_image(images, normalize=True)).abs().max() < 1e-5
+    assert (ours.encode_tokens(tokens) - theirs.encode_text(tokens, normalize=True)).abs().max() < 1e-5
 
 
 def test_the_activation_is_never_guessed(tokenizer, tmp_path) -> None:
     tensors = openai_names(clip_of_transformers(tokenizer.vocab_size))
     file = put_open_clip(tmp_path / "oc", tokenizer, tensors)
-    for path in (file, file.parent):
-        with pytest.raises(FileNotFoundError, match="quick GELU or GELU.*open_clip_config.json beside it"):
-            models.load(path)
+    with pytest.raises(FileNotFoundError, match="quick GELU or GELU.*open_clip_config.json beside it"):
+        models.load(file)
     # A file of one model's description without the hub's frame would otherwise mean GELU.
     (tmp_path / "oc/open_clip_config.json").write_text(json.dumps(open_clip_config(560)["model_cfg"]))
-    with pytest.raises(ValueError, match="None for model_cfg, expected an object"):
+    with pytest.raises(ValueError, match="KeyError: 'model_cfg'"):
         models.load(file)
 
 
 @pytest.mark.parametrize("part, changes, message", [
-    ("vision_cfg", {"pool_type": "avg"}, "vision_cfg has pool_type"),
-    ("text_cfg", {"no_causal_mask": True}, "text_cfg has no_causal_mask"),
-    ("vision_cfg", {"head_width": 0}, "ZeroDivision|by zero"), ("text_cfg", {"heads": 5}, "its 5"),
-    ("preprocess_cfg", {"mean": [0.5, 0.5, 0.5]}, r"mean \[0.5, 0.5, 0.5\], expected CLIP's")])
+    ("vision_cfg", {"pool_type": "avg"}, "has pool_type, which is not"),
+    ("text_cfg", {"no_causal_mask": True}, "has no_causal_mask, which is not"),
+    ("vision_cfg", {"head_width": 0}, "ZeroDivision|by zero"), ("text_cfg", {"heads": 5}, "and 5 heads"),
+    ("preprocess_cfg", {"mean": [0.5, 0.5, 0.5]}, r"has mean \[0.5, 0.5, 0.5\], which is not")])
 def test_open_clips_that_compute_otherwise_are_refused(tokenizer, tmp_path, part, changes, message) -> None:
     config = open_clip_config(tokenizer.vocab_size)
     {**config, **config["model_cfg"]}[part].update(changes)
@@ -278,122 +253,17 @@ def test_open_clips_that_compute_otherwise_are_refused(tokenizer, tmp_path, part
     ("ln_final.bias", None, "lacks text_model.final_layer_norm.bias"),
     ("logit_scale", None, "lacks logit_scale"), ("logit_bias", torch.zeros(1), "unknown logit_bias"),
     ("visual.attnpool.q.bias", torch.zeros(1), "unknown visual.attnpool.q.bias"),
-    ("visual.conv1.weight", None, "patch_embedding.weight of 4 dimensions, the file lacks it.*transformer"),
-    ("visual.conv1.weight", torch.zeros(3, 3), r"the file has it of shape \(3, 3\)"),
-    ("visual.conv1.weight", torch.zeros(128, 3, 0, 0), "zero"),
-    ("visual.positional_embedding", torch.zeros(0, 128), "no CLIP can be built"),
-    ("visual.positional_embedding", torch.zeros(19, 128), r"position_embedding.weight of shape \(19, 128\)"),
-    ("visual.proj", torch.zeros(24, 128), r"visual_projection.weight of shape \(128, 24\)"),
-    ("text_projection", torch.zeros(3), r"text_projection.weight of shape \(3,\)"),
-    ("transformer.resblocks.1.attn.in_proj_bias", torch.zeros(4), "in_proj_bias"),
-    ("transformer.resblocks.1.mlp.c_fc.weight", torch.zeros(200, 64), r"fc1.weight of shape \(200, 64\)"),
-    ("text.ln_final.bias", torch.zeros(64), "text tower of its own make")])
+    ("visual.conv1.weight", None, "lacks vision_model.embeddings.patch_embedding.weight"),
+    ("visual.conv1.weight", torch.zeros(3, 3), r"patch_embedding.weight.*\[3, 3\]"),
+    ("visual.positional_embedding", torch.zeros(19, 128), r"position_embedding.weight.*\[19, 128\]"),
+    ("visual.proj", torch.zeros(24, 128), r"visual_projection.weight.*\[128, 24\]"),
+    ("text_projection", torch.zeros(3), r"text_projection.weight.*\[3\]"),
+    ("transformer.resblocks.1.attn.in_proj_bias", torch.zeros(4), r"_proj.bias.*\[2\]"),
+    ("transformer.resblocks.1.mlp.c_fc.weight", torch.zeros(200, 64), r"fc1.weight.*\[200, 64\]"),
+    ("text.ln_final.bias", torch.zeros(64), "unknown text.ln_final.bias")])
 def test_what_does_not_fit_is_named(tokenizer, tmp_path, name: str, value, message: str) -> None:
     tensors = openai_names(clip_of_transformers(tokenizer.vocab_size)) | {name: value}
     tensors = {key: value for key, value in tensors.items() if value is not None}
     file = put_open_clip(tmp_path / "oc", tokenizer, tensors, config=open_clip_config(tokenizer.vocab_size))
     with pytest.raises(ValueError, match=message):
         models.load(file)
-
-
-# ---------------------------------------------------------------- OpenAI's archives
-class Node(nn.Module):
-    """A module whose forward only TorchScript reads: it would write, were it run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes = [1, 2]             # typed lists and dicts take a function call in the pickle
-        self.table: dict[str, float] = {"a": 1.0}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        print("the archive's code ran")
-        return x
-
-
-def archive(tensors: dict[str, torch.Tensor], path, scalars: bool = True) -> None:
-    """A TorchScript archive with tensors under these names, as buffers and parameters of nested modules."""
-    root = Node()
-    for name, value in tensors.items():
-        *modules, last = name.split(".")
-        node = root
-        for part in modules:
-            if part not in dict(node.named_children()):
-                node.add_module(part, Node())
-            node = getattr(node, part)
-        node.register_parameter(last, nn.Parameter(value.half()))
-    root.register_buffer("attn_mask", torch.zeros(16, 16))
-    for name in ("input_resolution", "context_length", "vocab_size") if scalars else ():
-        root.register_buffer(name, torch.tensor(7))
-    torch.jit.script(root).save(str(path))
-
-
-def test_archives_of_openai(tokenizer, tmp_path, capsys, monkeypatch) -> None:
-    """Read as data alone: torch.jit.load, which compiles what is in the file, is never called."""
-    theirs = clip_of_transformers(tokenizer.vocab_size).half().float()
-    put_vocabulary(tmp_path / "tokenizer", tokenizer)
-    archive(openai_names(theirs), tmp_path / "ViT-T-8.pt")
-    monkeypatch.setattr(torch.jit, "load", lambda *args, **kwargs: pytest.fail("compiled the archive's code"))
-    ours = models.load(tmp_path / "ViT-T-8.pt")
-    assert ours.config.activation == "quick_gelu" and ours.config.image_size == 32
-    check_same(ours, theirs, tokenizer)
-    said = capsys.readouterr().out
-    assert f"loaded {len(theirs.state_dict())} tensors" in said and "ignored: 4" in said
-    assert "code ran" not in said
-    models.save(tmp_path / "ours.pt", ours)
-    check_same(models.load(tmp_path / "ours.pt"), theirs, tokenizer)
-
-
-def test_archives_of_others_do_not_tell_their_activation(tokenizer, tmp_path) -> None:
-    """OpenCLIP too writes archives, of models with either activation."""
-    theirs = clip_of_transformers(tokenizer.vocab_size, "gelu", text_heads=4).half().float()
-    put_vocabulary(tmp_path / "tokenizer", tokenizer)
-    archive(openai_names(theirs), tmp_path / "other.pt", scalars=False)
-    with pytest.raises(FileNotFoundError, match="open_clip_config.json"):
-        models.load(tmp_path / "other.pt")
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(open_clip_config(tokenizer.vocab_size)))
-    check_same(models.load(tmp_path / "other.pt"), theirs, tokenizer)
-
-
-def rewrite(source, target, change) -> None:
-    """Copy an archive, its pickle changed; the version moves to where some of torch's releases write it."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for name in old.namelist():
-            body = old.read(name)
-            new.writestr(name.replace("/version", "/.data/version"),
-                         change(body) if name.endswith("/data.pkl") else body)
-
-
-def test_an_archive_cannot_run_code(tokenizer, tmp_path) -> None:
-    archive(openai_names(clip_of_transformers(tokenizer.vocab_size)), tmp_path / "good.pt")
-    put_vocabulary(tmp_path / "tokenizer", tokenizer)
-    rewrite(tmp_path / "good.pt", tmp_path / "copy.pt", lambda body: body)
-    assert isinstance(models.load(tmp_path / "copy.pt"), models.Clip), "refused for how it was copied"
-    ran = str(tmp_path / "ran").encode()
-    call = b"(X" + len(ran).to_bytes(4, "little") + ran + b"X\x01\x00\x00\x00wtR"       # (path, "w"), called
-    for function, said in ((b"io\nopen", "wants to run io.open"), (b"torch.jit\nload", "run torch.jit.load"),
-                           (b"__torch__.os\nsystem", ""), (b"torch.jit._pickle\nos.system", "holds a str")):
-        rewrite(tmp_path / "good.pt", tmp_path / "evil.pt",
-                lambda body: body[:-1] + b"c" + function + b"\n" + call + b".")
-        with pytest.raises(ValueError, match=f"evil.pt.*{said}"):
-            models.load(tmp_path / "evil.pt")
-        assert not (tmp_path / "ran").exists(), f"{function} was called"
-
-
-@pytest.mark.parametrize("change", [lambda body: body[:400], lambda body: body[:3000],
-                                    lambda body: body[:-1] + b"b.", lambda body: b"",
-                                    lambda body: body[:-1] + b"K\x07b."])
-def test_damaged_archives_are_refused_by_name(tokenizer, tmp_path, change) -> None:
-    archive(openai_names(clip_of_transformers(tokenizer.vocab_size)), tmp_path / "good.pt")
-    rewrite(tmp_path / "good.pt", tmp_path / "bad.pt", change)
-    with pytest.raises(ValueError, match="bad.pt"):
-        models.load(tmp_path / "bad.pt")
-    (tmp_path / "bad.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:-500])
-    with pytest.raises(ValueError, match="bad.pt"):
-        models.load(tmp_path / "bad.pt")
-
-
-def test_modules_that_hold_one_another_are_refused(tmp_path) -> None:
-    loop = models.Attributes()
-    loop["again"] = loop
-    with pytest.raises(ValueError, match="x.pt is damaged"):
-        models.tensors_of(loop, tmp_path / "x.pt")

@@ -52,7 +52,7 @@ def test_queries_follow_algorithm_3(base, monkeypatch) -> None:
     """Guided from the zeroed latent, on the text's schedule, with fresh noise for each draw."""
     condition, nothing, seen = torch.eye(32)[:1], torch.eye(32)[1:2], []
 
-    def network(self, e_t, t, latents):
+    def network(self, e_t, t, latents, null_context):
         seen.append((e_t, int(t)))
         return condition if latents.any() else nothing
     monkeypatch.setattr(type(base), "denoise_query", network)
@@ -80,11 +80,10 @@ def test_best_of_keeps_the_highest_similarity(base, monkeypatch) -> None:
     monkeypatch.setattr(sample, "draw_queries", lambda *_, **__: read)      # what is read from images 0 to 3
     best, similarities = best_of(base, "a red circle", torch.zeros(4, 3, 32, 32))
     assert best == 2 and similarities[2] == pytest.approx(1, abs=1e-5)
-    flags = ["--best-of", "4", "--steps", "2", "--seed", "7"]
-    args = sample.parse_args(["a red circle", "a blue square", *flags])
-    kept, notes = sample.draw_all(base, args)
+    images, notes = sample.draw_all(base, ["a red circle", "a blue square"], 7, n=1, best=4,
+                                   size=(32, 32), steps=2)
     assert [note["seed"] for note in notes] == [9, 8]
-    for image, note in zip(kept, notes, strict=True):
+    for image, note in zip(images, notes, strict=True):
         again = draw_images(base, [note["prompt"]], [note["seed"]], steps=2)[0]
         assert torch.allclose(image, again, atol=1e-4), "the picture is not the one its note names"
 
@@ -127,11 +126,23 @@ def test_command_line(base, tmp_path, monkeypatch, capsys) -> None:
     sample.main([" ".join(["red"] * 99), "", "--steps", "1", "--device", "cpu"])
 
 
+def test_weights_that_are_not_finite_draw_nothing(tmp_path, monkeypatch, capsys) -> None:
+    broken = build()
+    broken.unet.conv_out.bias.data[0] = torch.nan
+    models.save(tmp_path / "c.pt", broken)
+    for flags in ([], ["--best-of", "2"]):
+        with pytest.raises(SystemExit) as stop:
+            sample.main(["a dog", "--ckpt", str(tmp_path / "c.pt"), "--steps", "1", "--device", "cpu",
+                         "--out", str(tmp_path / "x.png"), *flags])
+        assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
 @pytest.mark.parametrize("flags, message", [
-    ([], "train.py"), (["--ckpt", "x.pt"], "no checkpoint"), (["--out", "x.jpg"], ".png"),
+    (["--ckpt", "x.pt"], "no checkpoint"), (["--out", "x.jpg"], ".png"),
     (["--out", "no/where.png"], "existing folder"), (["--size", "33x32"], "multiples of 8"),
-    (["--size", "big"], "WIDTH"), (["--steps", "2000"], "1 to 1000"), (["--device", "cuda"], "CUDA"),
-    (["--scale", "100000"], "--scale"), (["--size", "1600000x1600000"], "up to"),
+    (["--size", "big"], "--size"), (["--steps", "2000"], "1 to 1000"), (["--device", "cuda"], "CUDA"),
+    (["--size", "1600000x1600000"], "4096 px"),
     (["--guidance-scale", "nan"], "finite"), (["--seed", "-1"], "--seed")])
 def test_mistakes_end_in_one_line_and_status_2(base, tmp_path, monkeypatch, capsys, flags, message) -> None:
     if "cuda" in flags and torch.cuda.is_available():
