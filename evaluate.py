@@ -46,7 +46,7 @@ from data import (KINDS, SIDE, Batch, FileSource, Sample, Shapes, SkipReport, So
                   clean, evaluation_batches, evenly_spaced, open_source, rand_augment, refuse_missing,
                   text_lines, to_square, usable_captions)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_denoiser, make_target,
-                       noise_of, q_sample, signal_and_noise)
+                       noise_of, q_sample, sampling_timesteps, signal_and_noise)
 from model import Clip, DiffDis, TextConfig
 from sample import (CKPT_HELP, SAMPLERS, Parser, draw_images, draw_queries, fail, find_checkpoint,
                     fingerprint, finite, natural, pick_device, positive, to_pil)
@@ -910,7 +910,7 @@ def train_head(model: DiffDis | Clip, data: LongTail, queries: Tensor, owners: T
     known = image_queries(model, data.train.subset(torch.cat(few).sort().values.numpy()), reading)
     data.skips.add(known.skips.skipped, known.skips.visited)
     anchors = select_anchors(known.values, torch.tensor(known.labels), queries, owners,
-                             float(model.logit_scale.exp()))
+                             model.logit_scale.exp().item())
     torch.manual_seed(reading.seed)
     head = LanguageGuidedHead(*anchors).to(device)
     attention = nn.ModuleList([head.norm_q, head.norm_k, head.to_q, head.to_k])
@@ -1017,7 +1017,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
-    """Refuse what these weights cannot do. Raises ValueError."""
+    """Refuse what these weights cannot do, before anything is computed. Raises ValueError."""
+    if isinstance(model, DiffDis):
+        sampling_timesteps(args.text_steps, model.config.timesteps, "trailing")
     for task in args.tasks:
         needed = {NEEDS[task]} if task != "zeroshot" or args.loss_timesteps is None else {"generation"}
         needed |= {"alignment"} if task == "checker" and args.best_of > 1 else set()

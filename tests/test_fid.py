@@ -101,7 +101,8 @@ def file(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("counters", [True, False])
 def test_a_weight_file_loads(weights, file, counters: bool) -> None:
-    torch.save({name: value for name, value in weights.items() if counters or "num_batches" not in name}, file)
+    torch.save({name: value for name, value in weights.items()
+                if counters or "num_batches" not in name}, file)
     network = load_inception()
     assert not network.training and not any(p.requires_grad for p in network.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items()
@@ -175,8 +176,8 @@ def test_simple_covariances() -> None:
     first, second = torch.tensor([9.0, 0.25, 4.0, 0.0]).double(), torch.tensor([1.0, 4.0, 0.0, 0.0]).double()
     expected = (first.sqrt() - second.sqrt()).square().sum()
     for q in (torch.eye(4).double(), torch.linalg.qr(rows(4, 4))[0]):
-        assert near(frechet_distance(*(exact(torch.zeros(4), q @ torch.diag(d) @ q.T) for d in (first, second))),
-                    expected, 1e-7)
+        a, b = (exact(torch.zeros(4), q @ torch.diag(d) @ q.T) for d in (first, second))
+        assert near(frechet_distance(a, b), expected, 1e-7)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -263,7 +264,8 @@ def test_the_command_equals_its_parts_done_slowly(drawer, capsys) -> None:
             picture[None].copy())), [i], seed=5) for i, picture in enumerate(pictures)]).double())
     a, b = queries
     roots = torch.linalg.eigvals(torch.cov(a.T) @ torch.cov(b.T)).sqrt().real.sum()
-    slow = (a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * roots
+    slow = (a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace()
+    slow = slow - 2 * roots
     assert found["fid"] == pytest.approx(slow.item(), rel=1e-3)
     assert np.array_equal(np.asarray(Image.open("drawn/000011.png")), drawn[11])
     assert "fid" in capsys.readouterr().out
