@@ -365,7 +365,8 @@ def test_what_cannot_be_read_is_counted_and_noise_names_no_image(places, capsys,
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--text-steps", "2000"], "is 2000, expected 1 to 1000"), (["--lr-scale", "1e30", *QUICK[:-2]], "stage 1, step"),
+    (["--text-steps", "2000"], "is 2000, expected 1 to 1000"),
+    (["--lr-scale", "1e30", *QUICK[:-2]], "stage 1, step"),
     (["--lr-scale", "1e38", "--epochs", "0", "--no-augment", "--batch-size", "8"], "stage 2, step"),
     (["--data", "places-lt"], "data/places-lt has 0 files")])
 def test_mistakes_end_in_one_line(places, capsys, monkeypatch, flags, message) -> None:
