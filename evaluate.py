@@ -959,7 +959,7 @@ def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(b
 # ---------------------------------------------------------------- command line
 NEEDS = {"retrieval": "alignment", "zeroshot": "alignment", "longtail": "alignment", "fid": "generation",
          "checker": "generation"}       # task -> what weights must have been trained for
-NO_RATES = ("chance", "fid", "guidance_scale", "seconds_per_image")      # numbers of another kind
+NO_RATES = ("fid", "guidance_scale", "seconds_per_image")      # numbers of another kind
 
 
 def report(task: str, result: dict, name: str) -> None:
@@ -972,7 +972,7 @@ def report(task: str, result: dict, name: str) -> None:
     for key, value in result.items():
         if isinstance(value, float) and key not in NO_RATES:
             interval = " – ".join(f"{100 * end:5.1f}" for end in result.get(f"{key}_interval", ()))
-            print(f"  {key:<17}{100 * value:6.1f} %{'   95 % interval ' * bool(interval)}{interval}")
+            print(f"  {key:<17}{100 * value:7.2f} %{'   95 % interval ' * bool(interval)}{interval}")
     for key in (*NO_RATES, "n_reference", "features", "image_size", "sampler", "steps"):
         if result.get(key) is not None:
             print(f"  {key:<17} {result[key]:.5g}" if key in NO_RATES else f"  {key:<17} {result[key]}")

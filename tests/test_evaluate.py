@@ -188,13 +188,27 @@ def test_a_class_is_the_mean_of_its_templates(base) -> None:
     order = (queries @ classes.T).argsort(dim=1, descending=True)
     result = evaluate.zeroshot(oracle, Numbered(40), templates=templates)
     assert result["top1"] == pytest.approx(np.mean([order[i, 0] == i % 5 for i in range(40)]))
-    three = Numbered(40)
-    three.classes, three.labels = [f"kind{k}" for k in range(5)] + ["x", "y"], [i % 7 for i in range(40)]
-    seen = base.encode_text([t.replace("{}", n) for n in three.classes for t in templates])[1]
-    order = (queries @ seen.unflatten(0, (7, 2)).mean(dim=1).T).div(
-        seen.unflatten(0, (7, 2)).mean(dim=1).norm(dim=1)).argsort(dim=1, descending=True)
-    result = evaluate.zeroshot(oracle, three, templates=templates)
-    assert result["top5"] == pytest.approx(np.mean([i % 7 in order[i, :5] for i in range(40)]))
+
+
+def test_a_class_of_unlike_templates_is_no_shorter(base, monkeypatch) -> None:
+    texts = torch.zeros(4, 32)
+    texts[0, 0] = texts[1, 0] = texts[2, 1] = texts[3, 2] = 1.0      # the second class's mean has norm 0.7
+    oracle, pair = Oracle(base, TEXTS), Numbered(10)
+    oracle.queries, pair.classes, pair.labels = torch.zeros(10, 32), ["kind0", "kind1"], [1] * 10
+    oracle.queries[:, :3] = F.normalize(torch.tensor([0.6, 0.57, 0.57]), dim=0)
+    monkeypatch.setattr(evaluate, "encode_texts", lambda model, prompts: texts)
+    assert evaluate.zeroshot(oracle, pair, templates=["a {}", "the {}"])["top1"] == 1.0
+
+
+def test_top5_is_any_of_five(base) -> None:
+    seven, oracle = Numbered(35), Oracle(base, TEXTS)
+    texts = F.normalize(torch.randn(7, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    seven.classes, seven.labels = [f"kind{k}" for k in range(7)], [i % 7 for i in range(35)]
+    oracle.queries = F.normalize(torch.randn(35, 32, generator=torch.Generator().manual_seed(1)), dim=-1)
+    oracle.encode_text = lambda names: (None, texts)
+    order = (oracle.queries @ texts.T).argsort(dim=1, descending=True)
+    found = evaluate.zeroshot(oracle, seven, templates=["{}"])["top5"]
+    assert found == pytest.approx(np.mean([i % 7 in order[i, :5] for i in range(35)]))
 
 
 def test_a_limit_takes_samples_from_all_over() -> None:
