@@ -211,6 +211,17 @@ def test_top5_is_any_of_five(base) -> None:
     assert found == pytest.approx(np.mean([i % 7 in order[i, :5] for i in range(35)]))
 
 
+def test_the_checker_judges_the_models_own_favourite(base, monkeypatch) -> None:
+    """Of two pictures the second is right, and the one that the model chooses."""
+    val = Shapes("val")
+    right = [torch.from_numpy(np.array(val.read(i).image)).permute(2, 0, 1) / 127.5 - 1 for i in range(3)]
+    monkeypatch.setattr(evaluate, "draw_images", lambda model, prompts, seeds, *_, **__: torch.stack(
+        [right[seed // 2] if seed % 2 else torch.zeros(3, 32, 32) for seed in seeds]))
+    monkeypatch.setattr(evaluate.sample, "best_of", lambda model, prompt, images, seed: (1, None))
+    found = evaluate.checker(base, n=3, steps=2, best_of=2)
+    assert found["all"] == 1.0 and found["all_single"] == 0.0 and found["n"] == 3
+
+
 def test_a_limit_takes_samples_from_all_over() -> None:
     by_class = Numbered(100)
     by_class.labels = [i // 20 for i in range(100)]
