@@ -345,6 +345,14 @@ def test_learning_beats_chance_and_its_controls_do_not(places, monkeypatch) -> N
         assert found["chance"] == pytest.approx(1 / 3) and found["n_train"] == 17
 
 
+def test_a_control_breaks_the_test_images_alone(places, monkeypatch) -> None:
+    readings, head = [], LanguageGuidedHead(torch.ones(3, 1, 32), torch.ones(3, 1, dtype=torch.bool))
+    monkeypatch.setattr(evaluate, "train_head", lambda *args: readings.append(args[-1]) or head)
+    broken = Reading(control="no-image", batch_size=8)
+    evaluate.longtail(build(), open_longtail(str(places)), broken, epochs=0)
+    assert readings[0].control == "none" and readings[0].seed == 1
+
+
 def test_what_cannot_be_read_is_counted_and_noise_names_no_image(places, capsys, monkeypatch) -> None:
     """And no training image has the noise of the test image of its number, which would tell its class."""
     models.save(places / "m.pt", build())
