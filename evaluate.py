@@ -1,19 +1,17 @@
-"""Scores: how well images and texts find each other, and what drawn pictures are worth.
+"""The paper's measurements: how well images and texts find each other, and how good drawn pictures are.
 
-What it is: Algorithm 3 (sample.py) turned into the field's numbers, and the baselines' by the same code.
+What it is: Algorithm 3 (sample.py) turned into the field's numbers, and a CLIP's numbers by the same code.
     python evaluate.py retrieval --data shapes        R@1/5/10, image -> text and text -> image
-    python evaluate.py zeroshot  --data DIR           top-1, top-5, mean per class; Diffusion Classifier's too
-    python evaluate.py fid       --data DIR           Fréchet distance of drawn pictures and real ones
-    python evaluate.py longtail  --data DIR           VL-LTR's two stages on few images of most classes
-    python evaluate.py row       --data shapes        all that a checkpoint was trained for, in one go
+    python evaluate.py zeroshot  --data DIR           top-1, top-5, mean per class
+    python evaluate.py fid       --data DIR           Fréchet distance of drawn pictures to real ones
     python evaluate.py checker   --best-of 4          pictures for held-out prompts, judged from their pixels
-What it is not: DiffDis's training. What predicts is `sample.draw_queries`, which is handed clean latents and
-nothing else (of a CLIP, its image tower and pixels); its text queries are compared with those of all
-candidate texts, and only then with the truth. Whatever has right answers has controls (`--control`) in which
-a sound evaluation must fall to chance.
+    python evaluate.py longtail  --data places-lt     VL-LTR's two stages on few images of most classes
+    python evaluate.py retrieval zeroshot checker     several tasks in one command
+What it is not: training of DiffDis. The predictor receives only clean latents and noise (of a CLIP: pixels).
+Its text queries are compared with those of all candidate texts, and only then with the truth. `--control`
+breaks an evaluation on purpose: a sound one then falls to chance.
 
-Under torchrun the ranks share every task but longtail and checker.
-Read next: train.py, which scores as it goes.
+Under torchrun the ranks share retrieval, zeroshot and fid. Read next: train.py.
 """
 import argparse
 import contextlib
@@ -23,14 +21,12 @@ import json
 import math
 import os
 import platform
-import re
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -45,41 +41,33 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import (IMAGE_SUFFIXES, KINDS, SIDE, Batch, FileSource, Sample, Shapes, SkipReport, Source,
-                  check, check_index, clean, evaluation_batches, evenly_spaced, files_below,
-                  open_source, rand_augment, refuse_missing, text_lines, to_square, usable_captions)
-from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target,
-                       noise_of, q_sample, read_prediction, signal_and_noise)
-from model import Clip, DiffDis, LanguageGuidedHead, TextConfig
-from sample import (CKPT_HELP, SAMPLERS, Parser, best_of, draw_images, draw_queries, fail, find_checkpoint,
+import sample
+from data import (KINDS, SIDE, Batch, FileSource, Sample, Shapes, SkipReport, Source, check, check_index,
+                  clean, evaluation_batches, evenly_spaced, open_source, rand_augment, refuse_missing,
+                  text_lines, to_square, usable_captions)
+from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_denoiser, make_target,
+                       noise_of, q_sample, sampling_timesteps, signal_and_noise)
+from model import Clip, DiffDis, TextConfig
+from sample import (CKPT_HELP, SAMPLERS, Parser, draw_images, draw_queries, fail, find_checkpoint,
                     fingerprint, finite, natural, pick_device, positive, to_pil)
-
-CONTROLS = ("none", "shuffle-images", "no-image", "shuffle-labels")
 
 
 # ---------------------------------------------------------------- ranks
-def restarts() -> int:
-    """How often torchrun has started these ranks again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def join_ranks(name: str) -> tuple[int, int, torch.device]:
-    """Join the process group that torchrun describes, if it does; name: of the device, or auto
-    -> rank, number of ranks, device."""
-    device, rank, world = pick_device(name), 0, 1
-    if "RANK" in os.environ:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        # Long: one rank may index a large data set, or write a large checkpoint, while the others wait.
-        options: dict = {"timeout": timedelta(minutes=30)}
-        store, rank, world = next(dist.rendezvous("env://", **options))
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            # torchrun keeps its store when it starts ranks again: without a name of their own for each try
-            # they would call at the addresses of the dead. (Between machines the counts may differ.)
-            store = dist.PrefixStore(f"try-{restarts()}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world, **options)
+def join_ranks(device_name: str) -> tuple[int, int, torch.device]:
+    """Join the process group that torchrun describes, if it does -> rank, number of ranks, device."""
+    device, patience = pick_device(device_name), timedelta(minutes=30)     # others may index a large data set
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # torchrun keeps its store when it starts ranks again: under the old names they would meet the
+        # addresses of the dead. (Between machines the counts may differ.)
+        store = dist.PrefixStore(f"try-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     return rank, world, device
 
 
@@ -87,8 +75,8 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def everybody(value):
-    """What every rank passes, in rank order; with one rank a list of one."""
+def everybody(value) -> list:
+    """What every rank passes, in rank order."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -97,35 +85,50 @@ def everybody(value):
 
 
 def in_turn(do: Callable):
-    """`do`, by the first rank of each machine before the others: what it keeps or downloads they find.
-    Where one fails, all do, with its ValueError or OSError."""
-    first, result = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
-    for turn in (True, False):
-        error = None
-        if first == turn:
-            try:
-                result = do()
-            except (ValueError, OSError) as raised:
-                error = raised
-        for error in filter(None, everybody(error)):
-            raise error
-    return result
+    """-> do(); a machine's first rank calls it before the others, who find what it downloads."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    result = do() if first else None
+    everybody(None)
+    return result if first else do()
 
 
-def together(count: int, rows_of: Callable[[range], Tensor]) -> Tensor:
-    """Rows 0 … count-1 of something, computed by all ranks: rank r computes r, r + N, … -> all of them."""
-    rank, world = rank_and_world()
-    mine = rows_of(range(rank, count, world)) if rank < count else None
-    if world == 1:
-        return mine
-    parts = [part for part in everybody(None if mine is None else mine.cpu()) if part is not None]
-    whole = parts[0].new_empty(count, *parts[0].shape[1:])
-    for r, part in enumerate(parts):
-        whole[r::world] = part
-    return whole.to(mine.device) if mine is not None else whole
+def gather_rows(places: Sequence[int], values: list[Tensor]) -> Tensor:
+    """This rank's rows, in batches, and their places -> all ranks' rows [N, ...] in order, on the CPU. Raises
+    ValueError where a number is not finite: the output of every network passes through here."""
+    parts = everybody((list(places), torch.cat(values).cpu() if values else torch.empty(0)))
+    order = torch.tensor([place for numbers, _ in parts for place in numbers], dtype=torch.long).argsort()
+    rows = torch.cat([part for _, part in parts])[order]
+    if not torch.isfinite(rows).all():
+        raise ValueError("the network's outputs are not finite: its weights are not usable")
+    return rows
 
 
-# ---------------------------------------------------------------- reading images
+# ---------------------------------------------------------------- reading a data set
+CONTROLS = ("none", "shuffle-images", "no-image", "shuffle-labels")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read. text_steps, draws, guidance_scale, seed: as in `sample.draw_queries`."""
+    text_steps: int = 1
+    draws: int = 1
+    guidance_scale: float = 1.0
+    seed: int = 0
+    control: str = "none"         # of CONTROLS
+    batch_size: int = 100         # images at once
+    workers: int = 0              # processes that decode
+    max_bad: float = 0.05         # more unusable samples than this share are an error
+
+
+class Read(NamedTuple):
+    """The usable samples of a source, in its order."""
+    values: Tensor                # [N, ...], on the CPU
+    captions: list[list[str]]
+    labels: list
+    skips: SkipReport
+    seconds: float                # per image and device, decoding included
+
+
 class Mismatched(Source):
     """Every sample with the image of another: the control "shuffle-images"."""
 
@@ -138,111 +141,80 @@ class Mismatched(Source):
         return replace(self.source.read(row, side), image=self.source.read(self.others[row], side).image)
 
 
-class Read(NamedTuple):
-    """What `over_images` found; rows are the usable samples in the source's order."""
-    values: Tensor                # [N, ...], on the CPU
-    captions: list[list[str]]
-    labels: list
-    keys: list[str]
-    skips: SkipReport
-    seconds: float                # per image and device, decoding included
-
-
 @torch.no_grad()
-def over_images(model: DiffDis | Clip, source: Source, args: argparse.Namespace,
-                values_of: Callable[[Tensor, list[int]], Tensor]) -> Read:
-    """values_of(inputs [B, ...], numbers of the images [B]) -> [B, ...], for all usable images, each once;
-    the ranks share them. inputs: clean latents, of a CLIP normalised pixels.
+def over_images(model: DiffDis | Clip | None, source: Source, reading: Reading,
+                values_of: Callable[[Tensor, list[int]], Tensor], size: int | None = None) -> Read:
+    """values_of(inputs [B, ...], numbers of the images [B]) -> [B, ...], for all usable images of a source.
+    The ranks share them, the controls act here. Raises ValueError where too many images are unusable.
 
-    The controls that concern images act here, before anything is predicted: "no-image" zeroes the inputs,
-    "shuffle-images" gives each sample the image of another.
+    inputs: clean latents, of a CLIP normalised pixels; without a model uint8 pixels [B, size, size, 3].
     """
-    if args.control.startswith("shuffle") and len(source) < 2:
-        raise ValueError(f"--control {args.control} needs two samples or more, {source.name} has "
-                         f"{len(source)}")
-    if args.control == "shuffle-images":
-        source = Mismatched(source, args.seed)
-    rank, world = rank_and_world()
-    mine = source.subset(np.arange(rank, len(source), world)) if world > 1 else source
-    skips, values, rows, began = SkipReport(args.max_bad), [], [], time.perf_counter()
-    with tqdm(total=len(mine), unit="image", desc="read", disable=None if rank == 0 else True,
-              leave=False) as bar:
-        for batch in evaluation_batches(mine, model.config.image_size, args.batch_size, args.workers or 0):
-            skips.add(batch.skipped, batch.visited)
-            if batch.captions:
-                inputs, places = model.read_batch(batch.images.to(model.device)), [
-                    i * world + rank for i in batch.places]
-                inputs = torch.zeros_like(inputs) if args.control == "no-image" else inputs
-                values.append(values_of(inputs, places).cpu())
-                rows += zip(places, batch.captions, batch.labels, batch.keys)
-            bar.update(batch.visited)
-    seconds = time.perf_counter() - began
-    # One tensor a rank: pickled, a row that is a view of its batch would take the batch along.
-    parts = everybody((torch.cat(values) if values else None, rows))
-    skips = join_reports(skips, source, args)
-    rows = [row for _, part in parts for row in part]
+    (rank, world), control = rank_and_world(), reading.control
+    mixed = Mismatched(source, reading.seed) if control == "shuffle-images" else source
+    mine, began = mixed.subset(np.arange(rank, len(source), world)), time.perf_counter()
+    skips, values, rows = SkipReport(reading.max_bad), [], []
+    batches = evaluation_batches(mine, size or model.config.image_size, reading.batch_size, reading.workers)
+    for batch in tqdm(batches, "read", -(-len(mine) // reading.batch_size), leave=False, unit="batch",
+                      disable=None if rank == 0 else True):
+        skips.add(batch.skipped, batch.visited)
+        if batch.captions:
+            places = [i * world + rank for i in batch.places]
+            inputs = batch.images if model is None else model.read_batch(batch.images.to(model.device))
+            values.append(values_of(torch.zeros_like(inputs) if control == "no-image" else inputs, places))
+            rows += zip(places, batch.captions, batch.labels)
+    seconds, total = time.perf_counter() - began, SkipReport(reading.max_bad)
+    for skipped, visited in [*everybody((skips.skipped, skips.visited)),
+                             (+source.skipped, source.skipped.total())]:
+        total.add(skipped, visited)
+    total.check(final=True)
+    whole = gather_rows([place for place, _, _ in rows], values)
+    rows = sorted(chain.from_iterable(everybody(rows)), key=lambda row: row[0])
     if not rows:
-        raise ValueError(f"{source.name} has no usable sample ({skips})")
-    order = sorted(range(len(rows)), key=lambda i: rows[i][0])
-    whole = torch.cat([part for part, _ in parts if part is not None])[order]
-    _, captions, labels, keys = zip(*(rows[i] for i in order))
-    return Read(whole, list(captions), list(labels), list(keys), skips, seconds * world / len(rows))
+        raise ValueError(f"{source.name} has no usable sample ({total})")
+    order = shuffled(len(rows), reading.seed).tolist() if control == "shuffle-labels" else range(len(rows))
+    _, captions, labels = zip(*(rows[i] for i in order))
+    return Read(whole, list(captions), list(labels), total, seconds * world / len(rows))
 
 
-def join_reports(skips: SkipReport, source: Source, args: argparse.Namespace) -> SkipReport:
-    """What all ranks left out, and what the source's index did. Raises ValueError, on all, if it is much."""
-    whole = SkipReport(args.max_bad)
-    for report in everybody(skips):
-        whole.add(report.skipped, report.visited)
-    whole.add(+source.skipped, sum(source.skipped.values()))
-    whole.check(final=True)
-    return whole
-
-
-def read_queries(model: DiffDis | Clip, inputs: Tensor, places: list[int],
-                 args: argparse.Namespace) -> Tensor:
+def read_queries(model: DiffDis | Clip, inputs: Tensor, places: list[int], reading: Reading) -> Tensor:
     """What the model reads from images, comparable with texts [B, D], unit norm: a denoised text query
     (Algorithm 3), of a CLIP the image's embedding."""
     if isinstance(model, Clip):
         return model.encode_image(inputs)
-    return draw_queries(model, inputs, places, args.text_steps, args.draws, args.guidance_scale, args.seed)
+    return draw_queries(model, inputs, places, reading.text_steps, reading.draws, reading.guidance_scale,
+                        reading.seed)
 
 
-def image_queries(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> Read:
-    """`read_queries` of all usable images. Raises ValueError where they are not finite."""
-    read = over_images(model, source, args, lambda inputs, places: read_queries(model, inputs, places, args))
-    if not torch.isfinite(read.values).all():
-        raise ValueError("the model's text queries are not finite: its weights are not usable")
-    return read
+def image_queries(model: DiffDis | Clip, source: Source, reading: Reading) -> Read:
+    """`read_queries` of all usable images."""
+    return over_images(model, source, reading,
+                       lambda inputs, places: read_queries(model, inputs, places, reading))
 
 
 @torch.no_grad()
 def encode_texts(model: DiffDis | Clip, texts: list[str], batch: int = 256) -> Tensor:
-    """Texts -> text queries e [K, D], unit norm, float32; shared by all ranks."""
-    def rows_of(places: range) -> Tensor:
-        mine = [texts[i] for i in places]
-        return torch.cat([model.encode_text(mine[i:i + batch])[1] for i in range(0, len(mine), batch)])
-    return together(len(texts), rows_of)
+    """Texts -> text queries e [K, D], unit norm, float32, on the CPU; the ranks share them."""
+    rank, world = rank_and_world()
+    mine = texts[rank::world]
+    parts = [model.encode_text(mine[i:i + batch])[1] for i in range(0, len(mine), batch)]
+    return gather_rows(range(rank, len(texts), world), parts)
 
 
 @torch.no_grad()
 def score(model: DiffDis, images: Tensor, texts: list[str], text_steps: int = 1, draws: int = 1,
           guidance_scale: float = 1.0, seed: int = 0) -> Tensor:
-    """Cosine similarity of each image's denoised text query with each text (Algorithm 3).
-
-    images: [B, 3, H, W] in [-1, 1]; texts: K candidates, the same for every image; text_steps, draws,
-    guidance_scale, seed: as `sample.draw_queries` -> [B, K], float32.
-    """
+    """images [B, 3, H, W] in [-1, 1], K candidate texts -> cosine similarities of the images' denoised text
+    queries (Algorithm 3) and the texts [B, K], float32. Options: as `sample.draw_queries`."""
     queries = draw_queries(model, model.encode_image(images.to(model.device)), list(range(len(images))),
                            text_steps, draws, guidance_scale, seed)
-    return queries @ encode_texts(model, texts).T
+    return queries @ encode_texts(model, texts).to(queries.device).T
 
 
 def shuffled(n: int, seed: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------- statistics
+# ---------------------------------------------------------------- retrieval, zero-shot, Diffusion Classifier
 def wilson(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % Wilson score interval of a rate in [0, 1] observed over n trials."""
     middle, spread = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
@@ -251,209 +223,132 @@ def wilson(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def ranks_of_best_match(queries: Tensor, candidates: Tensor, matches: list[list[int]],
                         block: int = 1024) -> Tensor:
-    """How many wrong candidates are at least as similar as the best right one; 0 is a hit at R@1.
-
-    queries [N, D], candidates [K, D], matches: N lists of right candidates -> [N] int64. Memory is block · K;
-    the ranks share the rows.
-    Ties count against the model: one that gives every candidate the same score must not look perfect.
-    """
-    def ranks_of(places: range) -> Tensor:
-        ranks, places = [], list(places)
-        for start in range(0, len(places), block):
-            some = places[start:start + block]
-            similarity = queries[some] @ candidates.T
-            right = torch.zeros_like(similarity, dtype=torch.bool)
-            for row, place in enumerate(some):
-                right[row, matches[place]] = True
-            best = similarity.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-            ranks.append((~(similarity < best) & ~right).sum(dim=1))   # so written, NaN counts against it too
-        return torch.cat(ranks).cpu()
-    return together(len(queries), ranks_of)
+    """How many wrong candidates are at least as similar as the best right one; 0 is a hit at R@1. Ties count
+    against the model: one that gives every candidate the same score must not look perfect.
+    queries [N, D], candidates [K, D], matches: N lists of right candidates -> [N] int64."""
+    ranks = []
+    for rows in torch.arange(len(queries)).split(block):
+        similarity = queries[rows] @ candidates.T
+        right = torch.zeros_like(similarity, dtype=torch.bool)
+        for i, row in enumerate(rows.tolist()):
+            right[i, matches[row]] = True
+        best = similarity.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
+        ranks.append(((similarity >= best) & ~right).sum(dim=1))
+    return torch.cat(ranks)
 
 
-def chance_of_hit(k: int, candidates: int, right: int) -> float:
-    """Probability that k candidates drawn blindly hold at least one of the right ones."""
-    k = min(k, candidates)
-    return 1 - math.comb(candidates - right, k) / math.comb(candidates, k)
-
-
-# ---------------------------------------------------------------- tasks
-def retrieval(model: DiffDis, source: Source, args: argparse.Namespace) -> dict:
-    """R@1/5/10 both ways over all captions of all images.
-
-    Image -> text is a hit if any caption of the image is among the k most similar texts; text -> image if any
-    image with that caption is. Equal captions are one text; with Karpathy's files each is its own, as in the
-    field's protocol.
-    """
-    read = image_queries(model, source, args)
-    queries, captions = read.values, read.captions
-    if args.control == "shuffle-labels":
-        captions = [captions[i] for i in shuffled(len(captions), args.seed).tolist()]
-    if source.texts is not None:
-        texts = [text for found in captions for text in found]
-        ends = np.cumsum([len(found) for found in captions]).tolist()
-        texts_of = [list(range(end - len(found), end)) for end, found in zip(ends, captions)]
-    else:
-        texts = list(dict.fromkeys(text for found in captions for text in found))
-        column = {text: i for i, text in enumerate(texts)}
-        texts_of = [[column[text] for text in found] for found in captions]
-    images_of = [[] for _ in texts]
-    for image, columns in enumerate(texts_of):
-        for j in columns:
-            images_of[j].append(image)
-    result = {"n": len(queries), "n_texts": len(texts)}
-    texts = encode_texts(model, texts).cpu()
-    for name, ranks, matches, pool in (
-            ("i2t", ranks_of_best_match(queries, texts, texts_of), texts_of, len(texts)),
-            ("t2i", ranks_of_best_match(texts, queries, images_of), images_of, len(queries))):
+def retrieval(model: DiffDis | Clip, source: Source, reading: Reading = Reading()) -> dict:
+    """R@1/5/10 both ways: a hit if any caption of the image is among the k most similar texts, any image with
+    that caption among the k most similar images. Equal captions are one text; with Karpathy's files each is
+    its own, as in the field's protocol."""
+    read = image_queries(model, source, reading)
+    captions, numbers = read.captions, {}          # (text, where it stands if that matters) -> its number
+    texts_of = [sorted({numbers.setdefault((text, source.texts and (image, j)), len(numbers))
+                        for j, text in enumerate(own)}) for image, own in enumerate(captions)]
+    images_of: list[list[int]] = [[] for _ in numbers]
+    for image, own in enumerate(texts_of):
+        for text in own:
+            images_of[text].append(image)
+    texts, n = encode_texts(model, [text for text, _ in numbers]), len(captions)
+    result = {"n": n, "n_texts": len(texts), "seed": reading.seed, "control": reading.control,
+              "chance": sum(map(len, texts_of)) / n / len(texts),
+              "t2i_r1_chance": sum(map(len, images_of)) / len(texts) / n}
+    for name, ranks in (("i2t", ranks_of_best_match(read.values, texts, texts_of)),
+                        ("t2i", ranks_of_best_match(texts, read.values, images_of))):
         for k in (1, 5, 10):
-            rate = (ranks < k).double().mean().item()
-            result[f"{name}_r{k}"] = rate
+            rate = result[f"{name}_r{k}"] = (ranks < k).double().mean().item()
             # An image's captions succeed and fail together: no more trials than images.
-            result[f"{name}_r{k}_interval"] = wilson(rate, min(len(ranks), len(queries)))
-            result[f"{name}_r{k}_chance"] = sum(
-                chance_of_hit(k, pool, len(set(m))) for m in matches) / len(matches)
-    return {**result, "mean_r1": (result["i2t_r1"] + result["t2i_r1"]) / 2, "chance": result["i2t_r1_chance"],
-            "seconds_per_image": read.seconds, "skipped": read.skips.counts()}
-
-
-def fill(template: str, name: str, verbatim: bool = False) -> str:
-    """A class name in a template; if it is one of ours, "a {}" becomes "an {}" before the letter of a vowel,
-    as in the captions that training makes of class folders."""
-    if name[0].lower() in "aeiou" and not verbatim:
-        template = re.sub(r"\ba \{\}", "an {}", template)
-    return template.replace("{}", name)
-
-
-ENSEMBLE = ("a photo of a {}", "a picture of a {}", "an image of a {}", "a close-up photo of a {}",
-            "a blurry photo of a {}", "a bright photo of a {}", "a dark photo of a {}",
-            "a photo of a small {}", "a photo of a large {}", "a photo of one {}", "a cropped photo of a {}",
-            "a drawing of a {}", "a {} outdoors", "a {} on a plain background", "this is a {}",
-            "there is a {} in this picture")
-# Data sets for which the field quotes the mean of the classes' accuracies, by the last folders' names.
-MEAN_PER_CLASS = re.compile("aircraft|(?<![a-z])pets?(?![a-z])|caltech|flowers", re.IGNORECASE)
-
-
-def pick_templates(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> list[str]:
-    """--templates, or what is built in."""
-    if args.templates:
-        return args.templates
-    if source.name == "shapes":
-        return ["a {}"]
-    # A vocabulary learnt here comes with a text encoder that has read little but "a photo of a CLASS".
-    return list(ENSEMBLE if model.config.text.vocab_size == TextConfig().vocab_size else ENSEMBLE[:1])
-
-
-def class_queries(model: DiffDis | Clip, names: list[str], templates: list[str],
-                  verbatim: bool = False) -> Tensor:
-    """Names of K classes -> the normalised mean of each one's prompts [K, D]; verbatim: no "an" for "a"."""
-    prompts = [fill(template, name, verbatim) for name in names for template in templates]
-    queries = encode_texts(model, prompts).unflatten(0, (len(names), -1))
-    return F.normalize(queries.mean(dim=1), dim=-1).cpu()
-
-
-def spread(values: Sequence[int], count: int) -> list[int]:
-    """`count` of the values, evenly spaced."""
-    return [values[(2 * i + 1) * len(values) // (2 * count)] for i in range(count)]
-
-
-@torch.no_grad()
-def classify_by_loss(model: DiffDis, latents: Tensor, places: list[int], contexts: Tensor,
-                     args: argparse.Namespace) -> Tensor:
-    """Diffusion Classifier (Li et al. 2023): the class under whose prompt the UNet denoises an image best.
-
-    latents: clean z [B, C, h, w]; places: numbers that name the images: noise is a function of (seed, place,
-    draw); contexts: the classes' text conditions [K, L, D] -> scores [B, K]: minus the mean generation loss
-    (Eq. 4) over timesteps and noise that an image's classes share. In stages: after so many draws in all
-    (--dc-samples) only so many classes (--dc-keep) go on, and those behind rank below them.
-    """
-    config, (count, classes) = model.config, (len(latents), len(contexts))
-    alphas = make_alphas_cumprod(config.image_schedule, config.timesteps).to(model.device)
-    total, drawn = args.dc_samples[-1], []
-    losses, scores = latents.new_zeros(2, count, classes, dtype=torch.float64)
-    alive = torch.arange(classes, device=model.device).repeat(count, 1)               # [B, classes left]
-    for stage, samples in enumerate(args.dc_samples):
-        left = alive.shape[1]
-        rows = torch.arange(count * left, device=model.device).split(args.batch_size)
-        # Timesteps evenly spaced in the first stage and in all, and nearly so in between.
-        open_to = [j for j in spread(range(total), samples) if j not in drawn]
-        new = spread(open_to, samples - len(drawn))
-        for j in new:
-            noise = noise_of(latents.shape[1:], [(args.seed, place, j) for place in places]).to(model.device)
-            t = torch.full((count,), (2 * j + 1) * config.timesteps // (2 * total), device=model.device)
-            a, s = signal_and_noise(t, latents, alphas)
-            target = make_target(config.image_target, latents, noise, a, s)
-            noisy, found = q_sample(latents, t, noise, alphas), []
-            for some in rows:       # pairs of image and class
-                image, which = some // left, alive.flatten()[some]
-                pred = model.denoise_image(noisy[image], t[image], contexts[which])
-                found.append(generation_loss(pred, target[image]))
-            losses.scatter_add_(1, alive, torch.cat(found).double().view(count, left))
-        drawn += new
-        mean = losses.gather(1, alive) / len(drawn)
-        scores.scatter_(1, alive, 1e4 * stage - mean)
-        if stage < len(args.dc_keep):
-            best = mean.topk(min(args.dc_keep[stage], left), largest=False).indices
-            alive = alive.gather(1, best.sort(dim=1).values)
-    return scores
-
-
-def zeroshot(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict:
-    """Zero-shot classification: top-1, top-5 and the mean of the classes' top-1.
-
-    A class's text query is the normalised mean of its templates' queries; with --method diffusion-classifier
-    a class is its first template's text condition, and the generation loss decides.
-    """
-    if source.classes is None:
-        raise ValueError(f"{source.name} has no classes: "
-                         "zeroshot needs class folders (DIR/CLASS/*.jpg) or another layout of the README")
-    templates, names = pick_templates(model, source, args), source.classes
-    verbatim, where = args.templates is not None, "/".join(Path(args.data).resolve().parts[-3:])
-    if args.method == "alignment":
-        classes = class_queries(model, names, templates, verbatim)
-        read = image_queries(model, source, args)
-        similarity = read.values @ classes.cpu().T
-    else:
-        templates = templates[:1]
-        with torch.no_grad():
-            contexts = model.encode_text([fill(templates[0], name, verbatim) for name in names])[0]
-        read = over_images(model, source, args, lambda latents, places: classify_by_loss(
-            model, latents, places, contexts, args))
-        similarity = read.values
-    for j, name in enumerate(names):        # ImageNet has two "crane"s: the first wins, as by argmax
-        if name in names[:j]:
-            similarity[:, j] = similarity[:, j].nextafter(similarity.new_tensor(-math.inf))
-    labels = torch.tensor(read.labels)
-    if args.control == "shuffle-labels":
-        labels = labels[shuffled(len(labels), args.seed)]
-    return {"method": args.method, "classes": len(names), "templates": templates,
-            **accuracies(similarity, labels), "seconds_per_image": read.seconds,
-            "quoted": "mean_per_class" if MEAN_PER_CLASS.search(where) else "top1",
+            result[f"{name}_r{k}_interval"] = wilson(rate, min(len(ranks), n))
+    return {**result, "mean_r1": (result["i2t_r1"] + result["t2i_r1"]) / 2, "seconds_per_image": read.seconds,
             "skipped": read.skips.counts()}
 
 
-def accuracies(similarity: Tensor, labels: Tensor) -> dict:
-    """similarity [N, K], labels [N] -> top-1 with its interval, top-5, mean per class, n, chance."""
-    truth = similarity.gather(1, labels[:, None])
-    ranks = (~(similarity < truth)).sum(dim=1) - 1        # ties count against the model, as above
-    hits = (ranks == 0).double()
-    per_class = [hits[labels == c].mean().item() for c in labels.unique()]
-    top1 = hits.mean().item()
-    return {"n": len(labels), "chance": 1 / similarity.shape[1], "top1": top1,
-            "top1_interval": wilson(top1, len(labels)), "top5": (ranks < 5).double().mean().item(),
-            "mean_per_class": sum(per_class) / len(per_class)}
+# {} is the class's name, {a} its article, which the captions of class folders have in training too.
+ENSEMBLE = ("a photo of {a} {}", "a picture of {a} {}", "an image of {a} {}", "a close-up photo of {a} {}",
+            "a blurry photo of {a} {}", "a bright photo of {a} {}", "a dark photo of {a} {}",
+            "a photo of a small {}", "a photo of a large {}", "a photo of one {}", "a drawing of {a} {}",
+            "a cropped photo of {a} {}", "{a} {} outdoors", "{a} {} on a plain background", "this is {a} {}",
+            "there is {a} {} in this picture")
 
 
-# ---------------------------------------------------------------- features of images, the checker's rates
+def fill(template: str, name: str) -> str:
+    return template.replace("{a}", "an" if name[0].lower() in "aeiou" else "a").replace("{}", name)
+
+
+def pick_templates(model: DiffDis | Clip, source: Source, templates: Sequence[str] | None) -> Sequence[str]:
+    """The templates given, or what is built in."""
+    if templates is not None:
+        return templates
+    if source.name == "shapes":
+        return ("a {}",)
+    # A vocabulary learnt here comes with a text encoder that has read little but "a photo of a CLASS".
+    return ENSEMBLE if model.config.text.vocab_size == TextConfig().vocab_size else ENSEMBLE[:1]
+
+
 @torch.no_grad()
-def image_tokens(model: DiffDis | Clip, inputs: Tensor, places: list[int], seed: int) -> Tensor:
-    """inputs, places: as `over_images` hands them over -> the image tokens after the alignment transformer
-    (from t = T-1), of a CLIP after the last layer, averaged [B, D]."""
-    if isinstance(model, Clip):
-        return model.vision_model.tokens(inputs)[:, 1:].mean(dim=1)
-    noise = noise_of((model.config.text.width,), [(seed, place, 0) for place in places]).to(model.device)
-    t = torch.full((len(places),), model.config.timesteps - 1, device=model.device)
-    return model.image_features(noise, t, inputs)
+def classify_by_loss(model: DiffDis, latents: Tensor, places: list[int], contexts: Tensor, timesteps: int,
+                     reading: Reading) -> Tensor:
+    """Diffusion Classifier (Li et al. 2023): the class under whose prompt the UNet denoises an image best.
+
+    latents: clean z [B, C, h, w]; places: numbers that name the images; contexts: text conditions of the
+    classes [K, L, D]; timesteps: how many, evenly spaced -> scores [B, K]: minus the mean generation loss
+    (Eq. 4), over noise that an image's classes share.
+    """
+    config, count, classes = model.config, len(latents), len(contexts)
+    alphas = make_alphas_cumprod(config.image_schedule, config.timesteps).to(model.device)
+    losses = torch.zeros(count, classes, dtype=torch.float64, device=model.device)
+    for j in range(timesteps):
+        noise = noise_of(latents.shape[1:], [(reading.seed, place, j) for place in places]).to(model.device)
+        t = torch.full((count,), (2 * j + 1) * config.timesteps // (2 * timesteps), device=model.device)
+        target = make_target(config.image_target, latents, noise, *signal_and_noise(t, latents, alphas))
+        noisy, parts = q_sample(latents, t, noise, alphas), []
+        for pairs in torch.arange(count * classes, device=model.device).split(reading.batch_size):
+            image, label = pairs // classes, pairs % classes
+            pred = model.denoise_image(noisy[image], t[image], contexts[label])
+            parts.append(generation_loss(pred, target[image]))
+        losses += torch.cat(parts).double().view(count, classes)
+    return -losses / timesteps
+
+
+def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading(),
+             templates: Sequence[str] | None = None, loss_timesteps: int | None = None) -> dict:
+    """Zero-shot classification: a class's text query is the normalised mean of its templates' queries.
+    loss_timesteps: instead Diffusion Classifier, with so many; a class is its first template."""
+    names, templates = source.classes or [], pick_templates(model, source, templates)
+    if len(names) < 2:       # of a single class every answer is right
+        raise ValueError(f"{source.name} has {len(names)} classes: zeroshot needs two or more, as folders "
+                         "(DIR/CLASS/*.jpg) or in a list (lines 'PATH<TAB>CLASS')")
+    if loss_timesteps is None:
+        prompts = [fill(template, name) for name in names for template in templates]
+        classes = F.normalize(encode_texts(model, prompts).unflatten(0, (len(names), -1)).mean(dim=1), dim=-1)
+        read = image_queries(model, source, reading)
+        similarity = read.values @ classes.T
+    else:
+        templates = templates[:1]
+        with torch.no_grad():
+            contexts = model.encode_text([fill(templates[0], name) for name in names])[0]
+        read = over_images(model, source, reading, lambda latents, places: classify_by_loss(
+            model, latents, places, contexts, loss_timesteps, reading))
+        similarity = read.values
+    labels = torch.tensor(read.labels)
+    hits = (similarity.topk(min(5, len(names))).indices == labels[:, None]).double()
+    top1 = hits[:, 0].mean().item()
+    per_class = [hits[labels == label, 0].mean().item() for label in labels.unique()]
+    return {"n": len(labels), "seed": reading.seed, "control": reading.control, "classes": len(names),
+            "chance": 1 / len(names), "templates": list(templates), "loss_timesteps": loss_timesteps,
+            "top1": top1, "top1_interval": wilson(top1, len(labels)), "top5": hits.sum(dim=1).mean().item(),
+            "mean_per_class": sum(per_class) / len(per_class), "seconds_per_image": read.seconds,
+            "skipped": read.skips.counts()}
+
+
+# ---------------------------------------------------------------- the checker's rates
+def draw_finite(model: DiffDis, prompts: list[str], seeds: list[int], steps: int, scale: float | None,
+                sampler: str) -> Tensor:
+    """`sample.draw_images`. Raises ValueError where they are not finite: to_pil would make black of them."""
+    images = draw_images(model, prompts, seeds, steps, scale, sampler=sampler)
+    if not torch.isfinite(images).all():
+        raise ValueError("the drawn pictures are not finite: the model's weights are not usable")
+    return images
 
 
 def held_out_captions(count: int) -> list[str]:
@@ -462,589 +357,399 @@ def held_out_captions(count: int) -> list[str]:
     return [val.captions(i)[0] for i in range(min(count, len(val)))]
 
 
-def checker(model: DiffDis, args: argparse.Namespace) -> dict:
-    """Draw pictures for held-out prompts of `shapes` and judge each from its pixels alone.
-
-    With best_of > 1 the rates are those of the picture the model itself reads the prompt from best, and
-    `all_single` those of the first draw.
-    """
-    prompts = held_out_captions(args.n)
-    scale = model.config.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    keys, rates = ("colour", "shape", "size", "relation", "all"), {}
-    kept, singles, at_once = [], [], max(1, 64 // args.best_of)
-    for i in tqdm(range(0, len(prompts), at_once), unit="batch", disable=None, leave=False):
-        some = prompts[i:i + at_once]
-        seeds = list(range(args.seed + i * args.best_of, args.seed + (i + len(some)) * args.best_of))
-        images = draw_images(model, [prompt for prompt in some for _ in range(args.best_of)], seeds,
-                             args.steps, scale)
-        if images.shape[2] != SIDE:          # `shapes` at another --image-size: judged at its own
-            images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
-        pixels = [np.asarray(to_pil(image)) for image in images]
-        for k, prompt in enumerate(some):
-            first = k * args.best_of
-            own = images[first:first + args.best_of]
-            best = best_of(model, prompt, own, args.seed)[0] if args.best_of > 1 else 0
-            kept.append(check(pixels[first + best], prompt))
-            singles.append(check(pixels[first], prompt)["all"])
-    for key in keys:
-        rates[key] = sum(verdict[key] for verdict in kept) / len(kept)
-    return {"n": len(prompts), "best_of": args.best_of, "steps": args.steps,
-            "guidance_scale": scale, "chance": 0.0, **rates,
-            "all_interval": wilson(rates["all"], len(prompts)), "all_single": sum(singles) / len(singles)}
+def checker(model: DiffDis, n: int = 64, steps: int = 50, guidance_scale: float | None = None,
+            best_of: int = 1, seed: int = 0, sampler: str = "ddim") -> dict:
+    """Draw pictures for held-out prompts of `shapes` and judge each from its pixels alone. Of best_of
+    pictures that one counts from which the model itself reads the prompt best; `all_single`: the first."""
+    scale = model.config.guidance_scale if guidance_scale is None else guidance_scale
+    prompts, at_once, verdicts, firsts = held_out_captions(n), max(1, 64 // best_of), [], []
+    for i in tqdm(range(0, len(prompts), at_once), "draw", unit="batch", disable=None, leave=False):
+        batch = prompts[i:i + at_once]
+        seeds = list(range(seed + i * best_of, seed + (i + len(batch)) * best_of))
+        images = draw_finite(model, [prompt for prompt in batch for _ in range(best_of)], seeds, steps, scale,
+                             sampler)
+        for prompt, own in zip(batch, images.split(best_of)):
+            choice = sample.best_of(model, prompt, own, seed)[0] if best_of > 1 else 0
+            verdicts.append(check(to_square(to_pil(own[choice]), SIDE), prompt))
+            firsts.append(check(to_square(to_pil(own[0]), SIDE), prompt)["all"])
+    rates = {key: sum(verdict[key] for verdict in verdicts) / len(verdicts) for key in verdicts[0]}
+    return {"n": len(prompts), "seed": seed, "chance": 0.0, "best_of": best_of, "sampler": sampler,
+            "steps": steps, "guidance_scale": scale, **rates, "all_single": sum(firsts) / len(firsts),
+            "all_interval": wilson(rates["all"], len(prompts))}
 
 
-# ---------------------------------------------------------------- distances between sets of images (FID)
-RESIZES = ("clean", "legacy")
-INCEPTION_SIDE = 299       # px
+# ---------------------------------------------------------------- FID and its Inception
+WIDE, TALL = (1, 7), (7, 1)          # kernels, height × width
+FORK = ((1, 3), (3, 1))              # two convolutions of the same input, side by side
 
 
-def inception_input(pixels: Tensor, resize: str) -> Tensor:
-    """Pixels as Inception wants them; how they are resized moves FID by whole points.
-
-    pixels: uint8 [B, H, W, 3]; resize: "clean", as clean-fid (Parmar et al. 2022): bicubic of floats, widened
-    where it shrinks so that nothing aliases; or "legacy", as pytorch-fid: bilinear between the nearest pixels
-    -> float32 [B, 3, 299, 299] in about [-1, 1], on the pixels' device.
-    Raises ValueError on other pixels or another resize.
-    """
-    if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[3] != 3:
-        raise ValueError(f"pixels are {pixels.dtype} {tuple(pixels.shape)}, expected uint8 [B, H, W, 3]")
-    if resize not in RESIZES:
-        raise ValueError(f"resize is {resize!r}, expected one of {', '.join(RESIZES)}")
-    channels, size = pixels.permute(0, 3, 1, 2).float(), (INCEPTION_SIDE, INCEPTION_SIDE)
-    if resize == "legacy":
-        return 2 * F.interpolate(channels / 255, size, mode="bilinear", align_corners=False) - 1
-    # Pillow itself: another program's bicubic is not the same one.
-    planes = [np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC))
-              for plane in channels.flatten(0, 1).cpu().numpy()]
-    resized = torch.from_numpy(np.stack(planes)).unflatten(0, channels.shape[:2])
-    return ((resized.clamp(0, 255) - 128) / 128).to(pixels.device)
+def inception_a(pooled: int) -> dict[str, list]:
+    return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
+            "branch3x3dbl": [(64, 1), (96, 3), (96, 3)], "branch_pool": [(pooled, 1)]}
 
 
-class Statistics:
-    """Mean and covariance of rows that come in batches, in float64 on the CPU.
+def inception_c(width: int) -> dict[str, list]:
+    return {"branch1x1": [(192, 1)], "branch7x7": [(width, 1), (width, WIDE), (192, TALL)],
+            "branch7x7dbl": [(width, 1), (width, TALL), (width, WIDE), (width, TALL), (192, WIDE)],
+            "branch_pool": [(192, 1)]}
 
-    Sums of squares would cancel where the mean is large; batches are centred first and then joined
-    (Chan, Golub & LeVeque 1979).
-    """
 
-    def __init__(self, width: int) -> None:
-        self.count = 0
-        self.mean = torch.zeros(width, dtype=torch.float64)
-        self.scatter = torch.zeros(width, width, dtype=torch.float64)      # Σ (x - mean) (x - mean)ᵀ
+INCEPTION_E = {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), (384, FORK)],
+               "branch3x3dbl": [(448, 1), (384, 3), (384, FORK)], "branch_pool": [(192, 1)]}
+# Block -> what its pooling branch does ("halve": all branches do, and that one has no convolution); branch ->
+# its convolutions, (channels, kernel) each.
+INCEPTION = {
+    "Mixed_5b": ("average", inception_a(32)), "Mixed_5c": ("average", inception_a(64)),
+    "Mixed_5d": ("average", inception_a(64)),
+    "Mixed_6a": ("halve", {"branch3x3": [(384, 3)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]}),
+    "Mixed_6b": ("average", inception_c(128)), "Mixed_6c": ("average", inception_c(160)),
+    "Mixed_6d": ("average", inception_c(160)), "Mixed_6e": ("average", inception_c(192)),
+    "Mixed_7a": ("halve", {"branch3x3": [(192, 1), (320, 3)],
+                           "branch7x7x3": [(192, 1), (192, WIDE), (192, TALL), (192, 3)]}),
+    # The last block of the original pools by maximum, unlike the published architecture.
+    "Mixed_7b": ("average", INCEPTION_E), "Mixed_7c": ("max", INCEPTION_E)}
+# No average is taken of the zeros that pad an edge: they would darken it.
+POOLS = {"average": nn.AvgPool2d(3, 1, padding=1, count_include_pad=False), "halve": nn.MaxPool2d(3, 2),
+         "max": nn.MaxPool2d(3, 1, padding=1)}
 
-    def add(self, features: Tensor) -> None:
-        """features [B, D], any B. Raises ValueError if D is another, or a feature is not finite."""
-        if features.dim() != 2 or features.shape[1] != len(self.mean):
-            raise ValueError(f"features are {tuple(features.shape)}, expected [B, {len(self.mean)}]")
-        if not torch.isfinite(features).all():
-            raise ValueError("features of images are not finite: the network or its images are damaged")
-        rows = features.detach().cpu().double()
-        mean = rows.mean(dim=0)
-        self._join(len(rows), mean, (rows - mean).T @ (rows - mean))
 
-    def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        if count == 0:           # whose mean is NaN
-            return
-        apart, total = mean - self.mean, self.count + count
-        self.scatter += scatter + torch.outer(apart, apart) * (self.count * count / total)
-        self.mean += apart * (count / total)
-        self.count = total
+def inception_conv(channels: int, out: int, kernel: int | tuple[int, int], stride: int = 1,
+                   pad: bool = True) -> nn.Sequential:
+    sides = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    padding = tuple(side // 2 for side in sides) if pad else 0
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(channels, out, sides, stride, padding, bias=False),
+                                     bn=nn.BatchNorm2d(out, eps=0.001), relu=nn.ReLU()))
 
-    def merge(self, others: Iterable["Statistics"]) -> None:
-        """Take in the rows of others. Raises ValueError if they are of another width."""
-        for other in others:
-            if len(other.mean) != len(self.mean):
-                raise ValueError(f"statistics of {len(other.mean)} features do not join {len(self.mean)}")
-            self._join(other.count, other.mean, other.scatter)
 
-    def gather(self) -> "Statistics":
-        """-> the statistics of all ranks' rows, the same on each; alone: of one's own."""
-        whole = Statistics(len(self.mean))
-        whole.merge(everybody(self))
-        return whole
+class InceptionBlock(nn.Module):
+    """Branches side by side, joined over channels; a row of INCEPTION."""
 
-    def covariance(self) -> Tensor:
-        """-> [D, D], unbiased. Raises ValueError below two rows."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs two images or more, here are {self.count}")
-        return self.scatter / (self.count - 1)
+    def __init__(self, channels: int, pool: str, branches: dict[str, list]) -> None:
+        super().__init__()
+        self.halves, self.pool, self.out = pool == "halve", POOLS[pool], channels if pool == "halve" else 0
+        self.stages: dict[str, list[list[str]]] = {}     # branch -> the layers' names, two where it forks
+        for branch, layers in branches.items():
+            self.stages[branch], width = [], channels
+            for i, (out, kernel) in enumerate(layers, 1):
+                name = branch if len(layers) == 1 else f"{branch}_{i}"
+                kernels = {name + "a": FORK[0], name + "b": FORK[1]} if kernel == FORK else {name: kernel}
+                shrinks = self.halves and i == len(layers)
+                for name, sides in kernels.items():
+                    self.add_module(name, inception_conv(width, out, sides, 1 + shrinks, not shrinks))
+                self.stages[branch].append(list(kernels))
+                width = out * len(kernels)
+            self.out += width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, out, H, W], or about half the side."""
+        joined = []
+        for branch, stages in self.stages.items():
+            h = self.pool(x) if branch == "branch_pool" else x
+            for names in stages:
+                h = torch.cat([self.get_submodule(name)(h) for name in names], dim=1)
+            joined.append(h)
+        return torch.cat(joined + [self.pool(x)] * self.halves, dim=1)
+
+
+class Inception(nn.Sequential):
+    """The network whose features FID compares: TensorFlow's Inception v3 of 2015-12-05, names as in
+    pytorch-fid's port. It is not torchvision's: other weights, other pooling at edges and at the end."""
+
+    def __init__(self) -> None:
+        layers: dict[str, nn.Module] = {
+            "Conv2d_1a_3x3": inception_conv(3, 32, 3, 2, pad=False),
+            "Conv2d_2a_3x3": inception_conv(32, 32, 3, pad=False), "Conv2d_2b_3x3": inception_conv(32, 64, 3),
+            "pool_2": nn.MaxPool2d(3, 2), "Conv2d_3b_1x1": inception_conv(64, 80, 1),
+            "Conv2d_4a_3x3": inception_conv(80, 192, 3, pad=False), "pool_4": nn.MaxPool2d(3, 2)}
+        width = 192
+        for name, (pool, branches) in INCEPTION.items():
+            layers[name] = InceptionBlock(width, pool, branches)
+            width = layers[name].out
+        super().__init__(OrderedDict(layers))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, 299, 299] in [-1, 1] -> features "pool3" [B, 2048]."""
+        return super().forward(images).mean(dim=(2, 3))                              # of [B, 2048, 8, 8]
+
+
+def load_inception() -> Inception:
+    """FID's network with its published weights, downloaded at first use, in eval mode. Raises OSError where
+    there is no network, ValueError on other weights."""
+    path, network = models.download("inception"), Inception()
+    tensors = {name: value for name, value in models.read_tensors(path).items() if not name.startswith("fc.")}
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not FID's Inception, delete it to fetch it again: {error}") from None
+    return network.eval().requires_grad_(False)
+
+
+def inception_input(pixels: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, 299, 299] in about [-1, 1], resized as in clean-fid (Parmar et al.
+    2022): bicubic of floats, antialiased. The way of resizing moves FID by whole points."""
+    # Pillow itself: another program's bicubic is not the same.
+    planes = [np.asarray(Image.fromarray(plane).resize((299, 299), Image.Resampling.BICUBIC))
+              for plane in pixels.permute(0, 3, 1, 2).float().flatten(0, 1).numpy()]
+    return ((torch.from_numpy(np.stack(planes)).clamp(0, 255) - 128) / 128).unflatten(0, (-1, 3))
+
+
+def picture_features(network: nn.Module, pixels: Tensor, places: list[int], reading: Reading) -> Tensor:
+    """What pictures are compared by [B, D]: Inception's pool3, or what a checkpoint reads from them.
+    pixels: uint8 [B, S, S, 3]."""
+    if isinstance(network, Inception):
+        return network(inception_input(pixels).to(next(network.parameters()).device))
+    squares = [to_square(Image.fromarray(picture), network.config.image_size) for picture in pixels.numpy()]
+    inputs = network.read_batch(torch.from_numpy(np.stack(squares)).to(network.device))
+    return read_queries(network, inputs, places, reading)
 
 
 def square_root(covariance: Tensor) -> Tensor:
     """covariance [D, D] of rank r -> R [D, r] with R Rᵀ = covariance."""
     values, vectors = torch.linalg.eigh(covariance)
     # Below this, also below 0, an eigenvalue is rounding.
-    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
-    return vectors[:, kept] * values[kept].sqrt()
+    real = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    return vectors[:, real] * values[real].sqrt()
 
 
-def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|μ₁ - μ₂|² + tr Σ₁ + tr Σ₂ - 2 tr (Σ₁ Σ₂)^½ of two sets of images: FID (Heusel et al. 2017).
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|μ₁ - μ₂|² + tr Σ₁ + tr Σ₂ - 2 tr (Σ₁ Σ₂)^½ of features [N, D] and [M, D] (Heusel et al. 2017).
 
     With Σ = R Rᵀ, the last trace is the sum of the singular values of R₁ᵀ R₂. No root of Σ₁ Σ₂ is taken:
     with fewer images than features it is singular, `sqrtm` turns complex, and eigenvalues that rounding
     keeps from 0 would count by their square roots.
-    Raises ValueError on different widths, or fewer than two images.
     """
-    if len(a.mean) != len(b.mean):
-        raise ValueError(f"statistics of {len(a.mean)} and {len(b.mean)} features cannot be compared")
-    first, second = a.covariance(), b.covariance()
+    a, b = a.double(), b.double()
+    first, second = torch.cov(a.T), torch.cov(b.T)
     overlap = torch.linalg.svdvals(square_root(first).T @ square_root(second)).sum()
-    distance = (a.mean - b.mean).square().sum() + first.trace() + second.trace() - 2 * overlap
+    distance = (a.mean(dim=0) - b.mean(dim=0)).square().sum() + first.trace() + second.trace() - 2 * overlap
     return distance.clamp(min=0).item()          # rounding could leave it a little below
 
 
-class Features:
-    """Where images are compared: Inception's pool3 (FID), or the image tokens of a checkpoint, averaged."""
-
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.device = args, device
-        if args.features is None:
-            self.network, self.width = in_turn(lambda: models.load_inception(args.inception, device)), 2048
-            self.name = f"Inception pool3, {args.resize} resize"
-        else:
-            self.network = models.load(args.features, device)
-            if "alignment" not in self.network.tasks:
-                raise ValueError(f"--features {args.features} was trained to draw only, and its image tokens "
-                                 "mean nothing: expected one trained with --tasks alignment, or a CLIP")
-            clip = isinstance(self.network, Clip)
-            self.width = self.network.config.width if clip else self.network.config.fusion.query_width
-            self.name = f"image tokens of {args.features} ({fingerprint(models.locate(args.features))})"
-
-    @torch.no_grad()
-    def __call__(self, pixels: Tensor, places: list[int]) -> Tensor:
-        """pixels uint8 [B, H, W, 3] -> [B, width], float32."""
-        if self.args.features is None:
-            return self.network(inception_input(pixels.to(self.device), self.args.resize))
-        size = self.network.config.image_size
-        if pixels.shape[1] != size:
-            pixels = torch.from_numpy(np.stack([to_square(Image.fromarray(p.cpu().numpy()), size)
-                                                for p in pixels]))
-        inputs = self.network.read_batch(pixels.to(self.device))
-        return image_tokens(self.network, inputs, places, self.args.seed).float()
-
-
-def statistics_of(features: Features, source: Source, size: int, args: argparse.Namespace
-                  ) -> tuple[Statistics, dict]:
-    """Of the source's centre squares at `size` px, by all ranks, and the report on what was left out.
-    Raises ValueError."""
-    rank, world = rank_and_world()
-    skips, statistics = SkipReport(args.max_bad), Statistics(features.width)
-    mine = source.subset(np.arange(rank, len(source), world))
-    for batch in tqdm(evaluation_batches(mine, size, args.batch_size, args.workers or 0), unit="batch",
-                      desc="read", disable=None if rank == 0 else True, leave=False,
-                      total=-(-len(mine) // args.batch_size)):
-        skips.add(batch.skipped, batch.visited)
-        if batch.captions:
-            statistics.add(features(batch.images, [i * world + rank for i in batch.places]))
-    return statistics.gather(), join_reports(skips, source, args).counts()
-
-
-def drawn_pictures(model: DiffDis, prompts: list[str], size: int,
-                   args: argparse.Namespace) -> Iterator[tuple[list[int], np.ndarray]]:
-    """This rank's share of one picture per prompt, at `size` px, in batches -> numbers of the prompts, uint8
-    [B, size, size, 3]; picture i comes from seed + i, whatever the batches."""
-    rank, world = rank_and_world()
-    mine = range(rank, len(prompts), world)
-    for first in tqdm(range(0, len(mine), args.batch_size), unit="batch", desc="draw",
-                      disable=None if rank == 0 else True):
-        some = list(mine[first:first + args.batch_size])
-        images = draw_images(model, [prompts[i] for i in some], [args.seed + i for i in some], args.steps,
-                             args.guidance_scale, sampler=args.sampler)
-        pixels = np.stack([to_square(to_pil(image), size) for image in images])
-        if args.out:
-            for i, picture in zip(some, pixels):
-                Image.fromarray(picture).save(Path(args.out) / f"{i:06d}.png")
-        yield some, pixels
-
-
-def drawn_statistics(features: Features, model: DiffDis, prompts: list[str], size: int,
-                     args: argparse.Namespace) -> Statistics:
-    """Of `drawn_pictures`, by all ranks."""
-    found = Statistics(features.width)
-    for places, pixels in drawn_pictures(model, prompts, size, args):
-        found.add(features(torch.from_numpy(pixels), places))
-    return found.gather()
-
-
-def open_pictures(args: argparse.Namespace) -> Source:
-    """--images: all pictures below a folder, --n of them. Raises ValueError."""
-    found = [p for p in files_below(Path(args.images)) if p.suffix[1:].lower() in IMAGE_SUFFIXES]
-    if not found:
-        raise ValueError(f"--images {args.images} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
-    return evenly_spaced(FileSource(found, args.images, ["picture"], [0] * len(found)), args.n)
-
-
-def check_number(args: argparse.Namespace, **numbers: int) -> None:
-    """Raises ValueError if there are fewer than Inception has features, and nobody said to go on."""
-    for what, n in numbers.items():
-        if n < 2048 and not args.allow_small:
-            raise ValueError(f"{n} {what.replace('_', ' ')}, and below 2048 the distance says more about "
-                             "their number than about the pictures: take more, or see it with --allow-small")
-
-
-def fid(model: DiffDis | None, source: Source, args: argparse.Namespace) -> dict:
-    """Fréchet distance between drawn pictures, or those of --images, and the images of --data.
-
-    Drawn is one picture for each of --n samples' first captions. Both sets are compared at the same size.
-    """
-    if args.control != "none":
-        raise ValueError(f"--control {args.control}: fid has no right answers to break, leave it out")
-    size = args.image_size or (256 if model is None else model.config.image_size)
-    if model is None:
-        ours = open_pictures(args)
-        count = len(ours)
-    else:
-        some = evenly_spaced(source, args.n or 30000)
-        prompts = [captions[0] for captions in usable_captions(some, len(some))]
-        count = len(prompts)
-    check_number(args, pictures=count, reference_images=len(source))
-    features = Features(args, args.device if model is None else model.device)
-    reference, skips = statistics_of(features, source, size, args)
-    if model is None:
-        found, lost = statistics_of(features, ours, size, args)
-        protocol, skips = {"pictures": args.images}, {**skips, "skipped_pictures": lost["skipped"]}
-    else:
-        found = drawn_statistics(features, model, prompts, size, args)
-        scale = model.config.guidance_scale if args.guidance_scale is None else args.guidance_scale
-        protocol = {"pictures": f"one per caption, seeds from {args.seed}",
-                    "checkpoint": f"{args.ckpt} ({fingerprint(Path(args.ckpt))})", "sampler": args.sampler,
-                    "steps": args.steps, "guidance_scale": scale}
-    check_number(args, pictures=found.count, reference_images=reference.count)
-    protocol |= {"features": features.name, "image_size": size,
-                 "reference": f"{args.data}, centre squares, bicubic"}
-    return {"n": found.count, "n_reference": reference.count, "chance": None,
-            "fid": frechet_distance(found, reference), "protocol": protocol, "skipped": skips}
-
-
-# ---------------------------------------------------------------- a row of the paper's tables
 @torch.no_grad()
-def denoising_error(model: DiffDis, source: Source, args: argparse.Namespace,
-                    levels: int = 10) -> tuple[float, SkipReport]:
-    """Mean squared error of ẑ_0, predicted from z_t and the image's own caption, over evenly spaced t, and
-    what was left out: the loss of generation (Eq. 4) with target data, whatever target was trained, on images
-    not seen. Raises ValueError where it is not finite."""
-    config = model.config
-    alphas = make_alphas_cumprod(config.image_schedule, config.timesteps).to(model.device)
+def fid(model: DiffDis, source: Source, network: nn.Module, reading: Reading = Reading(),
+        n: int | None = None, steps: int = 50, guidance_scale: float | None = None, sampler: str = "ddim",
+        out: Path | None = None) -> dict:
+    """Fréchet distance between drawn pictures and the images of a source, centre squares of the model's size.
 
-    def values_of(latents: Tensor, places: list[int]) -> Tensor:
-        context, errors = model.encode_text([source.captions(place)[0] for place in places])[0], []
-        for j, t in enumerate(spread(range(config.timesteps), levels)):
-            noise = noise_of(latents.shape[1:], [(args.seed, place, j) for place in places]).to(model.device)
-            t = torch.full((len(places),), t, device=model.device)
-            noisy, (a, s) = q_sample(latents, t, noise, alphas), signal_and_noise(t, latents, alphas)
-            found = read_prediction(config.image_target, model.denoise_image(noisy, t, context), noisy, a, s)
-            errors.append(generation_loss(found[0], latents))
-        return torch.stack(errors).mean(dim=0)
-    read = over_images(model, source, args, values_of)
-    if not torch.isfinite(read.values).all():
-        raise ValueError("the denoising error is not finite: the model's weights are not usable")
-    return read.values.mean().item(), read.skips
-
-
-def row(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> dict:
-    """All that a checkpoint was trained for, in one go: a row of the paper's tables in small.
-
-    Reading: retrieval where there are captions, zero-shot where there are classes; `shapes` has both.
-    Drawing: the denoising error, and --n pictures for captions of --data: judged if it is `shapes`, and with
-    --features their Fréchet distance to the images of --data in that checkpoint's image tokens.
+    network: gives `picture_features`; n: pictures, each for a sample's first caption, without it 30,000 or as
+    many as there are; the i-th comes from seed + i; out: a folder for them.
     """
-    if args.control != "none":
-        raise ValueError(f"--control {args.control}: a row has no right answers to break, but retrieval and "
-                         "zeroshot have")
-    shapes, draws = args.data == "shapes", "generation" in model.tasks
-    # First: a mistaken file is to be found now, not after minutes.
-    features = Features(args, model.device) if draws and args.features else None
-    result: dict = {"n": len(source), "chance": None, "tasks": list(model.tasks)}
-    if "alignment" in model.tasks:
-        own = argparse.Namespace(**{**vars(args), "templates": None, "method": "alignment",
-                                    "guidance_scale": 1.0})
-        if source.classes is not None or shapes:
-            things = evenly_spaced(open_source("shapes", "classes"), args.limit) if shapes else source
-            found = zeroshot(model, things, own)
-            result |= {name: found[name] for name in ("n", "top1", "top1_interval", "top5", "skipped")}
-            result["top1_chance"] = found["chance"]
-        if source.classes is None:
-            found = retrieval(model, source, own)
-            kept = ("n", "i2t", "t2i", "mean", "skipped")
-            result |= {name: value for name, value in found.items() if name.startswith(kept)}
-    if draws:
-        result |= drawing_row(model, source, features, args)
-    return result
-
-
-def drawing_row(model: DiffDis, source: Source, features: Features | None, args: argparse.Namespace) -> dict:
-    """The denoising error on --n samples, and what pictures for their captions are worth."""
-    some, size, verdicts = evenly_spaced(source, args.n), model.config.image_size, []
-    error, skips = denoising_error(model, some, args)
-    result: dict = {"n_drawn": len(some), "denoising_error": error, "skipped_drawing": skips.counts()}
-    if features is None and args.data != "shapes":       # nobody would look at the pictures
-        return result
-    prompts = [captions[0] for captions in usable_captions(some, args.n)]
-    found = Statistics(features.width if features else 1)
-    for places, pixels in drawn_pictures(model, prompts, size, args):
-        if features:
-            found.add(features(torch.from_numpy(pixels), places))
-        if args.data == "shapes":
-            at_side = [to_square(Image.fromarray(picture), SIDE) for picture in pixels]
-            verdicts += [check(picture, prompts[i]) for i, picture in zip(places, at_side)]
-    verdicts = [verdict for part in everybody(verdicts) for verdict in part]
-    for name in verdicts[0] if verdicts else ():
-        result[name] = sum(verdict[name] for verdict in verdicts) / len(verdicts)
-    if verdicts:
-        result["all_interval"], result["all_chance"] = wilson(result["all"], len(verdicts)), 0.0
-    scale = model.config.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    result["protocol"] = {"pictures": len(prompts), "sampler": args.sampler, "steps": args.steps,
-                          "guidance_scale": scale, "image_size": size}
-    if features:
-        reference = statistics_of(features, source, size, args)[0]
-        result["protocol"] |= {"features": features.name}
-        result |= {"fid": frechet_distance(found.gather(), reference), "n_reference": reference.count}
-    return result
+    size, (rank, world) = model.config.image_size, rank_and_world()
+    reference = over_images(None, source, reading, lambda pixels, places: picture_features(
+        network, pixels, places, reading), size)
+    chosen = evenly_spaced(source, n or 30_000)
+    prompts = [captions[0] for captions in usable_captions(chosen, len(chosen))]
+    mine, rows = range(rank, len(prompts), world), []
+    for first in tqdm(range(0, len(mine), reading.batch_size), "draw", unit="batch",
+                      disable=None if rank == 0 else True):
+        places = list(mine[first:first + reading.batch_size])
+        images = draw_finite(model, [prompts[i] for i in places], [reading.seed + i for i in places], steps,
+                             guidance_scale, sampler)
+        pictures = [to_pil(image) for image in images]
+        for i, picture in zip(places, pictures if out else ()):
+            picture.save(out / f"{i:06d}.png")
+        pixels = torch.from_numpy(np.stack(pictures))
+        rows.append(picture_features(network, pixels, places, reading))
+    drawn = gather_rows(mine, rows)
+    count, width = min(len(drawn), len(reference.values)), drawn.shape[1]
+    if count < 2:
+        raise ValueError(f"{count} pictures: a distance between sets needs two or more of each")
+    if count < width:
+        print(f"warning: {count} pictures and {width} features: the distance says more about the pictures' "
+              "number than about the pictures")
+    scale = model.config.guidance_scale if guidance_scale is None else guidance_scale
+    return {"n": len(drawn), "n_reference": len(reference.values), "seed": reading.seed, "chance": None,
+            "fid": frechet_distance(drawn, reference.values), "features": type(network).__name__,
+            "image_size": size, "sampler": sampler, "steps": steps, "guidance_scale": scale,
+            "skipped": reference.skips.counts()}
 
 
 # ---------------------------------------------------------------- long-tailed recognition (Table 8)
-SHOTS = ("many", "medium", "few")       # training images of a class
-BY_SHOT = ("", *(f"_{name}" for name in SHOTS))
-REPRESENTATIONS = ("query", "tokens")
+# The recipe of VL-LTR (Tian et al. 2022); learning rates of its ResNet-50.
+LR, HEAD_LR, ATTENTION_LR = 5e-5, 1e-4, 1e-6     # of the model in stage 1; of the head in stage 2
+WARMUP, WEIGHT_DECAY = 0.1, 0.05                 # share of stage 1; on matrices alone
+BALANCE = 0.5              # a class of n images is drawn n^(1 - BALANCE)-fold
+SMOOTHING = 0.1            # share of the label that goes to all classes alike
+MIXUP, CUTMIX = 0.8, 1.0   # α of the Beta distribution of the shares of two mixed images
+ANCHORS = 64               # sentences of a class that the head looks at
+MANY, FEW = 100, 20        # training images of a class, more than and fewer than which it is reported apart
+# Sections of a Wikipedia article that tell nothing of its subject.
+DROPPED_SECTIONS = {"References", "External links", "Further reading", "Bibliography"}
 
 
 class LongTail(NamedTuple):
-    """A data set with few images of most classes, and what is said of each (VL-LTR; Tian et al. 2022)."""
+    """A data set with few images of most classes, and sentences about each."""
     train: Source                 # labelled
     test: Source                  # likewise
     names: list[str]              # K classes
     sentences: list[list[str]]    # of each class, from its description; none without one
-
-    @property
-    def name(self) -> str:
-        return self.test.name
+    augment: bool = True          # RandAugment, mixup and CutMix of training images
+    skips: SkipReport = SkipReport()           # of training images
 
     def labels(self) -> Tensor:
         """Of all training images [N]."""
         return torch.tensor([self.train.label(i) for i in range(len(self.train))])
 
-    def counts(self) -> list[int]:
-        """Training images of each class."""
-        return torch.bincount(self.labels(), minlength=len(self.names)).tolist()
-
-
-PLACES_LT = {"train": 62500, "val": 7300, "test": 36500}       # images of its lists, 365 classes
-# Sections of a Wikipedia article that tell nothing of its subject.
-DROPPED_SECTIONS = {"References", "External links", "Further reading", "Bibliography"}
-
 
 def open_longtail(name: str) -> LongTail:
-    """A long-tailed data set in Places-LT's layout, as VL-LTR has it.
+    """A long-tailed data set in Places-LT's layout, as VL-LTR has it. Raises FileNotFoundError or ValueError.
 
-    name: a folder, or "places-lt" (./places-lt or ./data/places-lt), with
-    *train.txt, *val.txt and *test.txt, lines "PATH LABEL", PATH below the folder, LABEL from 0 (of val the
-    list is checked, its images are not needed);
-    labels.txt, lines "NAME LABEL" (without it a class is called as the folder of its images);
-    wiki/desc_LABEL.txt, if there, an article on the class; or "shapes": 24 kinds of things, by Zipf's law.
-    Raises FileNotFoundError or ValueError before any image is read: lists or images that are not there,
-    labels out of range, classes without a training image, paths that are trained and tested on, other counts
-    than Places-LT's in its own lists.
+    name: a folder, or "places-lt" (./places-lt or ./data/places-lt), with lists *train.txt and *test.txt,
+    lines "PATH LABEL", PATH below the folder; labels.txt, lines "NAME LABEL" (without it a class is called as
+    the folder of its images); wiki/desc_LABEL.txt, if there, an article on the class. Or "shapes".
     """
     if name == "shapes":
         return zipf_shapes()
-    places = [Path(name), *([Path("data") / name] if name == "places-lt" else [])]
-    root = next((place for place in places if place.is_dir()), None)
-    if root is None:
-        raise FileNotFoundError(f"no folder at {', '.join(map(str, places))}: expected one with lists "
-                                "*train.txt, *val.txt, *test.txt, or 'shapes'")
-    tables, lists = {}, {}
-    for split in PLACES_LT:
-        found = sorted(root.glob(f"*{split}.txt"))
-        if len(found) != 1:
-            raise ValueError(f"{root} has {len(found)} files *{split}.txt, expected one list of images")
-        tables[split], lists[split] = found[0], read_label_list(found[0])
-    names = label_names(root, lists["train"], tables["train"])
+    root = Path("data/places-lt" if name == "places-lt" and not Path(name).is_dir() else name)
+    lists, sources = {}, []
+    for split in ("train", "test"):
+        tables = sorted(root.glob(f"*{split}.txt"))
+        if len(tables) != 1:
+            raise ValueError(f"{root} has {len(tables)} files *{split}.txt, expected one list of images")
+        lists[split] = read_labels(tables[0])
+    folders = [(Path(path).parent.name, label) for path, label in lists["train"]]
+    named = read_labels(root / "labels.txt") if (root / "labels.txt").is_file() else folders
+    named = {(label, regex.sub("[_/]", " ", name).strip()) for name, label in named}
+    names = list(dict(sorted(named)).values())
+    labels = [{label for _, label in entries} for entries in (folders, lists["test"])]
+    if not (len(set(names) - {""}) == len(named) and labels[0] == set(range(len(named))) >= labels[1]):
+        raise ValueError(f"{root}: {len(named)} names, training labels {min(labels[0])} to {max(labels[0])}: "
+                         "expected for each label from 0 on a name of its own, and images to train on")
     for split, entries in lists.items():
-        check_labels(tables[split], entries, names, split)
-    sources = []
-    for split, entries in ((split, lists[split]) for split in ("train", "test")):
         images = [root / path for path, _ in entries]
-        refuse_missing(images, tables[split])
+        refuse_missing(images, root / f"*{split}.txt")
         sources.append(FileSource(images, f"{root.name} {split}", names, [label for _, label in entries]))
-    shared = len({os.path.realpath(p) for p in sources[0].images}
-                 & {os.path.realpath(p) for p in sources[1].images})
-    if shared:
-        raise ValueError(f"{shared} images are both in {tables['train']} and in {tables['test']}: what is "
-                         "tested on must not be trained on")
+    if shared := set(sources[0].images) & set(sources[1].images):
+        raise ValueError(f"{len(shared)} images are in both lists of {root}: what is tested on must not be "
+                         "trained on")
     articles = [root / "wiki" / f"desc_{label}.txt" for label in range(len(names))]
     return LongTail(*sources, names, [read_sentences(path) if path.is_file() else [] for path in articles])
 
 
-def check_labels(table: Path, entries: list[tuple[str, int]], names: list[str], split: str) -> None:
-    """Raises ValueError on a label out of range, a class without training, or a part of Places-LT's list."""
-    for path, label in entries:
-        if label >= len(names):
-            raise ValueError(f"{table}: {path} has label {label}, expected 0 to {len(names) - 1}")
-    if "Places_LT" in table.name and (len(entries), len(names)) != (PLACES_LT[split], 365):
-        raise ValueError(f"{table} has {len(entries)} images, of {len(names)} classes, and Places-LT's has "
-                         f"{PLACES_LT[split]}, of 365: complete it, or give it another name")
-    empty = sorted(set(range(len(names))) - {label for _, label in entries})
-    if split == "train" and empty:
-        raise ValueError(f"{table} has no image of {len(empty)} of {len(names)} classes, the first is "
-                         f"{empty[0]} ({names[empty[0]]}): there is nothing to learn it from")
-
-
-def read_label_list(table: Path) -> list[tuple[str, int]]:
+def read_labels(table: Path) -> list[tuple[str, int]]:
     """Lines "PATH LABEL" -> [(path, label)]. Raises ValueError."""
-    entries = []
-    for line in text_lines(table):
-        path, label = (line.strip().rsplit(None, 1) + [""])[:2]
-        if not path or not label.isdecimal():
-            raise ValueError(f"{table}: {line[:60]!r}, expected 'PATH LABEL', LABEL from 0")
-        entries.append((path.strip().lstrip("/"), int(label)))
-    if not entries:
-        raise ValueError(f"{table} is empty: expected lines 'PATH LABEL'")
-    return entries
-
-
-def label_names(root: Path, entries: list[tuple[str, int]], table: Path) -> list[str]:
-    """Names of the classes 0, 1, …: from labels.txt, else of the folders their images lie in."""
-    if (root / "labels.txt").is_file():
-        table = root / "labels.txt"
-        entries = read_label_list(table)
-    else:
-        entries = [(os.path.basename(os.path.dirname(path)), label) for path, label in entries]
-    pairs = {(label, re.sub("[_/]", " ", name).strip()) for name, label in entries}
-    names = dict(sorted(pairs))
-    if list(names) != list(range(len(pairs))) or not all(names.values()):
-        raise ValueError(f"{table}: {len(pairs)} pairs of label and name, the highest label is {max(names)}: "
-                         "expected every number from 0 on once, each with a name")
-    twice = [name for name, count in Counter(names.values()).items() if count > 1]
-    if twice and table.name != "labels.txt":
-        raise ValueError(f"{table}: two classes have folders {twice[0]!r}, a name that would not tell them "
-                         "apart: write labels.txt, lines 'NAME LABEL'")
-    return list(names.values())
+    entries = [line.strip().rsplit(None, 1) for line in text_lines(table)]
+    if not entries or not all(len(entry) == 2 and entry[1].isdecimal() for entry in entries):
+        raise ValueError(f"{table}: expected lines 'PATH LABEL', LABEL from 0")
+    return [(path.strip().lstrip("/"), int(label)) for path, label in entries]
 
 
 def read_sentences(path: Path) -> list[str]:
-    """A Wikipedia article as text, its sections headed "== Name ==" -> its sentences, less those of
-    DROPPED_SECTIONS."""
-    kept, dropped = [], False
+    """A Wikipedia article, its sections headed "== Name ==" -> its sentences, without DROPPED_SECTIONS."""
+    sentences, dropped = [], False
     for line in text_lines(path):
         if line.startswith("=="):
             dropped = line.strip("= ") in DROPPED_SECTIONS
         elif not dropped:
-            kept += regex.split(r"(?<=[.?!])\s+(?=\p{Lu})", line.strip())
-    return [sentence for sentence in kept if clean(sentence)]
+            sentences += regex.split(r"(?<=[.?!])\s+(?=\p{Lu})", line.strip())
+    return [sentence for sentence in sentences if clean(sentence)]
 
 
-def zipf_shapes(most: int = 300) -> LongTail:
-    """24 kinds of things, `most` training images of the first, a half, a third, … of that of the next ones.
-
-    The order goes round colours and shapes, so that rare kinds are made of common words.
-    """
-    order = [7 * i % len(KINDS) for i in range(len(KINDS))]
-    rows = [kind + len(KINDS) * i for place, kind in enumerate(order) for i in range(most // (place + 1))]
+def zipf_shapes() -> LongTail:
+    """24 kinds of things, 300 training images of the first, a half, a third, … of that of the next ones. The
+    order goes round colours and shapes, so that rare kinds are made of common words."""
+    rows = [7 * place % len(KINDS) + len(KINDS) * i for place in range(len(KINDS))
+            for i in range(300 // (place + 1))]
     train, test = Shapes("classes", seed=2), Shapes("classes")
+    train.rows, train.labels = sorted(rows), 300 * test.labels[:len(KINDS)]      # more than test has
     sentences = [[f"a {name}", f"a small {name}"] for name in test.classes]
-    train.rows, train.labels = sorted(rows), most * test.labels[:len(KINDS)]      # more than test has
-    return LongTail(train, test, test.classes, sentences)
+    return LongTail(train, test, test.classes, sentences, augment=False)         # it changes colours
 
 
-def representation(model: DiffDis | Clip, inputs: Tensor, noise: Tensor) -> Tensor:
-    """An image's features with their gradient [B, D], unit norm: the text query denoised from `noise` [B, D]
-    in one step, as by `read_queries`; of a CLIP its embedding, whatever the noise."""
-    if isinstance(model, Clip):
-        return model.encode_image(inputs)
-    config, t = model.config, torch.full((len(noise),), model.config.timesteps - 1, device=model.device)
-    alphas = make_alphas_cumprod(config.text_schedule, config.timesteps).to(model.device)
-    a, s = signal_and_noise(t, noise, alphas, config.gamma)
-    pred = model.denoise_query(noise, t, inputs).float()
-    return F.normalize(read_prediction(config.text_target, pred, noise, a, s)[0], dim=-1)
+class LanguageGuidedHead(nn.Module):
+    """Classifies an image's text query by itself, and by the sentences about each class (Tian et al. 2022).
 
-
-@torch.no_grad()
-def features_of(model: DiffDis | Clip, inputs: Tensor, places: list[int], args: argparse.Namespace) -> Tensor:
-    """What the head sees of images, as `over_images` hands them over: their text queries [B, D], and with
-    --representation tokens their image tokens beside them [B, D + V]; both of unit norm."""
-    queries = read_queries(model, inputs, places, args)
-    if args.representation == "query":
-        return queries
-    tokens = image_tokens(model, inputs, places, args.seed)
-    return torch.cat([queries, F.normalize(tokens, dim=-1)], dim=1)
-
-
-def frozen_features(model: DiffDis | Clip, source: Source, args: argparse.Namespace) -> Read:
-    """`features_of` all usable images of a source. Raises ValueError where they are not finite."""
-    read = over_images(model, source, args, partial(features_of, model, args=args))
-    if not torch.isfinite(read.values).all():
-        raise ValueError("the model's features are not finite: its weights are not usable, or --lr too high")
-    return read
-
-
-def query_width(model: DiffDis | Clip) -> int:
-    return model.config.embedding if isinstance(model, Clip) else model.config.text.width
-
-
-def class_sentences(model: DiffDis | Clip, data: LongTail,
-                    args: argparse.Namespace) -> tuple[list[str], Tensor]:
-    """Each class's templates, and what its description says -> all texts [M], whose each is [M]."""
-    templates, texts, owners = pick_templates(model, data.test, args), [], []
-    for label, (name, said) in enumerate(zip(data.names, data.sentences)):
-        own = list(dict.fromkeys([fill(t, name, args.templates is not None) for t in templates] + said))
-        texts += own
-        owners += [label] * len(own)
-    return texts, torch.tensor(owners)
-
-
-def balanced(labels: Tensor, args: argparse.Namespace, *key: int) -> Tensor:
-    """An epoch's samples, drawn with replacement, in whole batches: a class of n images counts as
-    n^(1 - balance), with VL-LTR's balance of a half √n-fold.
-
-    labels: of all samples [N] -> numbers of samples, a function of the key.
+    An image attends to the sentences about a class, which so become one vector; its cosine with the image's
+    text query is one branch, a perceptron on the query the other. At its start the attention compares queries
+    and sentences as they are: its projections are the identity.
+    anchors: sentences' text queries [K, S, D], unit norm; present: which of them are there [K, S].
     """
-    size = max(1, len(labels) // args.batch_size) * args.batch_size
-    weights = torch.bincount(labels).double()[labels] ** -args.balance
+    temperature, visual_share = 0.07, 0.2       # both fixed; of the prediction, the rest is the text branch's
+
+    def __init__(self, anchors: Tensor, present: Tensor) -> None:
+        super().__init__()
+        classes, _, width = anchors.shape
+        self.register_buffer("anchors", anchors)
+        self.register_buffer("present", present)
+        self.norm_q, self.norm_k = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.to_q, self.to_k = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.visual = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, classes))
+        for layer in (self.to_q, self.to_k):
+            nn.init.eye_(layer.weight)
+        for layer in (self.visual[0], self.visual[2]):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """query [B, D], unit norm -> logits of the visual and of the text branch, [B, K] each."""
+        width = query.shape[1]
+        q, k = self.to_q(self.norm_q(query)), self.to_k(self.norm_k(self.anchors))
+        scores = torch.einsum("bd,ksd->bks", q, k) * width ** -0.5
+        weights = scores.masked_fill(~self.present, -math.inf).softmax(dim=2)
+        classes = F.normalize(torch.einsum("bks,ksd->bkd", weights, self.anchors), dim=2)
+        text = torch.einsum("bkd,bd->bk", classes, query) / self.temperature
+        return self.visual(query * width ** 0.5), text       # a perceptron likes numbers of about 1
+
+    def predict(self, query: Tensor) -> Tensor:
+        """query [B, D] -> probabilities [B, K]: 0.2 of the visual branch, 0.8 of the text branch."""
+        visual, text = (logits.softmax(dim=1) for logits in self(query))
+        return self.visual_share * visual + (1 - self.visual_share) * text
+
+
+def class_contrast(logits: Tensor, labels: Tensor, smoothing: float = SMOOTHING) -> Tensor:
+    """Alignment loss of long-tailed recognition: all pairs of a class are right (Tian et al. 2022, L_ccl).
+    logits: scaled cosines of B images with a sentence about each one's class [B, B]; labels [B]."""
+    same = (labels[:, None] == labels).float()
+    targets = same / same.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, targets, label_smoothing=smoothing)
+            + F.cross_entropy(logits.T, targets, label_smoothing=smoothing)) / 2
+
+
+def distillation(logits: Tensor, teacher: Tensor) -> Tensor:
+    """How far the logits' distributions, of texts given an image and the reverse, are from the teacher's
+    (Tian et al. 2022, L_dis). Both [B, B]; the teacher's carry no gradient."""
+    return (F.cross_entropy(logits, teacher.softmax(dim=1))
+            + F.cross_entropy(logits.T, teacher.T.softmax(dim=1))) / 2
+
+
+def balanced(labels: Tensor, batch_size: int, *key: int) -> Tensor:
+    """An epoch's samples, drawn with replacement, in whole batches: a class of n images counts √n-fold.
+    labels: of all samples [N] -> numbers of samples, a function of the key."""
+    size = max(1, len(labels) // batch_size) * batch_size
+    weights = torch.bincount(labels).double()[labels] ** -BALANCE
     return torch.multinomial(weights, size, replacement=True, generator=generator_of(*key))
 
 
-class Drawn(Source):
-    """Training images in the order they were drawn, centre squares, each with RandAugment if so asked: a
-    function of the key and its place."""
+class Augmented(Source):
+    """A source's centre squares, each changed by RandAugment: a function of the key and its place."""
 
-    def __init__(self, source: Source, order: np.ndarray, size: int, augment: bool, key: tuple) -> None:
-        super().__init__(source.name, len(order))
-        self.source, self.order, self.size, self.augment, self.seed = source, order, size, augment, key
+    def __init__(self, source: Source, size: int, key: tuple[int, ...]) -> None:
+        super().__init__(source.name, len(source))
+        self.source, self.size, self.seed = source, size, key
 
     def read(self, index: int, side: int | None = None) -> Sample:
-        sample = self.source.read(self.order[index], side)
-        if not self.augment:
-            return sample
+        sample = self.source.read(index, side)
         square = Image.fromarray(to_square(sample.image, self.size))
         return replace(sample, image=rand_augment(square, np.random.default_rng([*self.seed, index])))
 
 
-def balanced_batches(data: LongTail, size: int, key: tuple, skips: SkipReport,
-                     args: argparse.Namespace) -> Iterator[Batch]:
-    """An epoch of training images at `size` px, a function of the key; what is unusable goes into `skips`."""
-    order = balanced(data.labels(), args, *key).numpy()
-    drawn = Drawn(data.train, order, size, args.augment, key)
-    for batch in evaluation_batches(drawn, size, args.batch_size, args.workers or 0):
-        skips.add(batch.skipped, batch.visited)
-        skips.check()
+def balanced_batches(data: LongTail, size: int, key: tuple[int, ...], reading: Reading) -> Iterator[Batch]:
+    """An epoch of training images at `size` px, a function of the key."""
+    source = data.train.subset(balanced(data.labels(), reading.batch_size, *key).numpy())
+    source = Augmented(source, size, key) if data.augment else source
+    for batch in evaluation_batches(source, size, reading.batch_size, reading.workers):
+        data.skips.add(batch.skipped, batch.visited)
+        data.skips.check()
         if batch.captions:
             yield batch
 
 
-def mix(pixels: Tensor, targets: Tensor, args: argparse.Namespace, rng: np.random.Generator
-        ) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of a batch with itself in reverse, as timm's.
-
-    pixels: uint8 [B, S, S, 3]; targets [B, K]; --mixup, --cutmix: α of the Beta distribution of their share,
-    0: never; with both a coin decides -> the same of the mixtures.
-    """
-    cut = args.cutmix > 0 and (args.mixup == 0 or rng.random() < 0.5)
-    alpha, side = args.cutmix if cut else args.mixup, pixels.shape[1]
-    if alpha == 0:
-        return pixels, targets
-    share = rng.beta(alpha, alpha)
-    if cut:
+def mix(pixels: Tensor, targets: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), by a coin, of a batch with itself in reverse.
+    pixels: uint8 [B, S, S, 3]; targets [B, K] -> the same of the mixtures."""
+    cuts, side = rng.random() < 0.5, pixels.shape[1]
+    share = rng.beta(CUTMIX, CUTMIX) if cuts else rng.beta(MIXUP, MIXUP)
+    if cuts:
         half, (y, x) = int(side * math.sqrt(1 - share)) // 2, rng.integers(side, size=2)
         rows, columns = (slice(max(0, c - half), min(side, c + half)) for c in (y, x))
         mixed = pixels.clone()
@@ -1055,527 +760,337 @@ def mix(pixels: Tensor, targets: Tensor, args: argparse.Namespace, rng: np.rando
     return mixed, share * targets + (1 - share) * targets.flip(0)
 
 
-def make_groups(modules: list[tuple[nn.Module, float]], weight_decay: float = 0.05) -> list[dict]:
-    """(module, peak learning rate) -> AdamW's groups; matrices alone are decayed, as in VL-LTR."""
+def descend(modules: list[tuple[nn.Module, float]], losses: Iterator[Tensor], steps: int, stage: str,
+            warmup: int = 0) -> None:
+    """A step of AdamW on each loss. modules: each with its peak learning rate, to which the rate rises for
+    `warmup` steps before it falls to 0 as a cosine. Raises ValueError where a loss is not finite."""
     groups = []
     for module, rate in modules:
         trained = [p for p in module.parameters() if p.requires_grad]
-        groups += [{"params": [p for p in trained if (p.dim() > 1) == matrix], "lr": rate, "peak_lr": rate,
-                    "weight_decay": weight_decay * matrix} for matrix in (True, False)]
-    return [group for group in groups if group["params"]]
+        groups += [{"params": [p for p in trained if (p.dim() > 1) == is_matrix], "lr": rate, "peak_lr": rate,
+                    "weight_decay": WEIGHT_DECAY * is_matrix} for is_matrix in (True, False)]
+    optimizer = torch.optim.AdamW(groups)
+    for step, loss in enumerate(tqdm(losses, stage, steps, unit="step", disable=None)):
+        if not torch.isfinite(loss):
+            raise ValueError(f"longtail, {stage}, step {step}: the loss is not finite; lower --lr-scale")
+        for group in optimizer.param_groups:
+            rise, fall = min(1.0, (step + 1) / max(1, warmup)), 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = group["peak_lr"] * rise * fall
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, steps: int, warmup: int,
-            what: str) -> None:
-    """A gradient step at a rate that rises for `warmup` steps and falls to 0 as a cosine. Raises ValueError
-    where the loss is not finite."""
-    if not torch.isfinite(loss):
-        raise ValueError(f"{what}, step {step}: the loss is not finite; take a lower learning rate")
-    for group in optimizer.param_groups:
-        rise, fall = min(1.0, (step + 1) / max(1, warmup)), 0.5 * (1 + math.cos(math.pi * step / steps))
-        group["lr"] = group["peak_lr"] * rise * fall
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+def representation(model: DiffDis | Clip, inputs: Tensor, keys: list[tuple[int, ...]]) -> Tensor:
+    """As `read_queries`, with gradient [B, D]: a text query denoised in one step, from noise of the keys."""
+    if isinstance(model, Clip):
+        return model.encode_image(inputs)
+    config = model.config
+    alphas = make_alphas_cumprod(config.text_schedule, config.timesteps).to(model.device)
+    denoise = make_denoiser(lambda e_t, t: model.denoise_query(e_t, t, inputs), config.text_target, alphas,
+                            config.gamma, unit_norm=True)
+    t = torch.full((len(inputs),), config.timesteps - 1, device=model.device)
+    return denoise(noise_of((config.text.width,), keys).to(model.device), t)[0]
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-Σ target · log softmax(logits), mean over rows. logits, targets [B, K] (rows of targets sum to 1)."""
-    return -(targets * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
-
-
-def class_contrast(logits: Tensor, labels: Tensor, smoothing: float = 0.1) -> Tensor:
-    """Alignment loss of long-tailed recognition: all pairs of one class are right (Tian et al. 2022, L_ccl).
-
-    logits: scaled cosines of B images with a sentence about each one's class [B, B]; labels [B].
-    """
-    same = (labels[:, None] == labels).float()
-    targets = (1 - smoothing) * same / same.sum(dim=1, keepdim=True) + smoothing / len(labels)
-    return (soft_cross_entropy(logits, targets) + soft_cross_entropy(logits.T, targets)) / 2
-
-
-def distillation(logits: Tensor, teacher: Tensor) -> Tensor:
-    """How far the logits' distributions, of texts given an image and the reverse, are from the teacher's
-    (Tian et al. 2022, L_dis). Both [B, B]; the teacher's carry no gradient."""
-    return (soft_cross_entropy(logits, teacher.softmax(dim=1))
-            + soft_cross_entropy(logits.T, teacher.T.softmax(dim=1))) / 2
-
-
-def fine_tune(model: DiffDis | Clip, data: LongTail, texts: list[str], owners: Tensor, skips: SkipReport,
-              args: argparse.Namespace) -> None:
-    """VL-LTR's first stage: class-wise contrast of images and sentences, and distillation from the model as
-    it was, half of the loss each. It changes the model, which then only reads.
+def fine_tune(model: DiffDis | Clip, data: LongTail, texts: list[str], owners: Tensor, epochs: int,
+              lr_scale: float, reading: Reading) -> DiffDis | Clip:
+    """VL-LTR's first stage, on a copy of the model, which then only reads: class-wise contrast of images and
+    sentences, and distillation from the model as it was, half of the loss each.
 
     Our choice: a text query is denoised from pure noise, as in evaluation, so that no sentence can leak.
     """
-    teacher = copy.deepcopy(model).requires_grad_(False)
-    for name, parameter in model.named_parameters():
+    student, seed = copy.deepcopy(model), reading.seed
+    for name, parameter in student.named_parameters():
         parameter.requires_grad_(not name.startswith("autoencoder."))
-    optimizer = torch.optim.AdamW(make_groups([(model, args.lr)]))
     of_class = [torch.nonzero(owners == k).flatten().tolist() for k in range(len(data.names))]
-    per_epoch, size = max(1, len(data.train) // args.batch_size), model.config.image_size
-    batches = chain.from_iterable(balanced_batches(data, size, (args.seed, 5, epoch), skips, args)
-                                  for epoch in range(args.epochs))
 
-    def logits_of(some: DiffDis | Clip, inputs: Tensor, noise: Tensor, chosen: list[str]) -> Tensor:
-        return some.logit_scale.exp() * representation(some, inputs, noise) @ some.encode_text(chosen)[1].T
-    with tqdm(total=args.epochs * per_epoch, unit="step", desc="stage 1", disable=None) as bar:
-        for step, batch in enumerate(batches):
-            rng, labels = np.random.default_rng([args.seed, 6, step]), torch.tensor(batch.labels)
+    def logits_of(network: DiffDis | Clip, inputs: Tensor, chosen: list[str], step: int) -> Tensor:
+        queries = representation(network, inputs, [(seed, 7, step, i) for i in range(len(chosen))])
+        return network.logit_scale.exp() * queries @ network.encode_text(chosen)[1].T
+
+    def losses() -> Iterator[Tensor]:
+        for step, batch in enumerate(chain.from_iterable(balanced_batches(
+                data, model.config.image_size, (seed, 5, epoch), reading) for epoch in range(epochs))):
+            rng = np.random.default_rng([seed, 6, step])
             chosen = [texts[rng.choice(of_class[label])] for label in batch.labels]
-            noise = noise_of((query_width(model),), [(args.seed, 7, step, i) for i in range(len(labels))])
-            noise = noise.to(model.device)
             with torch.no_grad():
                 inputs = model.read_batch(batch.images.to(model.device))
-                theirs = logits_of(teacher, inputs, noise, chosen)
-            ours = logits_of(model, inputs, noise, chosen)
-            loss = 0.5 * class_contrast(ours, labels.to(model.device), args.smoothing)
-            loss = loss + 0.5 * distillation(ours, theirs)
-            descend(optimizer, loss, step, args.epochs * per_epoch, args.warmup_epochs * per_epoch, "stage 1")
+                teacher = logits_of(model, inputs, chosen, step)
+            logits, labels = logits_of(student, inputs, chosen, step), torch.tensor(batch.labels)
+            yield 0.5 * class_contrast(logits, labels.to(model.device)) + 0.5 * distillation(logits, teacher)
             with torch.no_grad():
-                model.logit_scale.clamp_(0, math.log(100))        # as train.py does
-            bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.requires_grad_(False)
-    model.tasks = ("alignment",)
+                student.logit_scale.clamp_(0, math.log(100))        # as train.py does
+    steps = epochs * max(1, len(data.train) // reading.batch_size)
+    descend([(student, LR * lr_scale)], losses(), steps, "stage 1", int(WARMUP * steps))
+    student.tasks = ("alignment",)
+    return student.requires_grad_(False)
 
 
-def nearest(queries: Tensor, candidates: Tensor, k: int, block: int = 1024) -> Tensor:
-    """The k most similar candidates of each query, best first [N, k]. Memory is block · K."""
-    k = min(k, len(candidates))
-    return torch.cat([(some @ candidates.T).topk(k).indices for some in queries.split(block)])
-
-
-def shots_of(counts: list[int], many: int, few: int) -> list[str]:
-    """Training images of each class -> "many" (more than that), "few" (fewer than that) or "medium"."""
-    return ["many" if n > many else "few" if n < few else "medium" for n in counts]
-
-
-def by_shot(hits: Tensor, labels: Tensor, shots: list[str]) -> dict[str, float]:
-    """hits [N], labels [N], `shots_of` the classes -> accuracy overall (""), and of the images of classes
-    with many, medium and few ("_many", …; absent where there are none), each with its interval."""
-    found = {}
-    for ending in BY_SHOT:
-        inside = torch.tensor([ending in ("", f"_{shot}") for shot in shots])[labels]
+def by_shot(name: str, hits: Tensor, labels: Tensor, counts: Tensor) -> dict:
+    """hits [N], labels [N], training images of each class [K] -> the accuracy overall and of images of
+    classes with many, medium and few (absent where there are none), with intervals."""
+    many, few, result = counts[labels] > MANY, counts[labels] < FEW, {}
+    for ending, inside in (("", many | True), ("_many", many), ("_medium", ~(many | few)), ("_few", few)):
         if inside.any():
-            found[ending] = hits[inside].double().mean().item()
-            found[f"{ending}_interval"] = wilson(found[ending], int(inside.sum()))
-    return found
-
-
-def sentence_accuracies(images: Tensor, labels: Tensor, texts: Tensor, owners: Tensor,
-                        shots: list[str]) -> dict:
-    """VL-LTR's three of its first stage. Image-Acc: the nearest sentence is of the image's class; Text-Acc:
-    the nearest image is of the sentence's; KNN-Acc: most of the 5 nearest sentences are, ties go to the
-    nearest.
-
-    images [N, D], labels [N]; texts [M, D], owners [M]: their classes; shots: `shots_of` the classes.
-    """
-    near = owners[nearest(images, texts, 5)]
-    votes = torch.tensor([Counter(row).most_common(1)[0][0] for row in near.tolist()])
-    found = labels[nearest(texts, images, 1)[:, 0]]
-    by_image = by_shot(near[:, 0] == labels, labels, shots)
-    return {**{f"image_acc{shot}": rate for shot, rate in by_image.items()},
-            "text_acc": (found == owners).double().mean().item(),
-            "knn_acc": (votes == labels).double().mean().item()}
-
-
-def select_anchors(images: Tensor, labels: Tensor, texts: Tensor, owners: Tensor, scale: float, keep: int
-                   ) -> tuple[Tensor, Tensor]:
-    """VL-LTR's anchor sentences: of each class those that tell its images from the others' best.
-
-    images [N, D] and labels [N] of training images (VL-LTR's script for Places takes validation's), texts
-    [M, D], owners [M]; scale: inverse temperature -> text queries [K, S, D], S up to `keep`, and which of
-    them are there [K, S].
-    """
-    absent = sorted(set(owners.tolist()) - set(labels.tolist()))
-    if absent:
-        raise ValueError(f"none of the training images of class {absent[0]} can be read")
-    losses = torch.empty(len(texts))
-    for some in torch.arange(len(texts)).split(1024):
-        right = (owners[some, None] == labels).float()
-        chance = F.log_softmax(scale * texts[some] @ images.T, dim=1)
-        losses[some] = -(right * chance).sum(dim=1) / right.sum(dim=1)
-    best = [torch.nonzero(owners == k).flatten() for k in range(int(owners.max()) + 1)]
-    best = [own[losses[own].argsort()[:keep]] for own in best]
-    anchors = texts.new_zeros(len(best), max(map(len, best)), texts.shape[1])
-    for k, own in enumerate(best):
-        anchors[k, :len(own)] = texts[own]
-    return anchors, anchors.any(dim=2)
-
-
-def head_batches(model: DiffDis | Clip, data: LongTail, skips: SkipReport,
-                 args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features [B, D or D + V] and soft targets [B, K] of --head-epochs epochs, on the model's device. The
-    model is frozen: where nothing changes the images, each is read once."""
-    classes, key = len(data.names), (args.seed, 8)
-    if not (args.augment or args.mixup or args.cutmix):
-        read = frozen_features(model, data.train, args)
-        skips.add(Counter(read.skips.skipped), read.skips.visited)
-        labels = torch.tensor(read.labels)
-        for epoch in range(args.head_epochs):
-            for some in balanced(labels, args, *key, epoch).split(args.batch_size):
-                targets = F.one_hot(labels[some], classes).float()
-                yield read.values[some].to(model.device), targets.to(model.device)
-        return
-    for epoch in range(args.head_epochs):
-        batches = balanced_batches(data, model.config.image_size, (*key, epoch), skips, args)
-        for step, batch in enumerate(batches):
-            targets = F.one_hot(torch.tensor(batch.labels), classes).float()
-            pixels, targets = mix(batch.images, targets, args, np.random.default_rng([*key, 9, epoch, step]))
-            places = range(step * args.batch_size, step * args.batch_size + len(pixels))
-            with torch.no_grad():
-                inputs = model.read_batch(pixels.to(model.device))
-            yield features_of(model, inputs, list(places), args), targets.to(model.device)
-
-
-def train_heads(model: DiffDis | Clip, data: LongTail, head: LanguageGuidedHead, linear: nn.Linear,
-                skips: SkipReport, args: argparse.Namespace) -> None:
-    """VL-LTR's second stage: trains `head` on frozen features, its two branches' losses summed; and beside
-    it, on the same batches, a linear layer: what sentences must beat."""
-    attention = nn.ModuleList([head.norm_q, head.norm_k, head.to_q, head.to_k])
-    optimizer = torch.optim.AdamW(make_groups([(attention, args.attention_lr), (head.visual, args.head_lr),
-                                               (linear, args.head_lr)]))
-    steps = args.head_epochs * max(1, len(data.train) // args.batch_size)
-    with tqdm(total=steps, unit="step", desc="stage 2", disable=None) as bar:
-        for step, (features, targets) in enumerate(head_batches(model, data, skips, args)):
-            targets = (1 - args.smoothing) * targets + args.smoothing / targets.shape[1]
-            logits = (*head(features), linear(head.visual_input(features)))
-            descend(optimizer, sum(soft_cross_entropy(some, targets) for some in logits), step, steps, 0,
-                    "stage 2")
-            bar.update()
-
-
-def second_stage(model: DiffDis | Clip, data: LongTail, read: Read, labels: Tensor, queries: Tensor,
-                 owners: Tensor, shots: list[str], skips: SkipReport, args: argparse.Namespace) -> dict:
-    """Anchors, heads, and what they make of the test images' features."""
-    # Other noise than the test images': what is alike must be the pictures.
-    args = argparse.Namespace(**{**vars(args), "control": "none", "seed": args.seed + 1})
-    known, width = frozen_features(model, few_of_each(data), args), query_width(model)
-    skips.add(Counter(known.skips.skipped), known.skips.visited)
-    anchors = select_anchors(known.values[:, :width], torch.tensor(known.labels), queries, owners,
-                             float(model.logit_scale.exp()), args.anchors)
-    torch.manual_seed(args.seed)      # here: what ran before has drawn from it
-    visual_width = known.values.shape[1] - width or width
-    head = LanguageGuidedHead(*anchors, visual_width).to(model.device)
-    linear = nn.Linear(visual_width, len(data.names)).to(model.device)
-    train_heads(model, data, head, linear, skips, args)
-    scores, result = {"top1": [], "linear": []}, {"anchors": int(head.present.sum())}
-    with torch.no_grad():
-        for some in read.values.to(model.device).split(256):
-            scores["top1"].append(head.predict(some).cpu())
-            scores["linear"].append(linear(head.visual_input(some)).cpu())
-    for name, found in scores.items():
-        by_name = by_shot(torch.cat(found).argmax(dim=1) == labels, labels, shots)
-        result |= {f"{name}{shot}": rate for shot, rate in by_name.items()}
+            rate = result[name + ending] = hits[inside].double().mean().item()
+            result[f"{name}{ending}_interval"] = wilson(rate, int(inside.sum()))
     return result
 
 
-def longtail(model: DiffDis | Clip, data: LongTail, args: argparse.Namespace) -> dict:
-    """VL-LTR's two stages with this model as the backbone (Table 8): pretrain, finetune, or all.
+def nearest(queries: Tensor, candidates: Tensor, k: int) -> Tensor:
+    """The k most similar candidates of each query, best first [N, k]."""
+    k = min(k, len(candidates))
+    return torch.cat([(part @ candidates.T).topk(k).indices for part in queries.split(1024)])
 
-    Accuracies by shot (--shots; without it OLTR's: classes of more than 100, of 20 to 100 and of fewer than
-    20 training images) are by the same weighted prediction as the whole.
-    """
-    if rank_and_world()[1] > 1:
-        raise ValueError("longtail trains in one process: start it with python, not torchrun")
-    counts, skips = data.counts(), SkipReport(args.max_bad)
-    texts, owners = class_sentences(model, data, args)
-    described = sum(map(bool, data.sentences))
-    print(f"{len(texts)} sentences on {len(counts)} classes, {described} of which have a description")
-    if args.stage != "finetune":
-        fine_tune(model, data, texts, owners, skips, args)
-        if args.out:
-            models.save(args.out, model)
-            print(f"wrote {args.out}")
-    queries, read = encode_texts(model, texts).cpu(), frozen_features(model, data.test, args)
+
+def sentence_accuracies(images: Tensor, labels: Tensor, texts: Tensor, owners: Tensor,
+                        counts: Tensor) -> dict:
+    """VL-LTR's three of its first stage. Image-Acc: the nearest sentence is of the image's class; Text-Acc:
+    the nearest image is of the sentence's; KNN-Acc: most of the 5 nearest sentences are, ties to the nearest.
+    images [N, D], labels [N]; texts [M, D], owners [M]: their classes; counts [K]: as in `by_shot`."""
+    near = owners[nearest(images, texts, 5)]
+    votes = torch.tensor([Counter(row).most_common(1)[0][0] for row in near.tolist()])
+    of_image = labels[nearest(texts, images, 1)[:, 0]]
+    return {**by_shot("image_acc", near[:, 0] == labels, labels, counts),
+            "text_acc": (of_image == owners).double().mean().item(),
+            "knn_acc": (votes == labels).double().mean().item()}
+
+
+def select_anchors(images: Tensor, labels: Tensor, texts: Tensor, owners: Tensor, scale: float,
+                   most: int = ANCHORS) -> tuple[Tensor, Tensor]:
+    """VL-LTR's anchor sentences: of each class those that tell its training images from the others' best.
+    images [N, D], labels [N], texts [M, D], owners [M]; scale: inverse temperature -> text queries [K, S, D],
+    S up to `most`, and which of them are there [K, S]."""
+    if absent := set(owners.tolist()) - set(labels.tolist()):
+        raise ValueError(f"none of the training images of class {min(absent)} can be read")
+    losses = torch.empty(len(texts))
+    for rows in torch.arange(len(texts)).split(1024):
+        right = (owners[rows, None] == labels).float()
+        log_share = F.log_softmax(scale * texts[rows] @ images.T, dim=1)
+        losses[rows] = -(right * log_share).sum(dim=1) / right.sum(dim=1)
+    best = []
+    for label in range(int(owners.max()) + 1):
+        own = torch.nonzero(owners == label).flatten()
+        best.append(texts[own[losses[own].argsort()[:most]]])
+    anchors = nn.utils.rnn.pad_sequence(best, batch_first=True)
+    return anchors, anchors.any(dim=2)
+
+
+def head_batches(model: DiffDis | Clip, data: LongTail, epochs: int, reading: Reading
+                 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Text queries [B, D] of training images and soft targets [B, K]. The model is frozen: where nothing
+    changes the images, each is read once."""
+    classes, key = len(data.names), (reading.seed, 8)
+    if not data.augment:
+        read = image_queries(model, data.train, reading)
+        data.skips.add(read.skips.skipped, read.skips.visited)
+        labels = torch.tensor(read.labels)
+        for epoch in range(epochs):
+            for rows in balanced(labels, reading.batch_size, *key, epoch).split(reading.batch_size):
+                yield read.values[rows], F.one_hot(labels[rows], classes).float()
+        return
+    for epoch in range(epochs):
+        batches = balanced_batches(data, model.config.image_size, (*key, epoch), reading)
+        for step, batch in enumerate(batches):
+            targets = F.one_hot(torch.tensor(batch.labels), classes).float()
+            pixels, targets = mix(batch.images, targets, np.random.default_rng([*key, 9, epoch, step]))
+            places = [step * reading.batch_size + i for i in range(len(pixels))]
+            with torch.no_grad():
+                inputs = model.read_batch(pixels.to(model.device))
+            yield read_queries(model, inputs, places, reading), targets
+
+
+def train_head(model: DiffDis | Clip, data: LongTail, queries: Tensor, owners: Tensor, epochs: int,
+               lr_scale: float, reading: Reading) -> LanguageGuidedHead:
+    """VL-LTR's second stage: a head on the frozen model's text queries, its two branches' losses summed.
+    queries [M, D], owners [M]: of all sentences, and their classes."""
+    labels, device = data.labels(), model.device
+    few = [torch.nonzero(labels == k)[:50, 0] for k in range(len(data.names))]      # choose the anchors
+    known = image_queries(model, data.train.subset(torch.cat(few).sort().values.numpy()), reading)
+    data.skips.add(known.skips.skipped, known.skips.visited)
+    anchors = select_anchors(known.values, torch.tensor(known.labels), queries, owners,
+                             model.logit_scale.exp().item())
+    torch.manual_seed(reading.seed)
+    head = LanguageGuidedHead(*anchors).to(device)
+    attention = nn.ModuleList([head.norm_q, head.norm_k, head.to_q, head.to_k])
+
+    def losses() -> Iterator[Tensor]:
+        for features, targets in head_batches(model, data, epochs, reading):
+            yield sum(F.cross_entropy(logits, targets.to(device), label_smoothing=SMOOTHING)
+                      for logits in head(features.to(device)))
+    descend([(attention, ATTENTION_LR * lr_scale), (head.visual, HEAD_LR * lr_scale)], losses(),
+            epochs * max(1, len(labels) // reading.batch_size), "stage 2")
+    return head
+
+
+def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(batch_size=128),
+             templates: Sequence[str] | None = None, epochs: int = 50, head_epochs: int = 50,
+             lr_scale: float = 1.0, out: Path | None = None) -> dict:
+    """VL-LTR's two stages with this model as the backbone (Table 8). epochs, head_epochs: of stage 1 and 2, 0
+    leaves a stage out; lr_scale: times VL-LTR's learning rates; out: a folder for stage 1's model."""
+    templates, texts, owners = pick_templates(model, data.test, templates), [], []
+    for label, (name, sentences) in enumerate(zip(data.names, data.sentences)):
+        own = list(dict.fromkeys([fill(template, name) for template in templates] + sentences))
+        texts += own
+        owners += [label] * len(own)
+    owners, counts = torch.tensor(owners), torch.bincount(data.labels())
+    if epochs:
+        model = fine_tune(model, data, texts, owners, epochs, lr_scale, reading)
+        if out:
+            models.save(out / "longtail.pt", model)
+    queries, read = encode_texts(model, texts), image_queries(model, data.test, reading)
     labels = torch.tensor(read.labels)
-    if args.control == "shuffle-labels":
-        labels = labels[shuffled(len(labels), args.seed)]
-    shots = shots_of(counts, *args.shots)
-    result = {"n": len(labels), "n_train": sum(counts), "classes": len(counts), "described": described,
-              "classes_by_shot": {name: shots.count(name) for name in SHOTS}, "chance": 1 / len(counts),
-              "sentences": len(texts),
-              "stage": args.stage, "representation": args.representation,
-              **sentence_accuracies(read.values[:, :query_width(model)], labels, queries, owners, shots)}
-    if args.stage != "pretrain":
-        result |= second_stage(model, data, read, labels, queries, owners, shots, skips, args)
+    result = {"n": len(labels), "n_train": int(counts.sum()), "classes": len(counts), "sentences": len(texts),
+              "seed": reading.seed, "control": reading.control, "chance": 1 / len(counts),
+              **sentence_accuracies(read.values, labels, queries, owners, counts)}
+    if head_epochs:
+        # Other noise than the test images': what is alike must be the pictures.
+        head = train_head(model, data, queries, owners, head_epochs, lr_scale,
+                          replace(reading, control="none", seed=reading.seed + 1))
+        with torch.no_grad():
+            scores = torch.cat([head.predict(part).cpu() for part in read.values.to(model.device).split(256)])
+        result |= {"anchors": int(head.present.sum()),
+                   **by_shot("top1", scores.argmax(dim=1) == labels, labels, counts)}
     return {**result, "seconds_per_image": read.seconds, "skipped": read.skips.counts(),
-            "skipped_training": skips.counts()}
-
-
-def few_of_each(data: LongTail, most: int = 50) -> Source:
-    """Training images, at most 50 of a class."""
-    seen, kept = Counter(), []
-    for i in range(len(data.train)):
-        label = data.train.label(i)
-        seen[label] += 1
-        if seen[label] <= most:
-            kept.append(i)
-    return data.train.subset(np.array(kept))
+            "skipped_training": data.skips.counts()}
 
 
 # ---------------------------------------------------------------- command line
-def print_table(title: str, result: dict, metrics: tuple[str, ...]) -> None:
-    print(f"{title}  (n = {result['n']})")
-    for name in ("skipped", "skipped_training", "skipped_drawing"):
-        left_out = result.get(name, {"skipped": {}})
-        skipped = Counter(left_out["skipped"]) + Counter(left_out.get("skipped_pictures", {}))
-        if skipped:
-            told = ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.items()))
-            print(f"  left out{name.removeprefix('skipped').replace('_', ', ')}: {told}")
-    if "fid" in result:
-        what = "Fréchet distance" if "features" in result["protocol"] else "FID"
-        print(f"  {what} {result['fid']:.3f} against {result['n_reference']} images; "
-              + "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in result["protocol"].items()))
-    if "seconds_per_image" in result:
-        print(f"  {1000 * result['seconds_per_image']:.2f} ms per image and device")
-    if "denoising_error" in result:
-        print(f"  denoising error {result['denoising_error']:.5f}  (n = {result['n_drawn']})")
-    for name in (name for name in metrics if name in result):
-        low, high = result.get(f"{name}_interval", (None, None))
-        interval = "" if low is None else f"   95 % interval {100 * low:5.1f} – {100 * high:5.1f}"
-        rates = name.startswith(("top1", "mean_per_class", "image_acc", "knn_acc", "linear"))
-        chance = result.get(f"{name}_chance", result["chance"] if rates else None)
-        print(f"  {name:<15}{100 * result[name]:6.1f} %{interval}"
-              + ("" if chance is None else f"   chance {100 * chance:.2f}")
-              + "   (what the field quotes)" * (name == result.get("quoted")))
+NEEDS = {"retrieval": "alignment", "zeroshot": "alignment", "longtail": "alignment", "fid": "generation",
+         "checker": "generation"}       # task -> what weights must have been trained for
+NO_RATES = ("fid", "guidance_scale", "seconds_per_image")      # numbers of another kind
 
 
-TASKS: dict[str, tuple[Callable, tuple[str, ...]]] = {
-    "retrieval": (retrieval, ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_r1")),
-    "zeroshot": (zeroshot, ("top1", "top5", "mean_per_class")),
-    "fid": (fid, ()),
-    "checker": (checker, ("colour", "shape", "size", "relation", "all", "all_single")),
-    "longtail": (longtail, (*(f"image_acc{shot}" for shot in BY_SHOT), "text_acc", "knn_acc",
-                            *(f"{name}{shot}" for name in ("top1", "linear") for shot in BY_SHOT))),
-    "row": (row, ("top1", "i2t_r1", "t2i_r1", "mean_r1", "colour", "shape", "size", "relation", "all")),
-}
+def report(task: str, result: dict, name: str) -> None:
+    """Print the table of a task's result; name: of the data."""
+    control = f", control {result['control']}" if result.get("control", "none") != "none" else ""
+    print(f"{task} on {name}, seed {result['seed']}{control}  (n = {result['n']})")
+    for key in ("skipped", "skipped_training"):
+        for cause, count in result.get(key, {}).get("skipped", {}).items():
+            print(f"  {key.replace('_', ' in ')}: {count} {cause}")
+    for key, value in result.items():
+        if isinstance(value, float) and key not in NO_RATES:
+            interval = " – ".join(f"{100 * end:5.1f}" for end in result.get(f"{key}_interval", ()))
+            print(f"  {key:<17}{100 * value:7.2f} %{'   95 % interval ' * bool(interval)}{interval}")
+    for key in (*NO_RATES, "n_reference", "features", "image_size", "sampler", "steps"):
+        if result.get(key) is not None:
+            print(f"  {key:<17} {result[key]:.5g}" if key in NO_RATES else f"  {key:<17} {result[key]}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0])
-    tasks = parser.add_subparsers(dest="task", required=True)
-    for name, (function, _) in TASKS.items():
-        task = tasks.add_parser(name, help=function.__doc__.split("\n")[0].replace("%", "%%"))
-        add = task.add_argument
-        add("--ckpt", help=f"{CKPT_HELP}; to read images also a CLIP, trained here, or transformers' folder, "
-            "OpenCLIP's or OpenAI's file")
-        add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights, or the last step's")
-        add("--json", metavar="FILE", help="also write the numbers here; rates are fractions")
-        add("--seed", type=natural, default=0, help="seed of all noise and of the controls' shuffling")
-        add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-        if name in ("checker", "fid", "row"):
-            add("--steps", type=positive, default=50, help="sampler steps")
-            add("--guidance-scale", type=finite, help="1 + w, 1: none; without it the checkpoint's own")
-        if name == "checker":
-            add("--n", type=positive, default=64, help="held-out prompts to draw")
-            add("--best-of", type=positive, default=1, help="draw this many, keep the model's own favourite")
-            continue
-        add_data_flags(add, name)
-        if name != "fid":
-            add("--text-steps", type=positive, default=1, help="denoising steps of the text query")
-            add("--draws", type=positive, default=1, help="noise draws averaged per image")
-        if name not in ("fid", "row"):
-            add("--guidance-scale", type=finite, default=1.0, help="1 + w; 1: no guidance")
-        if name == "zeroshot":
-            add_zeroshot_flags(add)
-        elif name == "fid":
-            add_fid_flags(add)
-        elif name == "longtail":
-            add_longtail_flags(add)
-            task.set_defaults(batch_size=128)
-        elif name == "row":
-            add("--n", type=positive, default=256, help="pictures to draw, and images of the denoising error")
-            add("--sampler", choices=tuple(SAMPLERS), default="ddim", help="as in sample.py")
-            add("--features", metavar="CKPT", help="measure fid in this checkpoint's image features")
-            task.set_defaults(out=None)
-        if name in ("fid", "row"):
-            task.set_defaults(batch_size=16)         # drawing takes more memory than reading
-    return parser.parse_args(argv)
-
-
-def add_data_flags(add: Callable, task: str) -> None:
-    if task == "longtail":
-        add("--data", default="shapes", help="shapes, places-lt, or a folder in Places-LT's layout")
-        add("--limit", type=positive, help="test images to use, evenly spaced; without it all")
-    else:
-        add("--data", default="shapes", help="shapes, cc3m, or data in one of the README's layouts")
-        add("--limit", type=positive, help="images to use, evenly spaced; without it all")
-    add("--batch-size", type=positive, default=100, help="images at once")
-    add("--workers", type=natural, help="processes that read and decode; without it 0 for shapes, else 2")
+    add = parser.add_argument
+    add("tasks", nargs="+", choices=tuple(NEEDS), metavar="TASK", help=f"one or more of {', '.join(NEEDS)}")
+    add("--ckpt", help=f"{CKPT_HELP}; to read images also a CLIP")
+    add("--data", default="shapes", help="as in train.py; longtail: shapes or a folder in Places-LT's layout")
+    add("--limit", type=positive, help="images of --data to use, evenly spaced; without it all")
+    add("--json", metavar="FILE", help="also write the numbers here; rates are fractions")
+    add("--seed", type=natural, default=0, help="seed of all noise and of the controls' shuffling")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    add("--batch-size", type=positive, help="images at once; without it 100, fid 16, longtail 128")
+    add("--workers", type=natural, help="processes that decode images; without it 0 for shapes, else 2")
     add("--max-bad", type=finite, default=0.05, help="stop when more than this share of samples is unusable")
-    add("--control", choices=CONTROLS, default="none", help="break the evaluation on purpose: expect chance")
-
-
-def add_zeroshot_flags(add: Callable) -> None:
-    add("--templates", metavar="FILE", help="text file, a template per line, {} for the class name; without "
-        "it what is built in, as far as the model knows its words")
-    add("--method", choices=("alignment", "diffusion-classifier"), default="alignment",
-        help="what decides: the denoised text query, or the generation loss under each class's prompt")
-    add("--dc-samples", type=positive, nargs="+", default=[50, 500], metavar="N",
-        help="diffusion-classifier: timesteps drawn per class up to the end of each stage")
-    add("--dc-keep", type=positive, nargs="*", metavar="K",
-        help="diffusion-classifier: classes that go on after each stage but the last; without it 5")
-
-
-def add_longtail_flags(add: Callable) -> None:
-    add("--stage", choices=("pretrain", "finetune", "all"), default="all",
-        help="pretrain changes the model, finetune trains a head on it as it is")
-    add("--out", metavar="FILE", help="also write the pretrained model here, a checkpoint like any other")
-    add("--templates", metavar="FILE", help="as for zeroshot")
-    add("--representation", choices=REPRESENTATIONS, default="query",
-        help="what the head's visual branch sees of an image: its denoised text query, or its image tokens, "
-        "averaged; sentences are always compared with the query")
-    add("--epochs", type=positive, default=50, help="of pretraining")
-    add("--lr", type=finite, default=5e-5, help="of pretraining, falling to 0 as a cosine")
-    add("--warmup-epochs", type=natural, default=5, help="of pretraining, in which the rate rises")
-    add("--head-epochs", type=positive, default=50, help="of the head")
-    add("--head-lr", type=finite, default=1e-4, help="of the head's perceptron, likewise")
-    add("--attention-lr", type=finite, default=1e-6, help="of the head's attention over sentences")
-    add("--balance", type=finite, default=0.5, metavar="B",
-        help="a class of n images is drawn n^(1-B)-fold: 0 as they are, 1 all classes alike")
-    add("--smoothing", type=finite, default=0.1, help="share of the label that goes to all classes alike")
-    add("--mixup", type=finite, default=0.8, help="α of mixup in finetuning, 0: none")
-    add("--cutmix", type=finite, default=1.0, help="α of CutMix, 0: none; with both a coin decides")
+    add("--guidance-scale", type=finite, help="1 + w; without it 1 to read, the checkpoint's own to draw")
+    add = parser.add_argument_group("retrieval, zeroshot, longtail").add_argument
+    add("--control", choices=CONTROLS, default="none", help="break the evaluation on purpose, expect chance")
+    add("--text-steps", type=positive, default=1, help="denoising steps of the text query")
+    add("--draws", type=positive, default=1, help="noise draws averaged per image")
+    add("--template", action="append", metavar="TEXT", help="prompt of a class, {} is its name, {a} its "
+        "article; may be repeated; without it what is built in")
+    add("--loss-timesteps", type=positive, metavar="N",
+        help="zeroshot by Diffusion Classifier: the loss of N timesteps under each class's prompt decides")
+    add = parser.add_argument_group("fid, checker").add_argument
+    add("--n", type=positive, help="pictures to draw; without it 64, for fid 30,000 or a caption each")
+    add("--steps", type=positive, default=50, help="sampler steps")
+    add("--sampler", choices=SAMPLERS, default="ddim", help="as in sample.py")
+    add("--best-of", type=positive, default=1, help="checker: draw so many, keep the model's own favourite")
+    add("--features", metavar="CKPT", help="fid: compare what this checkpoint reads; without it Inception's")
+    add("--out", metavar="FOLDER", help="fid: also write the pictures here; longtail: stage 1's model")
+    add = parser.add_argument_group("longtail").add_argument
+    add("--epochs", type=natural, default=50, help="of stage 1, which tunes the model; 0 leaves it out")
+    add("--head-epochs", type=natural, default=50, help="of stage 2, which trains a head; 0 leaves it out")
+    add("--lr-scale", type=finite, default=1.0, help="times VL-LTR's learning rates; more for small networks")
     add("--augment", action=argparse.BooleanOptionalAction, default=None,
-        help="RandAugment of training images; without it: not on shapes, whose colours it changes")
-    add("--anchors", type=positive, default=64, help="sentences of a class that the head looks at")
-    add("--shots", type=positive, nargs=2, default=[100, 20], metavar=("MANY", "FEW"),
-        help="report classes of more than MANY and of fewer than FEW training images apart")
+        help="RandAugment, mixup and CutMix; without it: not on shapes, whose colours they change")
+    return parser.parse_intermixed_args(argv)
 
 
-def add_fid_flags(add: Callable) -> None:
-    add("--n", type=positive, help="pictures to compare; without it 30,000, or as many as --data has")
-    add("--images", metavar="FOLDER", help="compare these pictures, draw none")
-    add("--out", metavar="FOLDER", help="also write the drawn pictures here, as PNG")
-    add("--sampler", choices=tuple(SAMPLERS), default="ddim", help="as in sample.py")
-    add("--image-size", type=positive, help="px at which both sets are compared; without it the model's, "
-        "for --images 256")
-    add("--resize", choices=RESIZES, default="clean", help="to Inception's 299 px: as clean-fid, or as "
-        "pytorch-fid, whose numbers are not comparable")
-    add("--inception", metavar="PATH", help="pt_inception-2015-12-05-6726825d.pth; without it downloaded")
-    add("--features", metavar="CKPT", help="compare in this checkpoint's image features instead")
-    add("--allow-small", action="store_true", help="allow fewer than 2048 images")
+def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
+    """Refuse what these weights cannot do, before anything is computed. Raises ValueError."""
+    if isinstance(model, DiffDis):
+        sampling_timesteps(args.text_steps, model.config.timesteps, "trailing")
+    for task in args.tasks:
+        needed = {NEEDS[task]} if task != "zeroshot" or args.loss_timesteps is None else {"generation"}
+        needed |= {"alignment"} if task == "checker" and args.best_of > 1 else set()
+        if not needed <= set(model.tasks):
+            raise ValueError(f"{task} needs weights trained with --tasks {','.join(sorted(needed))}, these "
+                             f"were trained for {','.join(model.tasks)}")
+        if args.control != "none" and NEEDS[task] == "generation":
+            raise ValueError(f"--control {args.control}: {task} has no right answers to break, leave it out")
+        if task == "longtail" and rank_and_world()[1] > 1:
+            raise ValueError("longtail trains in one process: start it with python, not torchrun")
 
 
-def read_templates(path: str | None) -> list[str] | None:
-    if path is None:
-        return None
-    lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    if not lines or any("{}" not in line for line in lines):
-        raise ValueError(f"{path}: expected a template per line, each with {{}} for the class name")
-    return lines
-
-
-def check_task(task: str, model: DiffDis | Clip | None, args: argparse.Namespace) -> None:
-    """Refuse what these weights were not trained for. Raises ValueError."""
-    if isinstance(model, DiffDis) and getattr(args, "text_steps", 1) > model.config.timesteps:
-        raise ValueError(f"--text-steps is {args.text_steps}, of {model.config.timesteps} timesteps in all")
-    if task == "row":        # which is of what they were trained for
-        return
-    if task == "checker" and args.best_of > 1 and "alignment" not in model.tasks:
-        raise ValueError("--best-of: these weights only draw images, they do not read them to choose one")
-    if task in ("retrieval", "longtail") or task == "zeroshot" and args.method == "alignment":
-        if "alignment" not in model.tasks:
-            raise ValueError("these weights only draw images, they do not read them: "
-                             "train their query stream with train.py --init first")
-    elif model is not None and "generation" not in model.tasks:
-        raise ValueError("these weights only read images, and this needs a model that draws them: one "
-                         "trained with --tasks generation,alignment or generation")
+def run_task(task: str, model: DiffDis | Clip, network: nn.Module | None, args: argparse.Namespace) -> dict:
+    """Open the task's data and measure; network: of fid."""
+    scale, out, workers = args.guidance_scale, args.out and Path(args.out), 2 * (args.data != "shapes")
+    reading = Reading(args.text_steps, args.draws, 1.0 if scale is None else scale, args.seed, args.control,
+                      args.batch_size or {"fid": 16, "longtail": 128}.get(task, 100),
+                      workers if args.workers is None else args.workers, args.max_bad)
+    if task == "checker":
+        return checker(model, args.n or 64, args.steps, scale, args.best_of, args.seed, args.sampler)
+    if task == "longtail":
+        data = open_longtail(args.data)
+        data = data._replace(test=evenly_spaced(data.test, args.limit), skips=SkipReport(args.max_bad),
+                             augment=data.augment if args.augment is None else args.augment)
+        return longtail(model, data, reading, args.template, args.epochs, args.head_epochs, args.lr_scale,
+                        out)
+    split = "classes" if args.data == "shapes" and task == "zeroshot" else "val"
+    source = in_turn(lambda: open_source(args.data, split))
+    check_index(source, args.max_bad)
+    source = evenly_spaced(source, args.limit)
     if task == "zeroshot":
-        stages = args.dc_samples
-        kept = args.dc_keep = [5] * (len(stages) - 1) if args.dc_keep is None else args.dc_keep
-        if len(kept) + 1 != len(stages) or sorted(set(stages)) != stages:
-            raise ValueError(f"--dc-samples {stages} --dc-keep {kept}: expected growing numbers of samples, "
-                             "and one number of classes less than those")
+        return zeroshot(model, source, reading, args.template, args.loss_timesteps)
+    if task == "fid":
+        return fid(model, source, network, reading, args.n, args.steps, scale, args.sampler, out)
+    return retrieval(model, source, reading)
 
 
-def report(task: str, model: DiffDis | Clip | None, source: Source | None, args: argparse.Namespace) -> dict:
-    """Run a task, print its table -> the numbers. source: where the pairs come from (not for `checker`)."""
-    function, metrics = TASKS[task]
-    check_task(task, model, args)
-    result = function(model, args) if source is None else function(model, source, args)
-    name = "shapes" if source is None else source.name
-    control = getattr(args, "control", "none")
-    print_table(f"{task} on {name}, seed {args.seed}" + (f", control {control}" if control != "none" else ""),
-                result, metrics)
-    return {"task": task, "data": name, "control": control, "seed": args.seed, **result}
-
-
-def write_json(args: argparse.Namespace, result: dict, argv: list[str] | None, path: Path | str,
-               device: torch.device) -> None:
-    """--json: the printed numbers, and what they are of."""
-    if args.json:
-        given = sys.argv[1:] if argv is None else argv
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        settings = {k: v for k, v in vars(args).items()
-                    if k not in ("json", "device", "task", "seed", "control", "ckpt")}
-        kept = {"settings": settings, **result, "command": " ".join(["python evaluate.py", *given]),
-                "date": date.today().isoformat(), "checkpoint": str(path),
-                "checkpoint_hash": fingerprint(path) if isinstance(path, Path) else None,
-                "ranks": rank_and_world()[1], "torch": torch.__version__, "device": f"{device} ({name})",
-                "threads": torch.get_num_threads()}
-        Path(args.json).write_text(json.dumps(kept, indent=1) + "\n")
-        print(f"wrote {args.json}")
-
-
-def settle_longtail(args: argparse.Namespace) -> LongTail:
-    """What the flags leave open -> the data. Raises ValueError or FileNotFoundError."""
-    for name, low, high in (("smoothing", 0, 1), ("balance", 0, 1), ("mixup", 0, math.inf),
-                            ("cutmix", 0, math.inf), ("lr", 0, math.inf), ("head_lr", 0, math.inf),
-                            ("attention_lr", 0, math.inf), ("batch_size", 2, math.inf)):
-        if not low <= getattr(args, name) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {low} to {high}")
-    if args.shots[0] < args.shots[1]:
-        raise ValueError(f"--shots is {args.shots[0]} {args.shots[1]}, expected MANY, then FEW, at most MANY")
-    if args.out and args.stage == "finetune":
-        raise ValueError("--out is for the pretrained model, and --stage finetune changes none: leave it out")
-    if args.out and (not Path(args.out).resolve().parent.is_dir() or Path(args.out).is_dir()):
-        raise ValueError(f"--out is {args.out!r}, expected a file in an existing folder")
-    if args.out and Path(args.out).resolve() == Path(args.ckpt).resolve():
-        raise ValueError("--out is the checkpoint itself, which would be lost: expected another file")
-    args.augment = args.data != "shapes" if args.augment is None else args.augment
-    args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
-    data = open_longtail(args.data)
-    return data._replace(test=evenly_spaced(data.test, args.limit))
-
-
-def run_task(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path | str]:
-    """Open what the flags name and run the task -> the numbers, the checkpoint's path."""
-    model, source, path = None, None, "none"
-    if args.task == "fid" and args.images is not None and (args.ckpt or args.out):
-        raise ValueError("--images compares pictures that are there: leave out --ckpt and --out")
-    if args.task == "fid" and args.out:
+def run(args: argparse.Namespace, device: torch.device, command: str) -> None:
+    """All tasks on one model; their tables and the JSON."""
+    if args.json and (not Path(args.json).resolve().parent.is_dir() or Path(args.json).is_dir()):
+        raise ValueError(f"--json is {args.json!r}, expected a file in an existing folder")
+    path, network, results = in_turn(lambda: models.locate(find_checkpoint(args.ckpt))), None, {}
+    model = models.load(path, device)
+    check_tasks(args, model)
+    if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-    if args.task != "fid" or args.images is None:
-        path = in_turn(lambda: models.locate(find_checkpoint(args.ckpt)))
-        args.ckpt, model = str(path), models.load(path, device, args.weights)
-        check_task(args.task, model, args)
-    if args.task in ("zeroshot", "longtail"):
-        args.templates = read_templates(args.templates)
-    if args.task == "longtail":
-        source = settle_longtail(args)
-    elif args.task != "checker":
-        args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
-        labelled = args.data == "shapes" and args.task == "zeroshot"
-        source = in_turn(lambda: open_source(args.data, "classes" if labelled else "val"))
-        check_index(source, args.max_bad)
-        source = evenly_spaced(source, args.limit)
-    args.device = device
-    return report(args.task, model, source, args), path
+    if "fid" in args.tasks:
+        network = models.load(args.features, device) if args.features else in_turn(load_inception).to(device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    about = {"settings": {name: value for name, value in vars(args).items() if name not in ("tasks", "json")},
+             "command": command, "date": date.today().isoformat(), "checkpoint": str(path),
+             "checkpoint_hash": fingerprint(path), "ranks": rank_and_world()[1], "torch": torch.__version__,
+             "device": f"{device} ({where})", "threads": torch.get_num_threads()}
+    for task in args.tasks:
+        result, name = run_task(task, model, network, args), "shapes" if task == "checker" else args.data
+        report(task, result, name)
+        results[task] = {"task": task, "data": name, **result, **about}
+        if args.json and rank_and_world()[0] == 0:       # now: a later task may end in an error
+            numbers = results if len(args.tasks) > 1 else results[task]
+            Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
+    if args.json:
+        print(f"wrote {args.json}")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    command = " ".join(["python evaluate.py", *(sys.argv[1:] if argv is None else argv)])
     try:
-        if args.json and (not Path(args.json).resolve().parent.is_dir() or Path(args.json).is_dir()):
-            raise ValueError(f"--json is {args.json!r}, expected a file in an existing folder")
-        rank, world, device = join_ranks(args.device)
+        rank, _, device = join_ranks(args.device)
         with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
-            result, path = run_task(args, device)
-            if rank == 0:
-                write_json(args, result, argv, path, device)
+            run(args, device, command)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:

@@ -48,12 +48,14 @@ BASE = "joint"
 
 
 def read(folder: Path) -> dict[str, dict[int, dict]]:
-    """NAME-SEED.json -> row -> seed -> the numbers."""
+    """NAME-SEED.json -> row -> seed -> the numbers; those of several tasks side by side."""
     rows: dict[str, dict[int, dict]] = defaultdict(dict)
     for path in sorted(folder.glob("*-[0-9]*.json")):
         name, seed = path.stem.rsplit("-", 1)
         if seed.isdecimal():
-            rows[name][int(seed)] = json.loads(path.read_text())
+            numbers = json.loads(path.read_text())
+            tasks = [part for part in numbers.values() if isinstance(part, dict) and "task" in part]
+            rows[name][int(seed)] = {key: part[key] for part in tasks for key in part} if tasks else numbers
     first = [BASE, "generation", "alignment", *PAPER]
     order = [name for name in dict.fromkeys(first) if name in rows]
     return {name: rows[name] for name in order + sorted(set(rows) - set(order))}

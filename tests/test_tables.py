@@ -54,3 +54,10 @@ def test_longtail_has_columns_of_its_own(tmp_path) -> None:
     assert title == "| row | seeds | stage 1: Image-Acc | stage 2 |"
     assert row == "| clip | 3 | 30.0 ± 0.0 | 50.0 ± 10.0 |"
     assert "Under 1 % in every row: linear layer, few." in rest[-1], "and nothing of the paper's other tables"
+
+
+def test_several_tasks_in_a_file_are_a_row(tmp_path) -> None:
+    tasks = {"retrieval": {"task": "retrieval", "mean_r1": 0.5, "n": 3},
+             "checker": {"task": "checker", "all": 0.25, "n": 64}}
+    (tmp_path / "joint-0.json").write_text(json.dumps(tasks))
+    assert {"mean_r1": 0.5, "all": 0.25}.items() <= tables.read(tmp_path)["joint"][0].items()
