@@ -28,7 +28,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from functools import partial
 from itertools import chain
@@ -1583,6 +1583,41 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- shim: the interface that is to come
+@dataclass(frozen=True)
+class Reading:
+    text_steps: int = 1
+    draws: int = 1
+    guidance_scale: float = 1.0
+    seed: int = 0
+    control: str = "none"
+    batch_size: int = 100
+    workers: int = 0
+    max_bad: float = 0.05
+    templates: object = None
+    method: str = "alignment"
+    data: str = "."
+
+
+_checker, _report = checker, report
+
+
+def checker(model, n=64, steps=50, guidance_scale=None, best_of=1, seed=0):
+    if isinstance(n, argparse.Namespace):
+        return _checker(model, n)
+    return _checker(model, argparse.Namespace(n=n, steps=steps, guidance_scale=guidance_scale, best_of=best_of,
+                                              seed=seed))
+
+
+TASKS["checker"] = (checker, TASKS["checker"][1])
+
+
+def report(task, result, *more):
+    if len(more) != 1:
+        return _report(task, result, *more)
+    print_table(f"{task} on {more[0]}", result, TASKS[task][1])
 
 
 if __name__ == "__main__":
