@@ -1,6 +1,5 @@
 """Trains DiffDis: one network, two losses, one gradient step on both (the paper's Algorithm 1).
 
-What it is: recipe, loss, optimiser, loop, checkpoint, held-out scores, told once from top to bottom.
     python train.py                                        the built-in data, on two CPU cores in minutes
     python train.py --data DIR                             tars, class folders or captioned images
     torchrun --nproc_per_node=8 train.py --data cc3m       the paper's run, from Stable Diffusion v1
@@ -16,18 +15,13 @@ import gc
 import hashlib
 import json
 import math
-import os
 import resource
 import signal
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,13 +33,13 @@ from tqdm import tqdm
 
 import model as models
 from data import (BadSample, Batch, SkipReport, Source, Tokenizer, check_index, evaluation_batches,
-                  evenly_spaced, hold_out, open_source, to_float, training_batches, usable_captions,
-                  write_atomically)
+                  evenly_spaced, hold_out, open_source, to_float, training_batches, usable_captions)
 from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
                        noise_of, q_sample, read_prediction, signal_and_noise)
 from evaluate import (Reading, checker, everybody, in_turn, join_ranks, over_images, rank_and_world, report,
                       retrieval, zeroshot)
-from model import CLIPS, LIKE, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextConfig, is_new
+from model import (CLIPS, LIKE, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextConfig,
+                   is_new)
 from sample import Parser, draw_images, fail, finite, make_grid, natural, positive
 
 TASKS = ("generation", "alignment")
@@ -70,9 +64,6 @@ P_UNCOND = 0.1             # share of captions replaced by the empty prompt, for
 MAX_NORM = 1.0             # of the gradient
 LOG_EVERY = 10             # steps between lines of log.jsonl
 SAY_EVERY = 30             # seconds between lines of progress where there is no terminal
-# Flags that may differ between a run and its resumption without changing what is computed.
-FREE_ON_RESUME = ("resume", "out", "device", "workers", "save_every", "eval_every", "micro_batch", "recompute",
-                  "max_bad")
 
 
 # ---------------------------------------------------------------- flags
@@ -82,169 +73,148 @@ def share(text: str) -> float:
     return float(text)
 
 
-SWITCH = dict(action=argparse.BooleanOptionalAction)
+N, WHOLE, X, SHARE = ({"type": kind, "metavar": kind.__name__} for kind in (positive, natural, finite, share))
+SWITCH = {"action": argparse.BooleanOptionalAction}
 FLAGS = {"the run": (
-    ("--data", "shapes, cc3m, or a folder of tars, class folders or captioned images", dict(default="shapes")),
-    ("--preset", "networks and recipe; without it those of --init, of cc3m sd-v1, else tiny",
-     dict(choices=(*PRESETS, *CLIPS))),
-    ("--init", "weights to start from: a checkpoint, Stable Diffusion v1 as .ckpt, .safetensors or folder, "
-     f"or {' or '.join(models.MODELS)} to download", dict(metavar="WEIGHTS")),
-    ("--out", "folder of the run; without it runs/DATA-PRESET, numbered if taken", dict(metavar="DIR")),
-    ("--resume", "go on with the run in --out, else with the newest of that data and preset",
-     dict(action="store_true")),
-    ("--tasks", "generation, alignment, or both with a comma", dict(default=",".join(TASKS))),
-    ("--seed", "of everything", dict(type=natural, default=0)),
-    ("--val", "pairs held out of --data (shapes and cc3m have their own)", dict(type=positive, default=500)),
-    ("--image-size", "px; without it the preset's", dict(type=positive)),
-    ("--device", "where to run", dict(choices=("auto", "cpu", "cuda"), default="auto")),
-    ("--precision", "auto is bf16 on CUDA", dict(choices=("auto", "fp32", "bf16"), default="auto")),
-    ("--compile", "torch.compile the step; without it on CUDA", SWITCH),
-    ("--workers", "processes per rank that read data; without it 2, for shapes 0", dict(type=natural)),
-    ("--max-bad", "stop when more than this share of the samples is unusable", dict(type=share, default=0.05)),
-    ("--augment", "random crops and RandAugment, never where images are drawn; without it for CLIP, but not on "
-     "shapes", SWITCH),
-    ("--latents", "folder of the images' latents: made at first use, then read instead of images",
-     dict(metavar="DIR")),
-    ("--micro-batch", "pairs per pass and rank; InfoNCE stays that of the whole batch", dict(type=positive)),
-    ("--recompute", "keep fewer activations, compute them again in the backward pass", dict(action="store_true")),
-    ("--save-every", "steps between checkpoints", dict(type=positive, default=500)),
-    ("--eval-every", "steps between held-out scores and sample grids; without it a quarter of the steps",
-     dict(type=positive))),
+    ("--data", {"default": "shapes"}, "shapes, cc3m, or a folder of tars, class folders or captioned images"),
+    ("--preset", {"choices": (*PRESETS, *CLIPS)}, "networks, recipe; without it those of --init, else tiny"),
+    ("--init", {"metavar": "WEIGHTS"}, "a checkpoint, Stable Diffusion v1 as .ckpt, .safetensors or folder, "
+     f"or {' or '.join(models.MODELS)} to download"),
+    ("--out", {"metavar": "DIR"}, "folder of the run; without it runs/DATA-PRESET, numbered if taken"),
+    ("--resume", {"action": "store_true"}, "go on with the run in --out, else the newest of data and preset"),
+    ("--tasks", {"default": ",".join(TASKS)}, "one, or both with a comma"),
+    ("--seed", {"default": 0, **WHOLE}, "of everything"),
+    ("--val", {"default": 500, **N}, "pairs held out of --data (shapes and cc3m have their own)"),
+    ("--image-size", N, "px; without it the preset's"),
+    ("--device", {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
+    ("--precision", {"choices": ("auto", "fp32", "bf16"), "default": "auto"}, "auto is bf16 on CUDA"),
+    ("--compile", SWITCH, "torch.compile the step; without it on CUDA"),
+    ("--workers", WHOLE, "processes per rank that read data; without it 2, for shapes 0"),
+    ("--max-bad", {"default": 0.05, **SHARE}, "stop when more of the samples is unusable"),
+    ("--augment", SWITCH, "random crops and RandAugment; without it for CLIP, but not on shapes"),
+    ("--latents", {"metavar": "DIR"}, "keeps the images' latents: made at first use, then read instead"),
+    ("--micro-batch", N, "pairs per pass and rank; InfoNCE stays that of the whole batch"),
+    ("--recompute", {"action": "store_true"}, "activations in the backward pass, to save memory"),
+    ("--save-every", {"default": 500, **N}, "steps between checkpoints"),
+    ("--eval-every", N, "steps between held-out scores and sample grids; without it a quarter of all")),
     "optimisation": (
-    ("--steps", "gradient steps", dict(type=positive)),
-    ("--batch-size", "pairs per step, over all ranks", dict(type=positive)),
-    ("--lr", "peak learning rate of AdamW; with sd-v1 a tenth of it for weights from --init", dict(type=finite)),
-    ("--warmup", "steps over which it rises", dict(type=natural)),
-    ("--align-weight", "λ, weight of the alignment loss", dict(type=finite))),
+    ("--steps", N, "gradient steps"),
+    ("--batch-size", N, "pairs per step, over all ranks"),
+    ("--lr", X, "peak learning rate of AdamW"),
+    ("--warmup", WHOLE, "steps over which it rises"),
+    ("--align-weight", X, "λ, weight of the alignment loss")),
     "the method and its ablations": (
-    ("--p-drop-image", "share of images dropped in alignment", dict(type=share, default=0.0)),
-    ("--text-target", "what is predicted for text queries (Table 2); without it data", dict(choices=TARGETS)),
-    ("--text-schedule", "noise of text queries (Table 3); without it cosine", dict(choices=SCHEDULES)),
-    ("--image-schedule", "noise of images (Table 3); without it linear", dict(choices=SCHEDULES)),
-    ("--gamma", "γ, scale of the text query in its noise; without it 1", dict(type=finite)),
-    ("--condition-timestep", "t_z of a conditioning image (Table 7); without it T", dict(type=natural)),
-    ("--fusion", "dual-stream attention (Table 4)", SWITCH),
-    ("--shared-attention", "the query uses the image tokens' attention weights (Table 5)", SWITCH),
-    ("--own-ffn", "the query has a feed-forward of its own (Table 5)", SWITCH),
-    ("--align-blocks", "M, blocks after the middle block; without it the preset's", dict(type=natural)),
-    ("--train-text-encoder", "train T; without it only if it did not come pretrained", SWITCH))}
-METHOD = [flag.strip("-").replace("-", "_") for flag, *_ in FLAGS["the method and its ablations"]][1:]
+    ("--p-drop-image", {"default": 0.0, **SHARE}, "of images dropped in alignment"),
+    ("--text-target", {"choices": TARGETS}, "predicted for text queries (Table 2); without it data"),
+    ("--text-schedule", {"choices": SCHEDULES}, "noise of text queries (Table 3); without it cosine"),
+    ("--image-schedule", {"choices": SCHEDULES}, "noise of images (Table 3); without it linear"),
+    ("--gamma", X, "γ, scale of the text query in its noise; without it 1"),
+    ("--condition-timestep", WHOLE, "t_z of a conditioning image (Table 7); without it T"),
+    ("--fusion", SWITCH, "dual-stream attention (Table 4)"),
+    ("--shared-attention", SWITCH, "the query uses the image tokens' attention weights (Table 5)"),
+    ("--own-ffn", SWITCH, "the query has a feed-forward of its own (Table 5)"),
+    ("--align-blocks", WHOLE, "M, blocks after the middle block; without it the preset's"),
+    ("--train-text-encoder", SWITCH, "train T; without it only if it did not come pretrained"))}
+FUSION = ("fusion", "shared_attention", "own_ffn", "align_blocks")
+METHOD = ("text_target", "text_schedule", "image_schedule", "gamma", "condition_timestep")
+# Flags that may differ between a run and its resumption without changing what is computed.
+FREE_ON_RESUME = ("resume", "out", "device", "workers", "max_bad", "save_every", "eval_every", "micro_batch",
+                  "recompute")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Train DiffDis, or a CLIP to compare it with.", usage="train.py [FLAGS]")
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
-        for flag, text, options in flags:
+        for flag, options, text in flags:
             field = flag.strip("-").replace("-", "_")
             if field in RECIPES["tiny"]:
                 values = [f"{name} {RECIPES[name][field]}" for name in (*PRESETS, "clip-vit-l14")]
                 text += f" ({', '.join(values)})"
-            if options.get("type") or options.get("choices"):
-                options = {"metavar": "N" if options.get("type") in (positive, natural) else "X"
-                           if "type" in options else None, **options}
             group.add_argument(flag, help=text, **options)
     args = parser.parse_args(argv)
     args.tasks = tuple(task.strip() for task in args.tasks.split(",") if task.strip())
     if not args.tasks or set(args.tasks) - set(TASKS):
-        raise ValueError(f"--tasks is {','.join(args.tasks)!r}, expected generation, alignment, or both with a "
-                         "comma")
+        raise ValueError(f"--tasks is {','.join(args.tasks)!r}, expected {','.join(TASKS)} or one of them")
     return args
 
 
 def preset_of(config: Config | ClipConfig) -> str | None:
     """The preset whose networks these are."""
-    if isinstance(config, ClipConfig):
-        return next((name for name, clip in CLIPS.items() if (clip.width, clip.layers, clip.patch)
-                     == (config.width, config.layers, config.patch)), None)
-    return next((name for name, preset in PRESETS.items() if preset.unet == config.unet), None)
+    def networks(config: Config | ClipConfig) -> tuple:
+        is_clip = isinstance(config, ClipConfig)
+        return (config.width, config.layers, config.patch) if is_clip else (config.unet,)
+    names = [name for name, preset in (PRESETS | CLIPS).items() if networks(preset) == networks(config)]
+    return names[0] if names else None
 
 
 def make_config(base: Config | ClipConfig, args: argparse.Namespace) -> Config | ClipConfig:
-    """The preset's (or --init's) configuration with the flags that were given."""
-    preset = preset_of(base)
-    kinds_differ = isinstance(base, ClipConfig) != (args.preset in CLIPS)
-    if (args.preset or preset) is None or args.preset and (preset not in (None, args.preset) or kinds_differ):
-        raise ValueError(f"--init {args.init} has the networks of {preset or 'no preset'}, --preset is "
-                         f"{args.preset or 'not given'}: leave --preset out, or name a recipe for other networks")
-    given = {name: value for name in ("image_size", *METHOD) if (value := getattr(args, name)) is not None}
-    if args.init is not None and preset == "sd-v1":        # the paper's, not the 512 px of the weights
-        given.setdefault("image_size", PRESETS["sd-v1"].image_size)
-    given |= {"recompute": True} if args.recompute else {}
-    if isinstance(base, ClipConfig) and (set(given) - {"image_size"} or args.tasks == ("generation",)):
-        raise ValueError(f"a CLIP only reads images: leave out --{[*given, 'tasks'][-1].replace('_', '-')}")
-    given = {name: value for name, value in given.items() if name not in ("recompute", "train_text_encoder")}
-    fusion = {name: given.pop(name) for name in ("fusion", "shared_attention", "own_ffn", "align_blocks")
-              if name in given}
-    return replace(base, fusion=replace(base.fusion, **fusion), **given) if fusion else replace(base, **given)
+    """The preset's (or --init's) configuration with the flags that were given. Raises ValueError."""
+    own, is_clip = preset_of(base), isinstance(base, ClipConfig)
+    if (args.preset or own) is None or own not in (None, args.preset or own):
+        raise ValueError(f"--init {args.init} has the networks of {own or 'no preset'}, --preset is "
+                         f"{args.preset}: {'leave it out' if own else 'name one, to take its recipe'}")
+    given = {name: getattr(args, name) for name in (*METHOD, *FUSION) if getattr(args, name) is not None}
+    foreign = [*given, *["recompute"] * args.recompute, *["tasks"] * ("alignment" not in args.tasks)]
+    if is_clip != ((args.preset or own) in CLIPS) or is_clip and foreign:
+        raise ValueError(f"a CLIP only reads images: leave out --{[*foreign, 'preset'][0].replace('_', '-')}")
+    if args.image_size or args.init and own == "sd-v1":      # the paper's, not the 512 px of the weights
+        given["image_size"] = args.image_size or PRESETS["sd-v1"].image_size
+    fusion = {name: given.pop(name) for name in FUSION if name in given}
+    return replace(base, **given, **({"fusion": replace(base.fusion, **fusion)} if fusion else {}))
 
 
 def choose_preset(args: argparse.Namespace, device: torch.device) -> None:
     """Defaults that follow the data: `--data cc3m` alone is the paper's run."""
     if args.preset is None and args.init is None:
-        args.preset = "sd-v1" if args.data == "cc3m" else "tiny"
-        if args.preset == "sd-v1":
-            args.init = "sd-v1-5"
-            if device.type != "cuda":
-                raise ValueError("--data cc3m is the paper's run, Stable Diffusion at 256 px, which needs CUDA, and "
-                                 "this machine has none: give --preset tiny for a small model")
+        args.preset, args.init = ("sd-v1", "sd-v1-5") if args.data == "cc3m" else ("tiny", None)
+        if args.init and device.type != "cuda":
+            raise ValueError("--data cc3m is the paper's run, Stable Diffusion at 256 px, which needs CUDA, "
+                             "and this machine has none: give --preset tiny to train a small model")
 
 
 def settle(args: argparse.Namespace, preset: str | None, device: torch.device, world: int) -> None:
     """What the flags leave open, once the networks are known; and what cannot be meant. Raises ValueError."""
-    args.preset = args.preset or preset
-    clip = args.preset in CLIPS
-    for field, value in RECIPES[args.preset].items():
-        if getattr(args, field, None) is None:
-            setattr(args, field, value)
-    args.tasks = ("alignment",) if clip else args.tasks
-    if args.augment is None:        # shapes' captions are about colours and places
-        args.augment = clip and args.data != "shapes"
+    def fill(**values) -> None:
+        for name, value in values.items():
+            if getattr(args, name, None) is None:
+                setattr(args, name, value)
+    fill(preset=preset)
+    # No crops and recolouring of shapes, whose captions are about places and colours.
+    fill(**RECIPES[args.preset], augment=args.preset in CLIPS and args.data != "shapes",
+         compile=device.type == "cuda", workers=0 if args.data == "shapes" else 2,
+         train_text_encoder=args.init is None)
+    fill(eval_every=max(1, args.steps // 4))
+    if args.preset in CLIPS:
+        args.tasks = ("alignment",)
+    if args.precision == "auto":
+        args.precision = "bf16" if device.type == "cuda" else "fp32"
     if args.augment and "generation" in args.tasks:
         raise ValueError("--augment recolours and shears, which a model that draws would learn to draw: "
                          "leave it out, or train --tasks alignment")
-    if args.latents and (clip or args.augment or args.data == "shapes"):
+    if args.latents and (args.preset in CLIPS or args.augment or args.data == "shapes"):
         raise ValueError("--latents replaces pictures, which a CLIP, --augment and the endless shapes need: "
                          "leave it out")
-    pairs = args.batch_size // world
-    if (args.batch_size % world or pairs % (args.micro_batch or 1)
-            or "alignment" in args.tasks and args.batch_size < 2):
-        raise ValueError(f"--batch-size {args.batch_size} on {world} ranks, --micro-batch {args.micro_batch or pairs}"
-                         ": expected 2 pairs or more, that ranks and micro-batches divide evenly")
-    if args.precision == "auto":
-        args.precision = "bf16" if device.type == "cuda" else "fp32"
-    args.compile = device.type == "cuda" if args.compile is None else args.compile
-    args.workers = args.workers if args.workers is not None else 0 if args.data == "shapes" else 2
-    args.eval_every = args.eval_every or max(1, args.steps // 4)
-    if args.train_text_encoder is None:
-        args.train_text_encoder = args.init is None
+    pairs, left = divmod(args.batch_size, world)
+    if left or pairs % (args.micro_batch or 1) or "alignment" in args.tasks and args.batch_size < 2:
+        raise ValueError(f"--batch-size {args.batch_size}, {world} ranks, --micro-batch {args.micro_batch}: "
+                         "expected 2 pairs or more, which ranks and micro-batches share evenly")
 
 
 # ---------------------------------------------------------------- the loss (Algorithm 1)
 Part = tuple[Tensor, Tensor, dict[str, Tensor]]       # a micro-batch: images, tokens, noise
 
 
-class Predicted(NamedTuple):
-    """What a loss module makes of a micro-batch."""
-    latents: Tensor                 # what the images became, to be given instead of them a second time
-    generation: Tensor | None       # L_IG of each pair [B]
-    x0_pred: Tensor | None          # ê_0 [B, D], and e [B, D]: what InfoNCE compares
-    text_query: Tensor | None
-    dropped: Tensor                 # whether the image was taken away [B], bool
-
-
 def sample_noise(config: Config, latent_shape: tuple, seed: int, step: int, rows: range) -> dict[str, Tensor]:
     """All that is random in one step for these rows of the global batch, each row from its own generator."""
-    noise = []
-    for row in rows:
-        generator = generator_of(seed, step, row)
-        noise.append({
-            "t_image": torch.randint(config.timesteps, (), generator=generator),
-            "t_text": torch.randint(config.timesteps, (), generator=generator),
-            "u": torch.rand(2, generator=generator),          # against P_UNCOND and p_drop_image
-            "noise": torch.randn(latent_shape, generator=generator),
-            "query_noise": torch.randn(config.text.width, generator=generator),
-            "posterior_noise": torch.randn(latent_shape, generator=generator)})
+    def sample(generator: torch.Generator) -> dict[str, Tensor]:
+        return {"t_image": torch.randint(config.timesteps, (), generator=generator),
+                "t_text": torch.randint(config.timesteps, (), generator=generator),
+                "u": torch.rand(2, generator=generator),          # against P_UNCOND and p_drop_image
+                "noise": torch.randn(latent_shape, generator=generator),
+                "query_noise": torch.randn(config.text.width, generator=generator),
+                "posterior_noise": torch.randn(latent_shape, generator=generator)}
+    noise = [sample(generator_of(seed, step, row)) for row in rows]
     return {name: torch.stack([row[name] for row in noise]) for name in noise[0]}
 
 
@@ -264,53 +234,52 @@ class JointLoss(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor) -> Tensor:
-        """z = V(x), V frozen: uint8 pixels or float16 moments -> latents. What is latents already stays so."""
+        """z = V(x), V frozen: uint8 pixels or float16 moments -> latents. Latents stay as they are."""
         is_raw = images.dtype in (torch.uint8, torch.float16)
         return self.model.read_batch(images, noise).float() if is_raw else images
 
-    def forward(self, images: Tensor, tokens: Tensor, noise: dict, only_reads: bool = False) -> Predicted:
-        """images x [B, S, S, 3] (or moments, latents), tokens y [B, L], noise: of `sample_noise`."""
-        model, config, unet = self.model, self.model.config, self.model.unet
+    def forward(self, images: Tensor, tokens: Tensor, noise: dict, only_reads: bool = False) -> tuple:
+        """Batch.images x (or latents), tokens y, noise -> z, L_IG [B], ê_0 [B, D], e [B, D], no image [B]."""
+        model, config, unet, image_loss, x0_pred = self.model, self.model.config, self.model.unet, None, None
         draws, reads = "generation" in self.tasks and not only_reads, "alignment" in self.tasks
-        t_z, t_e, generation, x0_pred = noise["t_image"], noise["t_text"], None, None
+        t_z, t_e, eps_z, eps_e = (noise[name] for name in ("t_image", "t_text", "noise", "query_noise"))
         no_text, no_image = noise["u"][:, 0] < P_UNCOND, noise["u"][:, 1] < self.p_drop_image
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            z = self.encode(images, noise["posterior_noise"])                                   # z = V(x)
-            c, e = model.text_encoder(tokens)                                                   # c, e = T(y)
-            null = model.text_encoder(model.null_tokens)[0]                                     # c masked
-            c = torch.where(no_text[:, None, None], null, c)
-            z_t = q_sample(z, t_z, noise["noise"], self.image_alphas)                           # Eq. 4
-            e_t = q_sample(e.detach(), t_e, noise["query_noise"], self.text_alphas, config.gamma)   # Eq. 6
-            condition = torch.where(no_image[:, None, None, None], 0.0, z)
-            if draws and reads:      # Φ_u and Φ_θ share the encoder half's pass
-                pred, query_pred = unet.denoise_both(z_t, t_z, c, e_t, t_e, condition, null)
-            elif draws:
-                pred = unet.denoise_image(z_t, t_z, c)                                          # Φ_u, e masked
-            else:
-                query_pred = unet.denoise_query(e_t, t_e, condition, null)                      # Eq. 7, Φ_θ
-        if draws:      # L_IG (Eq. 4)
-            a, s = signal_and_noise(t_z, z, self.image_alphas)
-            generation = generation_loss(pred, make_target(config.image_target, z, noise["noise"], a, s))
-        if reads:      # ê_0
-            a, s = signal_and_noise(t_e, e_t, self.text_alphas, config.gamma)
-            x0_pred = read_prediction(config.text_target, query_pred.float(), e_t, a, s)[0]
-        return Predicted(z, generation, x0_pred, e, no_image)
+            z = self.encode(images, noise["posterior_noise"])                               # z = V(x)
+            c, e = model.text_encoder(tokens)                                               # c, e = T(y)
+            null = model.text_encoder(model.null_tokens)[0]                                 # c masked
+            c, clean = null.where(no_text[:, None, None], c), z.masked_fill(no_image[:, None, None, None], 0)
+            z_t = q_sample(z, t_z, eps_z, self.image_alphas)                                # Eq. 4
+            e_t = q_sample(e.detach(), t_e, eps_e, self.text_alphas, config.gamma)          # Eq. 6
+            if draws and reads:      # Φ_u and Φ_θ, the encoder half in one pass
+                pred, query_pred = unet.denoise_both(z_t, t_z, c, e_t, t_e, clean, null)
+            elif draws:              # Φ_u, e masked
+                pred = unet.denoise_image(z_t, t_z, c)
+            else:                    # Φ_θ (Eq. 7)
+                query_pred = unet.denoise_query(e_t, t_e, clean, null)
+        if draws:
+            scales = signal_and_noise(t_z, z, self.image_alphas)
+            image_loss = generation_loss(pred, make_target(config.image_target, z, eps_z, *scales))   # L_IG
+        if reads:
+            scales = signal_and_noise(t_e, e_t, self.text_alphas, config.gamma)
+            x0_pred = read_prediction(config.text_target, query_pred.float(), e_t, *scales)[0]        # ê_0
+        return z, image_loss, x0_pred, e, no_image
 
 
 class ClipLoss(nn.Module):
-    """CLIP's embeddings, under the names that `backward` knows: an image's takes the place of ê_0."""
+    """CLIP's embeddings in the places that `backward` knows: an image's is in that of ê_0."""
     tasks = ("alignment",)
 
     def __init__(self, model: Clip, bf16: bool = False) -> None:
         super().__init__()
         self.model, self.bf16 = model, bf16
 
-    def forward(self, images: Tensor, tokens: Tensor, noise: dict, only_reads: bool = False) -> Predicted:
-        """images [B, S, S, 3] uint8, or normalised [B, 3, S, S]; tokens [B, L]."""
+    def forward(self, images: Tensor, tokens: Tensor, noise: dict, only_reads: bool = False) -> tuple:
+        """images [B, S, S, 3] uint8, or normalised [B, 3, S, S]; tokens [B, L] -> as JointLoss."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             pixels = self.model.read_batch(images) if images.dtype == torch.uint8 else images
             embeddings = self.model.encode_image(pixels), self.model.encode_tokens(tokens)
-        return Predicted(pixels, None, *embeddings, torch.zeros_like(tokens[:, 0], dtype=torch.bool))
+        return pixels, None, *embeddings, torch.zeros_like(tokens[:, 0], dtype=torch.bool)
 
 
 def backward(loss: nn.Module, parts: list[Part], align_weight: float) -> dict[str, Tensor]:
@@ -321,30 +290,27 @@ def backward(loss: nn.Module, parts: list[Part], align_weight: float) -> dict[st
     with gradient (Gao et al. 2021). So memory is that of one part, and the loss that of the batch.
     -> "generation", "alignment": loss of each pair [B]; "hits": whether its own text is the most similar.
     """
-    joint = getattr(loss, "module", loss)                # what DDP wraps
-    reads, count, generation, result = "alignment" in joint.tasks, sum(len(part[1]) for part in parts), [], {}
-    embedded: list[Predicted] = []
+    joint, count = getattr(loss, "module", loss), sum(len(tokens) for _, tokens, _ in parts)
+    reads, passed, image_losses, result = "alignment" in joint.tasks, [], [], {}
     if reads and len(parts) > 1:
         with torch.no_grad():
-            embedded = [joint(*part, only_reads=True) for part in parts]
-        parts = [(predicted.latents, *part[1:]) for predicted, part in zip(embedded, parts)]
+            passed = [joint(*part, only_reads=True) for part in parts]
+        parts = [(z, tokens, noise) for (z, *_), (_, tokens, noise) in zip(passed, parts)]
     for i, part in enumerate(parts):
         is_last = i + 1 == len(parts)
         with contextlib.nullcontext() if is_last or joint is loss else loss.no_sync():
             own, total = loss(*part), 0
-            if own.generation is not None:
-                generation.append(own.generation.detach())
-                total = own.generation.sum() / count                                            # L_IG
+            if "generation" in joint.tasks:
+                image_losses.append(own[1].detach())
+                total = own[1].sum() / count                                            # L_IG
             if reads:
-                whole = [*embedded[:i], own, *embedded[i + 1:]]
-                queries, texts, dropped = (torch.cat([getattr(part, name) for part in whole])
-                                           for name in ("x0_pred", "text_query", "dropped"))
+                x0_pred, texts, no_image = map(torch.cat, list(zip(*passed[:i], own, *passed[i + 1:]))[2:])
                 scale = joint.model.logit_scale if is_last else joint.model.logit_scale.detach()
-                alignment, result["hits"] = alignment_loss(queries, texts, scale, dropped)
+                alignment, result["hits"] = alignment_loss(x0_pred, texts, scale, no_image)
                 result["alignment"] = alignment.detach()
-                total = total + align_weight * alignment.mean()                                 # + λ L_ITA
+                total = total + align_weight * alignment.mean()                         # + λ L_ITA
             total.backward()
-    return result | ({"generation": torch.cat(generation)} if generation else {})
+    return result | ({"generation": torch.cat(image_losses)} if image_losses else {})
 
 
 # ---------------------------------------------------------------- optimiser, averages
@@ -359,7 +325,7 @@ def freeze_unused(model: DiffDis | Clip, tasks: tuple[str, ...], train_text_enco
 
 def make_optimizer(model: nn.Module, lr: float, beta2: float, weight_decay: float,
                    slower: float | None = None) -> torch.optim.AdamW:
-    """AdamW over (new or pretrained) × (matrix or vector) groups; vectors and the temperature are not decayed.
+    """AdamW over (new or pretrained) × (matrix or vector) groups; vectors and temperature are not decayed.
     slower: by what the rate of pretrained weights is divided; None: nothing is pretrained."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -398,21 +364,11 @@ class Averages:
 
 
 # ---------------------------------------------------------------- data, latents
-def open_data(args: argparse.Namespace) -> Source:
-    """The training samples, with a word about how many there are and how many are lost already."""
-    source = in_turn(lambda: open_source(args.data, "train"))
-    check_index(source, args.max_bad)
-    if rank_and_world()[0] == 0 and args.data != "shapes":       # which is made as it is needed
-        lost = ", ".join(f"{count} {cause}" for cause, count in sorted(source.skipped.items()) if count)
-        print(f"data: {len(source):,} samples of {args.data}; left out: {lost or 'none'}")
-    return source
-
-
-def split(source: Source, args: argparse.Namespace) -> tuple[Source, Source]:
-    """What is trained on, and the pairs that scores are taken on."""
-    if args.data == "cc3m" and any(Path(folder, "val").is_dir() for folder in ("cc3m", "data/cc3m")):
-        return source, evenly_spaced(in_turn(lambda: open_source("cc3m", "val")), args.val)
-    return hold_out(source, args.val)
+def split(source: Source, name: str, count: int) -> tuple[Source, Source]:
+    """What is trained on, and `count` pairs that scores are taken on."""
+    if name == "cc3m" and any(Path(folder, "val").is_dir() for folder in ("cc3m", "data/cc3m")):
+        return source, evenly_spaced(in_turn(lambda: open_source("cc3m", "val")), count)
+    return hold_out(source, count)
 
 
 def latents_name(source: Source, model: DiffDis) -> str:
@@ -459,12 +415,6 @@ def add_latents(source: Source, model: DiffDis, folder: Path, workers: int) -> N
 
 
 # ---------------------------------------------------------------- state, resume
-def read_log(path: Path) -> list[dict]:
-    """The lines of a log; the last one may have been cut short by a kill."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def make_model(args: argparse.Namespace, source: Source) -> DiffDis | Clip:
     """A model from scratch or from --init."""
     if args.init is not None:
@@ -474,11 +424,11 @@ def make_model(args: argparse.Namespace, source: Source) -> DiffDis | Clip:
         model.data = args.data if args.data == model.data else None       # None: on more than that
         return model.requires_grad_(True)
     config = make_config((PRESETS | CLIPS)[args.preset], args)
-    if config.text.vocab_size == TextConfig().vocab_size:      # a network of CLIP's size has CLIP's vocabulary
-        path = in_turn(lambda: models.download("vocabulary"))
-        tokenizer = Tokenizer.from_file(path, config.text.context_length)
+    if config.text.vocab_size == TextConfig().vocab_size:      # CLIP's own size: CLIP's vocabulary
+        vocabulary = in_turn(lambda: models.download("vocabulary"))
+        tokenizer = Tokenizer.from_file(vocabulary, config.text.context_length)
     else:
-        captions = chain.from_iterable(usable_captions(source, 100_000))
+        captions = (caption for captions in usable_captions(source, 100_000) for caption in captions)
         tokenizer = Tokenizer.learn(captions, config.text.vocab_size, config.text.context_length)
     config = replace(config, text=replace(config.text, vocab_size=tokenizer.vocab_size))
     model = (Clip if args.preset in CLIPS else DiffDis)(config, tokenizer)
@@ -486,29 +436,21 @@ def make_model(args: argparse.Namespace, source: Source) -> DiffDis | Clip:
     return model
 
 
-def begun_run(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that --resume goes on from: that of --out, else of the newest runs/DATA-PRESET."""
-    name = f"runs/{Path(args.data).resolve().name}-{args.preset or '*'}*"
-    paths = [Path(args.out, "checkpoint.pt")] if args.out else Path().glob(f"{name}/checkpoint.pt")
-    paths = [path for path in paths if path.exists()]
-    if args.out and paths and not args.resume:
-        raise ValueError(f"{args.out} holds a run: add --resume to go on with it, or choose another --out")
-    return max(paths, key=lambda path: path.stat().st_mtime) if args.resume and paths else None
+def run_folder(args: argparse.Namespace) -> Path:
+    """--out; to resume the newest runs/DATA-PRESET with a checkpoint; else the first that is not there."""
+    if args.out:
+        return Path(args.out)
+    name = f"runs/{Path(args.data).resolve().name}-{args.preset or 'init'}"
+    begun = list(Path().glob(f"{name}*/checkpoint.pt")) if args.resume else []
+    names = (Path(f"{name}-{k}".removesuffix("-1")) for k in range(1, 10_000))
+    return (max(begun, key=lambda path: path.stat().st_mtime).parent if begun
+            else next(path for path in names if not path.exists()))
 
 
-def new_folder(args: argparse.Namespace) -> Path:
-    name = f"runs/{Path(args.data).resolve().name}-{args.preset}"
-    names = (name + f"-{k}" * (k > 1) for k in range(1, 10_000))
-    return Path(args.out or next(name for name in names if not Path(name).exists()))
-
-
-def check_resume(checkpoint: dict, flags: dict) -> None:
-    """A resumed run must be the same run. Raises ValueError naming the flags that differ."""
-    before = (checkpoint["training"] or {}).get("args", {})
-    differ = [f"--{name.replace('_', '-')} was {before.get(name)}, is {value}"
-              for name, value in flags.items() if before.get(name) != value]
-    if differ:
-        raise ValueError(f"--resume, but not as the run began: {'; '.join(differ[:5])}")
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log; the last one may have been cut short by a kill."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class Trainer:
@@ -519,52 +461,46 @@ class Trainer:
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.step, self.best, self.result, self.signal, self.is_stopped = 0, -1.0, None, 0, False
         choose_preset(args, device)
-        path = begun_run(args)
-        checkpoint = models.read_checkpoint(path) if path else None
-        source = open_data(args)
-        self.source, self.val = split(source, args)
+        self.folder = run_folder(args)
+        path = self.folder / "checkpoint.pt"
+        checkpoint = models.read_checkpoint(path) if path.exists() else None
+        source = in_turn(lambda: open_source(args.data, "train"))
+        check_index(source, args.max_bad)
+        self.source, self.val = split(source, args.data, args.val)
         torch.manual_seed(args.seed)
-        self.model = models.build(checkpoint, path) if path else make_model(args, self.source)
+        self.model = models.build(checkpoint, path) if checkpoint else make_model(args, self.source)
         settle(args, preset_of(self.model.config), device, world)
-        # What decides the run: all flags but those that change nothing, and how much data there is.
-        self.flags = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()
-                      if name not in FREE_ON_RESUME} | {"samples": len(source)}
-        self.folder = path.parent if path else new_folder(args)
+        self.flags = {name: list(value) if isinstance(value, tuple) else value
+                      for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+        self.flags |= {"latents": args.latents is not None, "samples": len(source)}      # wherever they lie
         freeze_unused(self.model, args.tasks, args.train_text_encoder)
-        if path:
-            check_resume(checkpoint, self.flags)
+        if checkpoint:
+            self.check_resume(checkpoint)
             self.model.load_state_dict(checkpoint["model"])
         self.model.to(device, memory_format=torch.channels_last)
         if args.latents:
             add_latents(source, self.model, Path(args.latents), args.workers)
-            self.source, self.val = split(source, args)      # again: now they have the latents
+            self.source, self.val = split(source, args.data, args.val)      # again: now they have the latents
         self.optimizer = make_optimizer(self.model, args.lr, args.beta2, args.weight_decay,
                                         args.slower if args.init else None)
         self.averages = Averages(self.model, args.ema)
-        if path:
-            training = checkpoint["training"]
-            self.optimizer.load_state_dict(training["optimizer"])
+        if checkpoint:
+            self.optimizer.load_state_dict(checkpoint["training"]["optimizer"])
             for name, value in checkpoint["ema"].items():
                 self.averages.values[name].copy_(value)
-            self.step, self.best = training["step"], training["best"]
+            self.step, self.best = checkpoint["training"]["step"], checkpoint["training"]["best"]
         self.loss = self.make_loss()
-        self.begin()
+        self.begin(source)
 
-    def begin(self) -> None:
-        """The folder, only now that nothing can be wrong any more; of a resumed run's log what is to stay."""
-        self.skips, self.has_begun = SkipReport(self.args.max_bad), False
-        self.waited, self.worked, self.logged, self.said = 0.0, 0.0, self.step, time.monotonic()
-        everybody(None)          # every rank knows the folder's name before it is taken
-        if self.rank == 0:
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-            lines = [line for line in read_log(self.folder / "log.jsonl") if line["step"] <= self.step]
-            (self.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            count = sum(p.numel() for p in self.averages.live.values())
-            print(f"run: {self.folder}  seed: {self.args.seed}  device: {self.device} x {self.world}  "
-                  f"{self.args.precision}  trainable parameters: {count:,}  step: {self.step} of "
-                  f"{self.args.steps}", flush=True)
-        if self.step == 0:
-            self.save()          # what cannot be written is noticed now, not after hours
+    def check_resume(self, checkpoint: dict) -> None:
+        """Only what was begun goes on, and only as the same run. Raises ValueError naming what differs."""
+        before = (checkpoint["training"] or {}).get("args", {})
+        differ = [f"--{name.replace('_', '-')} was {before.get(name)}, is {value}"
+                  for name, value in self.flags.items() if before.get(name) != value]
+        if differ or not self.args.resume:
+            raise ValueError(f"{self.folder} holds a run: " + (
+                f"it cannot go on, {'; '.join(differ[:5])}" if self.args.resume else
+                "add --resume to go on with it, or choose another --out"))
 
     def make_loss(self) -> nn.Module:
         args, bf16 = self.args, self.args.precision == "bf16"
@@ -574,12 +510,28 @@ class Trainer:
             self.model.unet.recompute_activations()
         if args.compile:
             loss.compile(dynamic=False)
-        if self.world == 1:
-            return loss
         # The buffers never change, and gradients need no second copy beside the buckets they are sent in.
-        return DistributedDataParallel(
+        return loss if self.world == 1 else DistributedDataParallel(
             loss, device_ids=[self.device.index] if self.device.type == "cuda" else None,
             broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def begin(self, source: Source) -> None:
+        """The run's folder, only now that nothing can be wrong any more; of its log the lines that stay."""
+        self.start, self.skips, self.clock = self.step, SkipReport(self.args.max_bad), time.monotonic()
+        self.waited, self.worked, self.logged = 0.0, 0.0, self.step
+        everybody(None)          # every rank knows the folder's name before it is taken
+        if self.rank == 0:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            lines = [line for line in read_log(self.folder / "log.jsonl") if line["step"] <= self.step]
+            (self.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            lost = ", ".join(f"{count} {cause}" for cause, count in sorted(source.skipped.items()) if count)
+            print(f"data: {len(source):,} samples of {self.args.data}; left out: {lost or 'none'}")
+            print(f"run: {self.folder}  seed: {self.args.seed}  device: {self.device} x {self.world}  "
+                  f"{self.args.precision}  trainable parameters: "
+                  f"{sum(p.numel() for p in self.averages.live.values()):,}  "
+                  f"step: {self.step} of {self.args.steps}", flush=True)
+        if self.step == 0:
+            self.save()          # what cannot be written is noticed now, not after hours
 
     def save(self, is_best: bool = False) -> None:
         """best.pt before checkpoint.pt: killed between the two, the run scores this step again."""
@@ -599,22 +551,22 @@ class Trainer:
                 for i, (images, tokens) in enumerate(zip(move(batch.images), move(batch.tokens)))]
 
     def train_step(self, batch: Batch) -> dict:
-        """One gradient step on a batch -> what to log."""
+        """One gradient step on a batch -> what to log. Raises ValueError on every rank, before anything is
+        updated, if a number is not finite."""
         args, parts = self.args, self.parts(batch)
         factor = learning_rate_factor(self.step, args.steps, args.warmup, args.lr_decay)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        if self.world > 2 and not self.has_begun:
+        if self.world > 2 and self.step == self.start:
             # After its first backward pass DDP lays out its buckets anew, and sums over more than two ranks
             # round by their layout: a pass for nothing, so that a resumed run's first step is as any other.
             backward(self.loss, parts, args.align_weight)
-        self.has_begun = True
         self.optimizer.zero_grad(set_to_none=True)
         losses = backward(self.loss, parts, args.align_weight)
         record = self.agree(losses, nn.utils.clip_grad_norm_(self.averages.live.values(), MAX_NORM))
-        if not all(map(math.isfinite, record.values())):       # on every rank, before anything is updated
-            raise ValueError(f"step {self.step}: {self.not_finite(losses, batch)}; the last checkpoint is from "
-                             "before it: start anew from that one with --init and a lower --lr")
+        if not all(map(math.isfinite, record.values())):
+            raise ValueError(f"step {self.step}: {self.not_finite(losses, batch)}; the last checkpoint is "
+                             "from before it: start anew from that one with --init and a lower --lr")
         self.optimizer.step()
         with torch.no_grad():
             # As CLIP. Here and not in the loss, where a clamp would leave no gradient to come back by.
@@ -642,19 +594,19 @@ class Trainer:
     def not_finite(self, losses: dict, batch: Batch) -> str:
         """In words, for all ranks: which task, at which timesteps, of which samples."""
         words = []
-        for task, t in ((task, t) for task, t in zip(TASKS, ("t_image", "t_text")) if task in losses):
-            rows = (~torch.isfinite(losses[task])).nonzero().flatten().tolist()[:5]
-            times = [int(batch.drawn[t][row]) for row in rows] if batch.drawn else "none"
-            words += [f"the {task} loss is not finite at timesteps {times}, samples "
-                      f"{[batch.keys[row] for row in rows]}"] if rows else []
-        return "; ".join(chain.from_iterable(everybody(words))) or "the losses are finite, their gradient is not"
+        for task, t in zip(TASKS, ("t_image", "t_text")):
+            for row in (~torch.isfinite(losses[task])).nonzero().flatten().tolist() if task in losses else ():
+                when = f" at timestep {int(batch.drawn[t][row])}" if batch.drawn else ""
+                words.append(f"the {task} loss of {batch.keys[row]} is not finite{when}")
+        return ", ".join(sum(everybody(words), [])[:8]) or "the losses are finite, their gradient is not"
 
     # ------------------------------------------------------------ the loop
-    def batches(self) -> Iterator[Batch]:
+    def batches(self):
         args, config, noise = self.args, self.model.config, None
         if isinstance(self.model, DiffDis):
-            noise = partial(sample_noise, config, self.model.latent_shape(config.image_size, config.image_size),
-                            args.seed, rows=range(self.rank, args.batch_size, self.world))
+            shape = self.model.latent_shape(config.image_size, config.image_size)
+            noise = partial(sample_noise, config, shape, args.seed,
+                            rows=range(self.rank, args.batch_size, self.world))
         return training_batches(self.source, config.image_size, args.batch_size, args.seed, self.step,
                                 args.workers, rank=self.rank, world=self.world, augment=args.augment,
                                 tokenizer=self.model.tokenizer, draw=noise)
@@ -691,26 +643,27 @@ class Trainer:
 
     def log(self, record: dict, bar: tqdm) -> None:
         """A line of log.jsonl: this step's numbers, and speed since the last line, over all ranks."""
-        ranks = everybody((self.waited / self.worked, memory_gib(self.device), self.skips.skipped))
-        waits, memory, skipped = zip(*ranks)
-        skipped, pairs = sum(skipped, start=Counter()), (self.step - self.logged) * self.args.batch_size
-        record = {"step": self.step, **record, "images_per_s": round(pairs / self.worked, 1),
-                  "data_wait": round(max(waits), 4), "memory_gib": round(max(memory), 2),
-                  "skipped": skipped.total(), "skipped_by_cause": dict(sorted(skipped.items()))}
+        waits, memory, skips = zip(*everybody(
+            (self.waited / self.worked, memory_gib(self.device), self.skips.skipped)))
+        speed = (self.step - self.logged) * self.args.batch_size / self.worked
         self.waited, self.worked, self.logged = 0.0, 0.0, self.step
         if self.rank == 0:
+            skipped = sum(skips, start=Counter())
+            record = {"step": self.step, **record, "images_per_s": round(speed, 1),
+                      "data_wait": round(max(waits), 4), "memory_gib": round(max(memory), 2),
+                      "skipped": skipped.total(), "skipped_by_cause": dict(sorted(skipped.items()))}
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
-            words = {name: f"{record[name]:.4g}" for name in ("loss_generation", "loss_alignment", "images_per_s")
-                     if name in record}
+            words = {name: f"{record[name]:.4g}" for name in
+                     ("loss_generation", "loss_alignment", "images_per_s") if name in record}
             bar.set_postfix(words)
-            if bar.disable and time.monotonic() - self.said > SAY_EVERY:       # no terminal
-                self.said = time.monotonic()
+            if bar.disable and time.monotonic() - self.clock > SAY_EVERY:       # no terminal
+                self.clock = time.monotonic()
                 print(f"step {self.step} of {self.args.steps}: {words}", flush=True)
 
     # ------------------------------------------------------------ held-out scores
     def evaluate(self) -> tuple[bool, dict]:
-        """The averaged weights on held-out pairs, by all ranks, and a grid of pictures -> best so far?, scores."""
+        """The averaged weights on held-out pairs, by all ranks; a grid of pictures -> best yet?, scores."""
         args, scores, best = self.args, {}, self.best
         reading = Reading(seed=args.seed, batch_size=min(100, args.micro_batch or 100), max_bad=1.0)
         self.averages.swap()
@@ -741,68 +694,72 @@ class Trainer:
 
 @torch.no_grad()
 def denoising_error(model: DiffDis, source: Source, reading: Reading, levels: int = 10) -> float:
-    """Mean squared error of ẑ_0, predicted from z_t and the image's own caption, over evenly spaced t: the loss
-    of generation (Eq. 4) with target data, whatever target was trained, on images not seen."""
-    config = model.config
-    alphas = make_alphas_cumprod(config.image_schedule, config.timesteps).to(model.device)
+    """Mean squared error of ẑ_0, predicted from z_t and the image's own caption, over evenly spaced t: the
+    loss of generation (Eq. 4) with target data, whatever target was trained, on images not seen."""
+    config, device = model.config, model.device
+    alphas = make_alphas_cumprod(config.image_schedule, config.timesteps).to(device)
 
     def values_of(latents: Tensor, places: list[int]) -> Tensor:
         context, errors = model.encode_text([source.captions(place)[0] for place in places])[0], []
         for j in range(levels):
-            noise = noise_of(latents.shape[1:], [(reading.seed, place, j) for place in places]).to(model.device)
-            t = torch.full((len(places),), (2 * j + 1) * config.timesteps // (2 * levels), device=model.device)
-            noisy, (a, s) = q_sample(latents, t, noise, alphas), signal_and_noise(t, latents, alphas)
-            pred = model.denoise_image(noisy, t, context)
-            errors.append(generation_loss(read_prediction(config.image_target, pred, noisy, a, s)[0], latents))
+            noise = noise_of(latents.shape[1:], [(reading.seed, place, j) for place in places]).to(device)
+            t = torch.full((len(places),), (2 * j + 1) * config.timesteps // (2 * levels), device=device)
+            z_t, (a, s) = q_sample(latents, t, noise, alphas), signal_and_noise(t, latents, alphas)
+            pred = model.denoise_image(z_t, t, context)
+            z_0 = read_prediction(config.image_target, pred, z_t, a, s)[0]
+            errors.append(generation_loss(z_0, latents))
         return torch.stack(errors).mean(dim=0)
     return over_images(model, source, reading, values_of).values.mean().item()
 
 
 def memory_gib(device: torch.device) -> float:
     """The most memory this process has held: of the device's, or of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    return (torch.cuda.max_memory_allocated(device) / 2 ** 30 if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
 
 
 def plot_log(log: Path, path: Path) -> None:
-    """A run's log as a picture: losses, accuracy and held-out scores over steps, each from 0 to its highest."""
+    """A run's log as a picture: losses, accuracy and held-out scores over steps, from 0 to their highest."""
     lines = read_log(log)
     names = [name for name in dict.fromkeys(name for line in lines for name in line)
              if name.startswith(("loss_", "accuracy", "val_"))]
     picture = Image.new("RGB", (480, 130 * len(names) + 1), "white")
     pen = ImageDraw.Draw(picture)
-    for k, name in enumerate(names):
-        points, top = [(line["step"], line[name]) for line in lines if name in line], 130 * k + 20
+    for top, name in zip(range(20, 10_000, 130), names):
+        points = [(line["step"], line[name]) for line in lines if name in line]
         last, high = lines[-1]["step"], max(value for _, value in points) or 1.0
-        pen.text((10, top - 14), f"{name}: {points[-1][1]:.4g} at step {last}, highest {high:.4g}", fill="black")
+        pen.text((10, top - 14), f"{name}: {points[-1][1]:.4g} at step {last}, highest {high:.4g}", "black")
         pen.rectangle((10, top, 470, top + 100), outline="#999999")
-        pen.line([(10 + 460 * step / last, top + 100 - 100 * value / high) for step, value in points], "#1f5fa8", 2)
+        pen.line([(10 + 460 * step / last, top + 100 - 100 * y / high) for step, y in points], "#1f5fa8", 2)
     picture.save(path)
 
 
 # ---------------------------------------------------------------- main
-def main(argv: list[str] | None = None) -> None:
-    started = time.monotonic()
-    try:
-        args = parse_args(argv)
-        rank, world, device = join_ranks(args.device)
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")       # TF32 for what stays in float32
-            torch.backends.cudnn.benchmark = True            # shapes never change: try, then take the fastest
-        trainer = Trainer(args, rank, world, device)
-        done = trainer.train()
-        if rank == 0:
-            print(f"{trainer.skips}\n{'trained' if done else 'stopped'} after {time.monotonic() - started:.0f} s; "
-                  f"wrote {trainer.folder / 'checkpoint.pt'}")
-            plot_log(trainer.folder / "log.jsonl", trainer.folder / "log.png")
-        if dist.is_initialized():      # from here on the first rank works alone
-            dist.destroy_process_group()
-        if rank == 0 and done:
+def run(argv: list[str] | None) -> None:
+    started, args = time.monotonic(), parse_args(argv)
+    rank, world, device = join_ranks(args.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")       # TF32 for what stays in float32
+        torch.backends.cudnn.benchmark = True            # shapes never change: try, then take the fastest
+    trainer = Trainer(args, rank, world, device)
+    is_done = trainer.train()
+    if dist.is_initialized():      # from here on the first rank works alone
+        dist.destroy_process_group()
+    if rank == 0:
+        plot_log(trainer.folder / "log.jsonl", trainer.folder / "log.png")
+        print(f"{trainer.skips}\n{'trained' if is_done else 'stopped'} after "
+              f"{time.monotonic() - started:.0f} s; wrote {trainer.folder / 'checkpoint.pt'}")
+        if is_done:
             trainer.print_scores()
-        elif rank == 0:
-            print(f"stopped by {signal.Signals(trainer.signal or signal.SIGTERM).name} after step {trainer.step} of "
-                  f"{args.steps}; to go on, give the same command with --resume --out {trainer.folder}")
+        else:
+            print(f"stopped by {signal.Signals(trainer.signal or signal.SIGTERM).name} after step "
+                  f"{trainer.step} of {args.steps}; to go on, give the same command with --resume --out "
+                  f"{trainer.folder}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        run(argv)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:       # before or after the steps, which have their own way to stop
@@ -810,7 +767,6 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         # DDP holds on to the process group, and a thread of it that still cleans up while Python ends would
         # abort the process: let both go first.
-        trainer = None
         gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()
