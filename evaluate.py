@@ -1605,6 +1605,7 @@ _checker, _report = checker, report
 
 
 def checker(model, n=64, steps=50, guidance_scale=None, best_of=1, seed=0):
+    """Draw pictures for held-out prompts of `shapes` and judge each from its pixels alone."""
     if isinstance(n, argparse.Namespace):
         return _checker(model, n)
     return _checker(model, argparse.Namespace(n=n, steps=steps, guidance_scale=guidance_scale, best_of=best_of,

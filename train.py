@@ -420,7 +420,6 @@ def make_model(args: argparse.Namespace, source: Source) -> DiffDis | Clip:
     if args.init is not None:
         in_turn(lambda: models.locate(args.init))
         model = models.load(args.init, weights="raw", adapt=lambda config: make_config(config, args))
-        model.tasks = tuple(task for task in TASKS if task in model.tasks or task in args.tasks)
         model.data = args.data if args.data == model.data else None       # None: on more than that
         return model.requires_grad_(True)
     config = make_config((PRESETS | CLIPS)[args.preset], args)
@@ -432,7 +431,7 @@ def make_model(args: argparse.Namespace, source: Source) -> DiffDis | Clip:
         tokenizer = Tokenizer.learn(captions, config.text.vocab_size, config.text.context_length)
     config = replace(config, text=replace(config.text, vocab_size=tokenizer.vocab_size))
     model = (Clip if args.preset in CLIPS else DiffDis)(config, tokenizer)
-    model.tasks, model.data = args.tasks, args.data
+    model.data = args.data
     return model
 
 
@@ -470,6 +469,8 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.model = models.build(checkpoint, path) if checkpoint else make_model(args, self.source)
         settle(args, preset_of(self.model.config), device, world)
+        self.model.tasks = tuple(task for task in TASKS
+                                 if task in args.tasks or args.init and task in self.model.tasks)
         self.flags = {name: list(value) if isinstance(value, tuple) else value
                       for name, value in vars(args).items() if name not in FREE_ON_RESUME}
         self.flags |= {"latents": args.latents is not None, "samples": len(source)}      # wherever they lie
@@ -524,8 +525,8 @@ class Trainer:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             lines = [line for line in read_log(self.folder / "log.jsonl") if line["step"] <= self.step]
             (self.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            lost = ", ".join(f"{count} {cause}" for cause, count in sorted(source.skipped.items()) if count)
-            print(f"data: {len(source):,} samples of {self.args.data}; left out: {lost or 'none'}")
+            if self.args.data != "shapes":       # which is made as it is needed
+                print(f"data: {len(source):,} samples of {self.args.data}; left out: {dict(+source.skipped)}")
             print(f"run: {self.folder}  seed: {self.args.seed}  device: {self.device} x {self.world}  "
                   f"{self.args.precision}  trainable parameters: "
                   f"{sum(p.numel() for p in self.averages.live.values()):,}  "
