@@ -15,6 +15,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 import resource
 import signal
 import time
@@ -459,6 +460,8 @@ class Trainer:
         """All of it from the flags, or from the run's checkpoint. Raises ValueError or OSError."""
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.step, self.best, self.result, self.signal, self.is_stopped = 0, -1.0, None, 0, False
+        # torchrun starts a failed run's processes again with the command they had: then they are to go on.
+        args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         choose_preset(args, device)
         self.folder = run_folder(args)
         path = self.folder / "checkpoint.pt"
