@@ -687,7 +687,7 @@ class Trainer:
         self.averages.swap()
         return self.best > best, scores
 
-    def print_scores(self) -> None:
+    def validate(self) -> None:
         """The run's last word: what the averaged weights can do on pairs that training never saw."""
         if self.result is not None:
             report("zeroshot" if self.val.classes else "retrieval", self.result, self.args.data)
@@ -754,7 +754,7 @@ def run(argv: list[str] | None) -> None:
         print(f"{trainer.skips}\n{'trained' if is_done else 'stopped'} after "
               f"{time.monotonic() - started:.0f} s; wrote {trainer.folder / 'checkpoint.pt'}")
         if is_done:
-            trainer.print_scores()
+            trainer.validate()
         else:
             print(f"stopped by {signal.Signals(trainer.signal or signal.SIGTERM).name} after step "
                   f"{trainer.step} of {args.steps}; to go on, give the same command with --resume --out "

@@ -21,7 +21,7 @@ KL = AutoencoderConfig("kl", 4, 2, 0.5, (32, 32))
 def begin(tmp_path, monkeypatch):
     """Two tars of captioned pictures, one of them broken, and a checkpoint with a small KL autoencoder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.Trainer, "print_scores", lambda self: None)
+    monkeypatch.setattr(train.Trainer, "validate", lambda self: None)
     monkeypatch.setitem(models.PRESETS, "tiny", tiny_config())
     Path("pictures").mkdir()
     for shard, count in enumerate((30, 20)):

@@ -169,7 +169,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setitem(models.PRESETS, "tiny", tiny_config())
     monkeypatch.setitem(models.CLIPS, "clip-tiny", tiny_clip_config())
     monkeypatch.setattr(train, "LOG_EVERY", 1)
-    monkeypatch.setattr(train.Trainer, "print_scores", lambda self: None)
+    monkeypatch.setattr(train.Trainer, "validate", lambda self: None)
     return lambda *flags: train.Trainer(train.parse_args([*SMALL, "--steps", "2", "--out", "run", *flags]),
                                         0, 1, CPU)
 
