@@ -109,11 +109,13 @@ class GatherWithGradient(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def alignment_loss(x0_pred: Tensor, text_query: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+def alignment_loss(x0_pred: Tensor, text_query: Tensor, logit_scale: Tensor,
+                   dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Symmetric InfoNCE between denoised and true text queries, over the batch of all ranks (Eq. 8).
 
     x0_pred: ê_0 [B, D], any norm; text_query: e [B, D], unit norm;
-    logit_scale: log of the inverse temperature.
+    logit_scale: log of the inverse temperature; dropped: pairs without their image [B], bool: with nothing to
+    read they have no part in the image -> text half.
     -> this rank's rows of the loss [B], float32 (their mean over all ranks is the global loss),
     and whether each row's own text is the most similar [B], bool.
     """
@@ -126,6 +128,7 @@ def alignment_loss(x0_pred: Tensor, text_query: Tensor, logit_scale: Tensor) -> 
     image_logits, text_logits = scale * ours @ all_texts.T, scale * texts @ all_ours.T    # [B, N·B]
     labels = torch.arange(len(ours), device=ours.device) + rank * len(ours)
     loss = [F.cross_entropy(logits, labels, reduction="none") for logits in (image_logits, text_logits)]
+    loss[0] = loss[0] if dropped is None else loss[0].masked_fill(dropped, 0.0)
     return (loss[0] + loss[1]) / 2, image_logits.argmax(dim=1) == labels
 
 

@@ -8,27 +8,27 @@ is what counting gives as the limit of the two ratios. Where there is an autoenc
 twice, from pixels and from cached latents.
 """
 import argparse
-import copy
 import json
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402  (the path comes first)
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import model as models  # noqa: E402
 import train  # noqa: E402
 from data import Tokenizer  # noqa: E402
-from diffusion import alignment_loss  # noqa: E402
-from model import CLIPS, LIKE, PRESETS, Clip, ClipConfig, DiffDis  # noqa: E402
+from model import CLIPS, LIKE, PRESETS, Clip, DiffDis, UNet  # noqa: E402
 from sample import Parser, fail, natural, pick_device, positive  # noqa: E402
 
 TASKS = {"generation": ("generation",), "alignment": ("alignment",), "joint": ("generation", "alignment")}
@@ -36,120 +36,84 @@ TASKS = {"generation": ("generation",), "alignment": ("alignment",), "joint": ("
 
 def median_seconds(step: Callable, rounds: int, warm_up: int, device: torch.device) -> float:
     """Median time of calling `step`, its work on the device included."""
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
     times = []
     for _ in range(warm_up + rounds):
-        wait()
         began = time.perf_counter()
         step()
-        wait()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return statistics.median(times[warm_up:])
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product: what this device gives at best."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-    with torch.no_grad():
-        return 2 * n ** 3 / median_seconds(lambda: a @ b, 20, 5, device)
-
-
 class Steps:
-    """Training steps of DiffDis on random pairs, as train.py does them."""
+    """Training steps on random pairs, as train.py does them: of DiffDis, or of a CLIP of like size."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        config, device, count = PRESETS[args.preset], args.device, args.batch_size
-        merges = [f"{i} {i}" for i in range(config.text.vocab_size - 514)]      # no words, but as many
+    def __init__(self, args: argparse.Namespace, device: torch.device, is_clip: bool = False) -> None:
+        self.args, self.device = args, device
+        self.config = config = CLIPS[LIKE[args.preset]] if is_clip else PRESETS[args.preset]
+        count, size, length = args.batch_size, config.image_size, config.text.context_length
         torch.manual_seed(args.seed)
-        self.model = DiffDis(config, Tokenizer(merges, config.text.context_length))
-        self.model.to(device, memory_format=torch.channels_last)
-        self.args, self.run = args, train.parse_args(["--preset", args.preset, "--precision", args.precision])
-        self.run.compile, self.run.recompute = args.compile, args.recompute
-        size, shape = config.image_size, self.model.latent_shape(config.image_size, config.image_size)
-        self.pixels = torch.randint(256, (count, size, size, 3), dtype=torch.uint8, device=device)
-        self.moments = torch.randn(count, 2 * shape[0], *shape[1:], device=device).half()
-        self.tokens = torch.randint(config.text.vocab_size - 2, (count, config.text.context_length),
-                                    device=device)
-        self.drawn = {name: value.to(device) for name, value in
-                      train.draw(config, shape, args.seed, 0, range(count)).items()}
-        self.trains_text = config.autoencoder.kind != "kl"       # as in train.py: not if it came pretrained
+        merges = [f"{i} {i}" for i in range(config.text.vocab_size - 514)]      # no words, but as many
+        with torch.device(device):
+            self.model = (Clip if is_clip else DiffDis)(config, Tokenizer(merges, length))
+            self.pixels = torch.randint(256, (count, size, size, 3), dtype=torch.uint8)
+            self.tokens = torch.randint(config.text.vocab_size - 2, (count, length))
+        self.noise, self.moments = {}, None
+        if not is_clip:
+            channels, *sides = shape = self.model.latent_shape(size, size)
+            self.moments = torch.randn(count, 2 * channels, *sides, device=device).half()
+            self.noise = {name: value.to(device) for name, value in
+                          train.sample_noise(config, shape, args.seed, 0, range(count)).items()}
+
+    def loss(self, tasks: tuple[str, ...]) -> torch.nn.Module:
+        self.model.requires_grad_(True)
+        if isinstance(self.model, Clip):
+            return train.ClipLoss(self.model, self.args.precision == "bf16")
+        train.freeze_unused(self.model, tasks, self.config.autoencoder.kind != "kl")    # not a pretrained T
+        with torch.device(self.device):
+            return train.JointLoss(self.model, tasks, bf16=self.args.precision == "bf16")
 
     def flops(self, tasks: tuple[str, ...], cached: bool) -> float:
-        """Of one pair, one step."""
-        self.run.tasks = tasks
-        return train.count_flops(self.model.config, self.model.tokenizer, self.run, self.trains_text,
-                                 self.args.batch_size, cached)
+        """Of one pair: forward and backward, two per multiply-add."""
+        loss = self.loss(tasks)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:     # it knows no other
+            predicted = loss(self.moments if cached else self.pixels, self.tokens, self.noise)[1:4]
+            sum(value.sum() for value in predicted if value is not None and value.requires_grad).backward()
+        return counter.get_total_flops() / self.args.batch_size
 
-    def measure(self, tasks: tuple[str, ...], cached: bool) -> float:
-        """Seconds of a step with these tasks, from cached latents or from pixels."""
-        self.run.tasks, args = tasks, self.args
-        self.model.train().requires_grad_(True)
-        train.freeze_unused(self.model, tasks, self.trains_text)
-        joint = train.JointLoss(self.model, self.run).to(args.device)
-        optimizer = train.make_optimizer(self.model, self.run, pretrained=False)
-        averages = train.Averages(self.model, 0.999)
+    def seconds(self, tasks: tuple[str, ...], cached: bool) -> float:
+        """Of a whole step, from cached latents or from pixels."""
+        loss, images, args = self.loss(tasks), self.moments if cached else self.pixels, self.args
+        self.model.to(memory_format=torch.channels_last)
+        if args.recompute and isinstance(self.model, DiffDis):
+            self.model.unet.recompute_activations()
+        if args.compile:
+            loss.compile(dynamic=False)
+        optimizer = train.make_optimizer(self.model, 1e-4, 0.99, 0.01)
+        averages = train.Averages(self.model, 0.99)
 
         def step() -> None:
-            latents = joint.encode(self.moments if cached else self.pixels, self.drawn)
-            train.backward(joint, [(latents, self.tokens, self.drawn)], self.run.align_weight)
-            torch.nn.utils.clip_grad_norm_(averages.live.values(), 1.0)
+            train.backward(loss, [(images, self.tokens, self.noise)], 1.0)
+            torch.nn.utils.clip_grad_norm_(averages.live.values(), train.MAX_NORM)
             optimizer.step()
             averages.update(0)
-            self.model.zero_grad(set_to_none=True)
-        return median_seconds(step, args.rounds, args.warm_up, args.device)
+            optimizer.zero_grad(set_to_none=True)
+        return median_seconds(step, args.rounds, args.warm_up, self.device)
 
 
-class ClipSteps:
-    """The same for CLIP: what the alignment task would cost as a network of its own."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        config, size, self.args = CLIPS[LIKE[args.preset]], CLIPS[LIKE[args.preset]].image_size, args
-        self.model = Clip(config).to(args.device)
-        self.images = torch.randn(args.batch_size, 3, size, size, device=args.device)
-        self.tokens = torch.randint(config.text.vocab_size, (args.batch_size, config.text.context_length),
-                                    device=args.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
-        self.encoders = self.model.encode_image, self.model.encode_tokens
-        if args.compile:
-            self.encoders = tuple(map(torch.compile, self.encoders))
-
-    def step(self) -> None:
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            ours, texts = self.encoders[0](self.images), self.encoders[1](self.tokens)
-        alignment_loss(ours, texts, self.model.logit_scale)[0].mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.model.zero_grad(set_to_none=True)
-
-
-def clip_flops(config: ClipConfig, pairs: int) -> float:
-    """Of one pair, one training step of CLIP, counted as train.count_flops counts."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = Clip(config)
-        ours = model.encode_image(torch.empty(pairs, 3, config.image_size, config.image_size))
-        texts = model.encode_tokens(torch.zeros(pairs, config.text.context_length, dtype=torch.int64))
-        (ours + texts).sum().backward()
-    return counter.get_total_flops() / pairs
-
-
-def inference_seconds(steps: Steps, clip: ClipSteps, args: argparse.Namespace) -> dict:
-    """Seconds per batch of what the trained model does: drawing with and without the query stream's weights
-    beside it, reading images from pixels and from latents, and CLIP reading as many."""
-    model = steps.model.eval().requires_grad_(False)
-    latents = model.read_batch(steps.moments)
+def inference_seconds(steps: Steps, clip: Steps, args: argparse.Namespace) -> dict:
+    """Seconds per batch of what the trained model does: drawing with the dual-stream blocks and with plain
+    ones, reading images from pixels and from latents, and CLIP reading as many."""
+    model, config, t = steps.model.requires_grad_(False), steps.config, steps.noise["t_image"]
+    latents, query = model.read_batch(steps.moments), steps.noise["query_noise"]
     context, null = model.text_encoder(steps.tokens)[0], model.text_encoder(model.null_tokens)[0]
-    t, queries = steps.drawn["t_image"], steps.drawn["query_noise"]
-    plain = copy.deepcopy(model.unet)
-    models.drop_query_stream(plain)
-    read = lambda z: model.unet.denoise_query(queries, t, z, null)
+    plain = UNet(replace(config, fusion=replace(config.fusion, fusion=False))).to(args.device)
     cases = {"draw_step": lambda: model.unet.denoise_image(latents, t, context),
              "draw_step_plain": lambda: plain.denoise_image(latents, t, context),
-             "read_pixels": lambda: read(model.read_batch(steps.pixels)),
-             "read_latents": lambda: read(latents),
-             "clip_image": lambda: clip.model.encode_image(clip.images)}
+             "read_pixels": lambda: model.unet.denoise_query(query, t, model.read_batch(steps.pixels), null),
+             "read_latents": lambda: model.unet.denoise_query(query, t, latents, null),
+             "clip_image": lambda: clip.model.encode_image(clip.model.read_batch(clip.pixels))}
     times: dict[str, list[float]] = {name: [] for name in cases}
     with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         for i in range(max(2, args.rounds)):            # in turns: what disturbs one disturbs all
@@ -168,27 +132,25 @@ def ratios(cost: dict[str, float], ending: str) -> dict[str, float]:
 
 def speed(args: argparse.Namespace) -> dict:
     """The paper's Table 6: joint training beside its two parts, and what either task costs after."""
-    steps = Steps(args)
     kinds = {name + "_cached" * cached: (tasks, cached) for cached in (False, True)
-             if not cached or steps.model.config.autoencoder.kind == "kl" for name, tasks in TASKS.items()}
-    flops = {name: steps.flops(*kind) for name, kind in kinds.items()}
-    flops["clip"] = clip_flops(CLIPS[LIKE[args.preset]], args.batch_size)
-    runs: dict[str, list[float]] = {name: [] for name in flops}
+             if not cached or PRESETS[args.preset].autoencoder.kind == "kl" for name, tasks in TASKS.items()}
+    clip_kind = (("alignment",), False)
+    with FakeTensorMode():          # tensors without storage
+        counting = Steps(args, torch.device("cpu"))
+        flops = {name: counting.flops(*kind) for name, kind in kinds.items()}
+        flops["clip"] = Steps(args, torch.device("cpu"), is_clip=True).flops(*clip_kind)
+    steps, runs = Steps(args, args.device), {name: [] for name in flops}
     for _ in tqdm(range(args.repeats), unit="repeat", disable=None):
         for name, kind in kinds.items():
-            runs[name].append(steps.measure(*kind))
-    clip = ClipSteps(args)            # only now: the two at once might not fit in memory
-    for _ in range(args.repeats):
-        runs["clip"].append(median_seconds(clip.step, args.rounds, args.warm_up, args.device))
-    peak = matmul_flops(args.device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+            runs[name].append(steps.seconds(*kind))
+    clip = Steps(args, args.device, is_clip=True)       # only now: with the other it might not fit in memory
+    runs["clip"] = [clip.seconds(*clip_kind) for _ in range(args.repeats)]
     seconds = {name: statistics.median(values) for name, values in runs.items()}
-    rows = {name: {"seconds": value, "images_per_s": args.batch_size / value,
-                   "gflops_per_image": flops[name] / 1e9,
-                   "share_of_matmul_peak": flops[name] * args.batch_size / value / peak}
-            for name, value in seconds.items()}
     took = inference_seconds(steps, clip, args)
-    return {"n": args.batch_size, "chance": None, "matmul_tflops": peak / 1e12, "steps": rows,
-            "inference_seconds": took, **ratios(seconds, ""), **ratios(flops, "_limit"),
+    rows = {name: {"seconds": value, "images_per_s": args.batch_size / value,
+                   "gflops_per_image": flops[name] / 1e9} for name, value in seconds.items()}
+    return {"n": args.batch_size, "chance": None, "steps": rows, "inference_seconds": took,
+            **ratios(seconds, ""), **ratios(flops, "_limit"),
             "draw_over_plain": took["draw_step"] / took["draw_step_plain"],
             "read_over_clip": took["read_pixels"] / took["clip_image"],
             "read_latents_over_clip": took["read_latents"] / took["clip_image"],
@@ -198,17 +160,15 @@ def speed(args: argparse.Namespace) -> dict:
 def print_speed(result: dict, args: argparse.Namespace) -> None:
     print(f"{args.preset}, batch {args.batch_size}, {args.precision}, {'not ' * (not args.compile)}compiled, "
           f"seed {args.seed}; most memory of this process {result['memory_gib']:.1f} GiB")
-    print(f"  {'training step':<19}{'ms':>9}{'images/s':>10}{'GFLOP/image':>13}{'of product':>12}")
+    print(f"  {'training step':<19}{'ms':>9}{'images/s':>10}{'GFLOP/image':>13}")
     for name, row in result["steps"].items():
         print(f"  {name:<19}{1000 * row['seconds']:9.1f}{row['images_per_s']:10.2f}"
-              f"{row['gflops_per_image']:13.1f}{100 * row['share_of_matmul_peak']:11.0f}%")
-    print(f"  (product: a large matrix product does {result['matmul_tflops']:.2f} TFLOP/s)")
+              f"{row['gflops_per_image']:13.1f}")
     for name, seconds in result["inference_seconds"].items():
         print(f"  {name:<19}{1000 * seconds:9.1f}{args.batch_size / seconds:10.2f}")
-    for name, value in result.items():
-        if "_over_" in name and not name.endswith("_limit"):
-            limit = result.get(f"{name}_limit")
-            print(f"  {name:<40}{value:7.3f}" + (f"   by FLOPs {limit:.3f}" if limit else ""))
+    for name in (name for name in result if "_over_" in name and not name.endswith("_limit")):
+        limit = result.get(f"{name}_limit")
+        print(f"  {name:<40}{result[name]:7.3f}" + (f"   by FLOPs {limit:.3f}" if limit else ""))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -244,10 +204,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.json:
             device = torch.cuda.get_device_name() if args.device.type == "cuda" else platform.machine()
             command = " ".join(["python tests/bench_speed.py", *(sys.argv[1:] if argv is None else argv)])
-            text = json.dumps({**result, "preset": args.preset, "precision": args.precision,
-                               "command": command, "date": date.today().isoformat(), "device": device,
-                               "torch": torch.__version__, "threads": torch.get_num_threads()}, indent=1)
-            Path(args.json).write_text(text + "\n")
+            result |= {"preset": args.preset, "precision": args.precision, "command": command,
+                       "date": date.today().isoformat(), "device": device, "torch": torch.__version__,
+                       "threads": torch.get_num_threads()}
+            Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     except (ValueError, OSError) as error:
         fail(error)
 

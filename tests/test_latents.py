@@ -10,7 +10,7 @@ from test_sources import picture, write_tar
 
 import model as models
 import train
-from data import BadSample, check_index, open_source
+from data import BadSample, open_source
 from fusion import FusionConfig
 from model import AutoencoderConfig
 
@@ -18,10 +18,11 @@ KL = AutoencoderConfig("kl", 4, 2, 0.5, (32, 32))
 
 
 @pytest.fixture()
-def start(tmp_path, monkeypatch):
+def begin(tmp_path, monkeypatch):
     """Two tars of captioned pictures, one of them broken, and a checkpoint with a small KL autoencoder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.Trainer, "validate", lambda self: None)
+    monkeypatch.setitem(models.PRESETS, "tiny", tiny_config())
     Path("pictures").mkdir()
     for shard, count in enumerate((30, 20)):
         members = []
@@ -38,27 +39,33 @@ def start(tmp_path, monkeypatch):
 
 def trainer(out: str, *flags: str) -> train.Trainer:
     args = train.parse_args(["--data", "pictures", "--init", "start.pt", "--batch-size", "8", "--val", "2",
-                             "--steps", "4", "--out", out, "--device", "cpu", "--workers", "0", *flags])
-    train.settle(args, torch.device("cpu"))
+                             "--steps", "2", "--out", out, "--device", "cpu", "--workers", "0", *flags])
     return train.Trainer(args, 0, 1, torch.device("cpu"))
 
 
-def test_a_step_from_latents_is_the_step_from_pictures(start) -> None:
+def files() -> tuple[Path, Path]:
+    """The moments' and the marks'."""
+    return tuple(sorted(Path("latents").iterdir(), key=lambda path: len(path.name)))
+
+
+def test_a_run_from_latents_is_the_run_from_pictures(begin) -> None:
     runs = [trainer("a"), trainer("b", "--latents", "latents")]
     batches = [next(run.batches()) for run in runs]
     assert batches[0].captions == batches[1].captions and torch.equal(batches[0].tokens, batches[1].tokens)
-    (from_pictures,), (from_latents,) = (run.split(batch) for run, batch in zip(runs, batches))
-    error = (from_pictures[0] - from_latents[0]).abs().max() / from_pictures[0].abs().max()
+    from_pictures, from_latents = (run.loss(*run.parts(batch)[0])[0] for run, batch in zip(runs, batches))
+    error = (from_pictures - from_latents).abs().max() / from_pictures.abs().max()
     assert 0 < error < 2e-3, "half precision, and no more, lies between the two"
-
     records = [run.train_step(batch) for run, batch in zip(runs, batches)]
     for name, value in records[0].items():
         assert abs(value - records[1][name]) < 2e-3 * max(1, abs(value)), name
+    assert runs[1].train() and Path("b/samples/step_000002.png").exists()
+    end = models.load("b/checkpoint.pt").autoencoder.state_dict()
+    assert all(torch.equal(end[name], value) for name, value in begin.autoencoder.state_dict().items())
 
 
-def test_images_are_encoded_once_and_what_is_missing_later(start, monkeypatch) -> None:
+def test_images_are_encoded_once_and_what_is_missing_later(begin, monkeypatch) -> None:
     whole = trainer("a", "--latents", "latents")
-    moments, marks = sorted(Path("latents").iterdir(), key=lambda path: len(path.name))
+    moments, marks = files()
     before, done = np.load(moments), np.load(marks)
     assert before.shape == (50, 8, 16, 16) and before.dtype == np.float16
     assert done.all() and np.flatnonzero(np.isnan(before).any((1, 2, 3))).tolist() == [34], \
@@ -76,12 +83,17 @@ def test_images_are_encoded_once_and_what_is_missing_later(start, monkeypatch) -
     trainer("c", "--latents", "latents")
     assert sum(seen) == 3 and np.allclose(np.load(moments), before, atol=2e-3, equal_nan=True)
 
+    with moments.open("r+b") as cut_short:
+        cut_short.truncate(5000)
+    with pytest.raises(ValueError, match="mmap length"):
+        trainer("d", "--latents", "latents")
 
-def test_other_data_size_or_autoencoder_make_other_latents(start) -> None:
+
+def test_other_data_size_or_autoencoder_make_other_latents(begin) -> None:
     trainer("a", "--latents", "latents")
     trainer("b", "--latents", "latents", "--image-size", "16")
-    start.autoencoder.quant_conv.bias.data += 1
-    models.save("start.pt", start)
+    begin.autoencoder.quant_conv.bias.data += 1
+    models.save("start.pt", begin)
     trainer("c", "--latents", "latents")
     write_tar(Path("pictures/1.tar"), [(f"1{i:03d}.{kind}", body) for i in range(20) for kind, body in (
         ("png", picture((9, 9, 9), form="PNG")), ("txt", b"of the same names"))])
@@ -89,42 +101,20 @@ def test_other_data_size_or_autoencoder_make_other_latents(start) -> None:
     assert len(list(Path("latents").glob("*.done.npy"))) == 4, "latents of one belong to no other"
 
 
-def test_two_ranks_share_the_work(start, monkeypatch) -> None:
-    whole, source = trainer("a", "--latents", "latents"), open_source("pictures")
-    shares = []
+def test_two_ranks_share_the_work(begin, monkeypatch) -> None:
+    whole, source, shares = trainer("a", "--latents", "latents"), open_source("pictures"), []
     for rank in range(2):
         monkeypatch.setattr(train, "rank_and_world", lambda: (rank, 2))
         monkeypatch.setattr(train, "evaluation_batches", lambda part, *rest: shares.append(part.rows) or [])
-        Path("latents2").mkdir(exist_ok=True)
-        for path in Path("latents").iterdir():       # nothing is done yet
-            np.save(Path("latents2") / path.name, np.zeros_like(np.load(path)))
-        args = train.parse_args(["--data", "pictures", "--latents", "latents2"])
-        train.add_latents(source, whole.model, args)
+        for path in files():       # nothing is done yet
+            np.save(path, np.zeros_like(np.load(path)))
+        train.add_latents(source, whole.model, Path("latents"), 0)
     assert sorted(np.concatenate(shares)) == list(range(50)) and min(map(len, shares)) == 25
 
 
-def test_a_file_cut_short_is_refused(start) -> None:
-    trainer("a", "--latents", "latents")
-    moments = min(Path("latents").iterdir(), key=lambda path: len(path.name))
-    with moments.open("r+b") as file:
-        file.truncate(5000)
-    with pytest.raises(ValueError, match="mmap length"):
-        trainer("b", "--latents", "latents")
-
-
-def test_a_run_from_latents_is_whole(start) -> None:
-    train.main(["--data", "pictures", "--init", "start.pt", "--batch-size", "8", "--val", "2", "--steps", "2",
-                "--out", "run", "--device", "cpu", "--workers", "0", "--latents", "latents"])
-    end = models.load("run/checkpoint.pt")
-    for name, value in start.autoencoder.state_dict().items():
-        assert torch.equal(end.autoencoder.state_dict()[name], value), name
-    assert Path("run/samples/step_000002.png").exists()
-    check_index(open_source("pictures"), 0.05)
-
-
-@pytest.mark.parametrize("flags", ["--data shapes", "--data pictures --model clip-tiny",
+@pytest.mark.parametrize("flags", ["--data shapes", "--data pictures --preset clip-tiny",
                                    "--data pictures --tasks alignment --augment"])
-def test_what_needs_pictures_refuses_latents(start, capsys, flags: str) -> None:
+def test_what_needs_pictures_refuses_latents(begin, capsys, flags: str) -> None:
     with pytest.raises(SystemExit) as stop:
         train.main([*flags.split(), "--latents", "latents", "--device", "cpu"])
     assert stop.value.code == 2 and "--latents replaces pictures" in capsys.readouterr().err
