@@ -1024,8 +1024,8 @@ def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
         needed = {NEEDS[task]} if task != "zeroshot" or args.loss_timesteps is None else {"generation"}
         needed |= {"alignment"} if task == "checker" and args.best_of > 1 else set()
         if not needed <= set(model.tasks):
-            raise ValueError(f"{task} needs weights trained with --tasks {','.join(sorted(needed))}, these "
-                             f"were trained for {','.join(model.tasks)}")
+            raise ValueError(f"{task} of images needs weights trained with --tasks {','.join(needed)}, these "
+                             f"were for {','.join(model.tasks)}: go on from them by train.py --init")
         if args.control != "none" and NEEDS[task] == "generation":
             raise ValueError(f"--control {args.control}: {task} has no right answers to break, leave it out")
         if task == "longtail" and rank_and_world()[1] > 1:

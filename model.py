@@ -99,9 +99,9 @@ class Config:
         if not 0 <= self.condition_timestep <= self.timesteps:
             raise ValueError(f"condition_timestep is {self.condition_timestep}, "
                              f"expected 0 to {self.timesteps}")
-        if self.image_size % self.autoencoder.factor:
-            raise ValueError(f"image size is {self.image_size} px, expected a multiple of "
-                             f"{self.autoencoder.factor}")
+        side = self.autoencoder.factor
+        if self.image_size % side or not 0 < self.image_size <= 4096:
+            raise ValueError(f"image size is {self.image_size} px, expected a multiple of {side} up to 4096")
 
 
 @dataclass(frozen=True)
@@ -593,6 +593,7 @@ class DiffDis(nn.Module):
         self.unet = UNet(config)
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         self.register_buffer("null_tokens", tokenizer([""]), persistent=False)
+        self.null_encoded: Tensor | None = None           # see null_encoded_once
         self.text_encoder.initialise()
 
     @property
@@ -605,7 +606,17 @@ class DiffDis(nn.Module):
 
     def null_context(self) -> Tensor:
         """The empty prompt's text condition [1, L, D]."""
-        return self.text_encoder(self.null_tokens)[0]
+        return self.text_encoder(self.null_tokens)[0] if self.null_encoded is None else self.null_encoded
+
+    @contextmanager
+    def null_encoded_once(self) -> Iterator[None]:
+        """Within, the empty prompt is encoded once, not in every call of `denoise_query`: a tenth of sd-v1's
+        work at batch 2. The text encoder must not change meanwhile."""
+        self.null_encoded = self.null_context()
+        try:
+            yield
+        finally:
+            self.null_encoded = None
 
     def encode_image(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """images [B, 3, H, W] in [-1, 1]
@@ -632,15 +643,13 @@ class DiffDis(nn.Module):
         """The image target's prediction (ε̂ for `sd-v1`), shape of the latents (Eq. 4)."""
         return self.unet.denoise_image(noisy_latents, t_image, context)
 
-    def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor,
-                      null_context: Tensor | None = None) -> Tensor:
+    def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor) -> Tensor:
         """noisy_query [B, D], t_text [B], clean latents -> the text target's prediction [B, D] (Eq. 7).
 
         There is no argument for a text: the condition c is always the null prompt's, so the answer cannot
-        leak. null_context: what `null_context()` returned, to encode it once for several calls.
+        leak.
         """
-        null_context = self.null_context() if null_context is None else null_context
-        return self.unet.denoise_query(noisy_query, t_text, latents, null_context)
+        return self.unet.denoise_query(noisy_query, t_text, latents, self.null_context())
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Image size in px -> (channels, height, width) of its latents. Raises ValueError."""
@@ -1064,8 +1073,9 @@ def read_checkpoint(path: Path) -> dict:
         return contents
 
 
-def published(path: Path, config: Config | ClipConfig) -> dict:
-    """What `describe` would say of weights that others published."""
+def published(path: Path, config: ClipConfig | None = None) -> dict:
+    """What `describe` would say of weights that others published: a CLIP's, or Stable Diffusion v1's."""
+    config = config or replace(PRESETS["sd-v1"], image_size=512)         # what v1 was trained at
     return {"network": "clip" if isinstance(config, ClipConfig) else "diffdis", "config": asdict(config),
             "tokenizer": find_tokenizer(path, config.text.context_length).to_dict(), "foreign": True}
 
@@ -1073,9 +1083,8 @@ def published(path: Path, config: Config | ClipConfig) -> dict:
 def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
     """Any file or folder that `load` takes -> its description, as `describe` writes it, and its tensors under
     our names or CompVis's. Raises ValueError or FileNotFoundError."""
-    stable_diffusion = replace(PRESETS["sd-v1"], image_size=512)         # what v1 was trained at
     if (path / "unet").is_dir():
-        return published(path, stable_diffusion), {
+        return published(path), {
             f"{part}.{name.removeprefix('text_model.')}": value for part, folder in FOLDERS.items()
             for name, value in read_tensors(path / folder).items()}
     if path.is_dir() and not (path / "open_clip_config.json").is_file():
@@ -1086,7 +1095,7 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
     if "diffdis" in rest:                                # metadata of what `export` wrote
         return json.loads(rest["diffdis"]), tensors
     if any(name.startswith(PREFIXES["unet"]) for name in tensors):
-        return published(path, stable_diffusion), tensors
+        return published(path), tensors
     if any("visual." in name for name in tensors):
         folder = path if path.is_dir() else path.parent
         return published(path, open_clip_config(folder / "open_clip_config.json")), from_open_clip(tensors)

@@ -13,6 +13,7 @@ import hashlib
 import math
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -91,23 +92,23 @@ def draw_queries(model: DiffDis, latents: Tensor, indices: list[int], steps: int
     -> text queries [B, D], unit norm, float32. Raises ValueError where they are not finite.
     No text goes in: whatever comes out was read from the image.
     """
-    config, device, null_context = model.config, model.device, model.null_context()
+    config, device = model.config, model.device
     alphas_cumprod = make_alphas_cumprod(config.text_schedule, config.timesteps).to(device)
     timesteps = sampling_timesteps(steps, config.timesteps, "trailing")
 
     def predict(e_t: Tensor, t: Tensor) -> Tensor:
-        conditional = model.denoise_query(e_t, t, latents, null_context)
+        conditional = model.denoise_query(e_t, t, latents)
         if guidance_scale == 1:
             return conditional
-        unconditional = model.denoise_query(e_t, t, torch.zeros_like(latents), null_context)
-        return guide(conditional, unconditional, guidance_scale)
+        return guide(conditional, model.denoise_query(e_t, t, torch.zeros_like(latents)), guidance_scale)
 
     denoise = make_denoiser(predict, config.text_target, alphas_cumprod, config.gamma, unit_norm=True)
     total = 0
-    for draw in range(draws):
-        noise = noise_of((config.text.width,), [(seed, index, draw) for index in indices]).to(device)
-        query = ddim(denoise, noise, timesteps, alphas_cumprod, config.gamma)
-        total = total + F.normalize(query, dim=-1)
+    with model.null_encoded_once() if isinstance(model, DiffDis) else nullcontext():
+        for draw in range(draws):
+            noise = noise_of((config.text.width,), [(seed, index, draw) for index in indices]).to(device)
+            query = ddim(denoise, noise, timesteps, alphas_cumprod, config.gamma)
+            total = total + F.normalize(query, dim=-1)
     if not torch.isfinite(total).all():
         raise ValueError("the model's text queries are not finite: its weights are not usable")
     return F.normalize(total, dim=-1)

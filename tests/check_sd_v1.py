@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 import diffusers
+import safetensors.torch
 import torch
-from conftest import randomise
+from conftest import randomise, write_folder
 from transformers import CLIPTextModel
 
 import model as models
@@ -33,15 +34,14 @@ def write_layouts(folder: Path, vocabulary: str) -> None:
     torch.manual_seed(0)
     model = models.DiffDis(models.PRESETS["sd-v1"], Tokenizer.from_file(vocabulary)).requires_grad_(False)
     randomise(model.unet)       # its own start puts out zeros
-    models.export(model, folder / "diffusers")
+    write_folder(model, folder / "diffusers")
     models.export(model, folder / "sd.safetensors")
-    tensors = models.read_safetensors(folder / "sd.safetensors")[0]
-    tensors = {name: value for name, value in tensors.items() if not name.startswith(models.QUERY_PREFIX)}
-    torch.save({"state_dict": tensors}, folder / "sd.ckpt")
     # As Stable Diffusion's files are: nothing of ours in them.
-    models.write_safetensors(folder / "sd.safetensors", tensors, {})
-    for file in (folder / "diffusers/diffdis").glob("*"):
-        file.unlink()
+    tensors = {name: value for name, value in models.read_tensors(folder / "sd.safetensors").items()
+               if not name.startswith(models.QUERY_PREFIX)}
+    torch.save({"state_dict": tensors}, folder / "sd.ckpt")
+    safetensors.torch.save_file(tensors, folder / "sd.whole.safetensors")
+    (folder / "sd.whole.safetensors").replace(folder / "sd.safetensors")
     (folder / "tokenizer").exists() or (folder / "tokenizer").symlink_to(folder / "diffusers/tokenizer")
 
 

@@ -52,7 +52,7 @@ def test_queries_follow_algorithm_3(base, monkeypatch) -> None:
     """Guided from the zeroed latent, on the text's schedule, with fresh noise for each draw."""
     condition, nothing, seen = torch.eye(32)[:1], torch.eye(32)[1:2], []
 
-    def network(self, e_t, t, latents, null_context):
+    def network(self, e_t, t, latents):
         seen.append((e_t, int(t)))
         return condition if latents.any() else nothing
     monkeypatch.setattr(type(base), "denoise_query", network)
@@ -65,6 +65,18 @@ def test_queries_follow_algorithm_3(base, monkeypatch) -> None:
     after = alphas[499].sqrt().float() * expected + (1 - alphas[499]).sqrt().float() * noise
     assert torch.allclose(seen[2][0], after, atol=1e-4), "the step from 999 to 499 is not DDIM's"
     assert len(starts) == 4 and torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+
+
+def test_the_empty_prompt_is_encoded_once(base, monkeypatch) -> None:
+    calls, encode = [], type(base.text_encoder).forward
+    monkeypatch.setattr(type(base.text_encoder), "forward",
+                        lambda self, tokens: calls.append(1) or encode(self, tokens))
+    latents = torch.randn(2, 192, 4, 4)
+    once = draw_queries(base, latents, [0, 1], steps=3, draws=2, guidance_scale=2.0)
+    assert len(calls) == 1 and base.null_encoded is None
+    monkeypatch.setattr(sample, "DiffDis", int)               # whoever is no DiffDis encodes for every call
+    assert torch.equal(once, draw_queries(base, latents, [0, 1], steps=3, draws=2, guidance_scale=2.0))
+    assert len(calls) == 1 + 12
 
 
 def test_queries_depend_on_the_image_index_not_on_the_batch(base) -> None:
