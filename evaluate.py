@@ -271,6 +271,12 @@ ENSEMBLE = ("a photo of {a} {}", "a picture of {a} {}", "an image of {a} {}", "a
             "there is {a} {} in this picture")
 
 
+def template(text: str) -> str:
+    if "{}" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has no {{}} for the name of a class")
+    return text
+
+
 def fill(template: str, name: str) -> str:
     return template.replace("{a}", "an" if name[0].lower() in "aeiou" else "a").replace("{}", name)
 
@@ -342,15 +348,6 @@ def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading()
 
 
 # ---------------------------------------------------------------- the checker's rates
-def draw_finite(model: DiffDis, prompts: list[str], seeds: list[int], steps: int, scale: float | None,
-                sampler: str) -> Tensor:
-    """`sample.draw_images`. Raises ValueError where they are not finite: to_pil would make black of them."""
-    images = draw_images(model, prompts, seeds, steps, scale, sampler=sampler)
-    if not torch.isfinite(images).all():
-        raise ValueError("the drawn pictures are not finite: the model's weights are not usable")
-    return images
-
-
 def held_out_captions(count: int) -> list[str]:
     """Captions of the first `count` validation scenes of `shapes`."""
     val = Shapes("val")
@@ -366,8 +363,8 @@ def checker(model: DiffDis, n: int = 64, steps: int = 50, guidance_scale: float 
     for i in tqdm(range(0, len(prompts), at_once), "draw", unit="batch", disable=None, leave=False):
         batch = prompts[i:i + at_once]
         seeds = list(range(seed + i * best_of, seed + (i + len(batch)) * best_of))
-        images = draw_finite(model, [prompt for prompt in batch for _ in range(best_of)], seeds, steps, scale,
-                             sampler)
+        images = draw_images(model, [prompt for prompt in batch for _ in range(best_of)], seeds, steps, scale,
+                             sampler=sampler)
         for prompt, own in zip(batch, images.split(best_of)):
             choice = sample.best_of(model, prompt, own, seed)[0] if best_of > 1 else 0
             verdicts.append(check(to_square(to_pil(own[choice]), SIDE), prompt))
@@ -543,8 +540,8 @@ def fid(model: DiffDis, source: Source, network: nn.Module, reading: Reading = R
     for first in tqdm(range(0, len(mine), reading.batch_size), "draw", unit="batch",
                       disable=None if rank == 0 else True):
         places = list(mine[first:first + reading.batch_size])
-        images = draw_finite(model, [prompts[i] for i in places], [reading.seed + i for i in places], steps,
-                             guidance_scale, sampler)
+        images = draw_images(model, [prompts[i] for i in places], [reading.seed + i for i in places], steps,
+                             guidance_scale, sampler=sampler)
         pictures = [to_pil(image) for image in images]
         for i, picture in zip(places, pictures if out else ()):
             picture.save(out / f"{i:06d}.png")
@@ -996,8 +993,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--control", choices=CONTROLS, default="none", help="break the evaluation on purpose, expect chance")
     add("--text-steps", type=positive, default=1, help="denoising steps of the text query")
     add("--draws", type=positive, default=1, help="noise draws averaged per image")
-    add("--template", action="append", metavar="TEXT", help="prompt of a class, {} is its name, {a} its "
-        "article; may be repeated; without it what is built in")
+    add("--template", type=template, action="append", metavar="TEXT",
+        help="prompt of a class, {} is its name, {a} its article; may be repeated; without it what is built in")
     add("--loss-timesteps", type=positive, metavar="N",
         help="zeroshot by Diffusion Classifier: the loss of N timesteps under each class's prompt decides")
     add = parser.add_argument_group("fid, checker").add_argument
@@ -1068,6 +1065,8 @@ def run(args: argparse.Namespace, device: torch.device, command: str) -> None:
         Path(args.out).mkdir(parents=True, exist_ok=True)
     if "fid" in args.tasks:
         network = models.load(args.features, device) if args.features else in_turn(load_inception).to(device)
+        if args.features and "alignment" not in network.tasks:
+            raise ValueError(f"--features {args.features} was trained only to draw: give a model that reads")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = {"settings": {name: value for name, value in vars(args).items() if name not in ("tasks", "json")},
              "command": command, "date": date.today().isoformat(), "checkpoint": str(path),

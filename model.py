@@ -865,6 +865,9 @@ OPEN_CLIP_FIELDS = {
 
 def transformers_config(path: Path) -> ClipConfig:
     """A CLIPModel's config.json. Raises ValueError for one that our two towers would not obey."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: expected a folder of Stable Diffusion, with a folder unet, or "
+                                "of a CLIP, with a config.json")
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("model_type") != "clip":
         raise ValueError(f"{path} says model_type {config.get('model_type')!r}, expected 'clip': a "
@@ -1027,8 +1030,9 @@ def download(name: str) -> Path:
 
 
 def locate(path: str | Path) -> Path:
-    """A path, or the downloaded file of one of MODELS."""
-    return download(str(path)) if str(path) in MODELS else Path(path)
+    """A path, the checkpoint in a run's folder, or the downloaded file of one of MODELS."""
+    run = Path(path) / "checkpoint.pt"
+    return download(str(path)) if str(path) in MODELS else run if run.is_file() else Path(path)
 
 
 def find_tokenizer(path: Path, length: int) -> Tokenizer:
@@ -1110,10 +1114,12 @@ def build(description: dict, path: str | Path, adapt: Callable = lambda config: 
     with reading(path):
         network, kind = (Clip, ClipConfig) if description["network"] == "clip" else (DiffDis, Config)
         config, tokenizer = from_dict(kind, description["config"]), Tokenizer(**description["tokenizer"])
+    config = adapt(config)                       # whose mistakes are the flags', not the file's
+    with reading(path):
         if tokenizer.vocab_size != config.text.vocab_size:
             raise ValueError(f"{path}: its text encoder knows {config.text.vocab_size} tokens, the tokenizer "
                              f"{tokenizer.vocab_size}: put its own vocab.json and merges.txt beside it")
-        model = network(adapt(config), tokenizer)
+        model = network(config, tokenizer)
         model.tasks, model.data = tuple(description.get("tasks", model.tasks)), description.get("data")
         return model
 
@@ -1137,8 +1143,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
                                 f"{', '.join(MODELS)}")
     with reading(path):
         description, tensors = read_weights(path, weights)
-        with torch.device("meta"):       # no storage: nothing is initialised only to be overwritten
-            model = build(description, path, adapt)
+    with torch.device("meta"):       # no storage: nothing is initialised only to be overwritten
+        model = build(description, path, adapt)
+    with reading(path):
         if any(name.startswith(PREFIXES["unet"]) for name in tensors):
             tensors = from_compvis(tensors, model.state_dict(), model.config, weights)
         put_tensors(model, tensors, path, "foreign" in description)

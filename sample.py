@@ -6,6 +6,7 @@ text query), each a few lines around the samplers of diffusion.py, and the comma
 
     python sample.py "a red circle above a blue square" --best-of 4
 
+What it is not: the samplers' steps (diffusion.py), or scores over a data set (evaluate.py).
 Read next: evaluate.py, which scores images against texts.
 """
 import argparse

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
 import signal
 import time
@@ -74,7 +75,8 @@ def share(text: str) -> float:
     return float(text)
 
 
-N, WHOLE, X, SHARE = ({"type": kind, "metavar": kind.__name__} for kind in (positive, natural, finite, share))
+N, WHOLE, X, SHARE = ({"type": kind, "metavar": name} for kind, name in (
+    (positive, "N"), (natural, "N"), (finite, "X"), (share, "SHARE")))
 SWITCH = {"action": argparse.BooleanOptionalAction}
 FLAGS = {"the run": (
     ("--data", {"default": "shapes"}, "shapes, cc3m, or a folder of tars, class folders or captioned images"),
@@ -156,7 +158,7 @@ def make_config(base: Config | ClipConfig, args: argparse.Namespace) -> Config |
         raise ValueError(f"--init {args.init} has the networks of {own or 'no preset'}, --preset is "
                          f"{args.preset}: {'leave it out' if own else 'name one, to take its recipe'}")
     given = {name: getattr(args, name) for name in (*METHOD, *FUSION) if getattr(args, name) is not None}
-    foreign = [*given, *["recompute"] * args.recompute, *["tasks"] * ("alignment" not in args.tasks)]
+    foreign = [*given, *["tasks"] * ("alignment" not in args.tasks)]
     if is_clip != ((args.preset or own) in CLIPS) or is_clip and foreign:
         raise ValueError(f"a CLIP only reads images: leave out --{[*foreign, 'preset'][0].replace('_', '-')}")
     if args.image_size or args.init and own == "sd-v1":      # the paper's, not the 512 px of the weights
@@ -181,6 +183,8 @@ def settle(args: argparse.Namespace, preset: str | None, device: torch.device, w
             if getattr(args, name, None) is None:
                 setattr(args, name, value)
     fill(preset=preset)
+    if args.preset in CLIPS and (args.recompute or args.p_drop_image or args.train_text_encoder is not None):
+        raise ValueError("a CLIP takes no --recompute, --p-drop-image, --train-text-encoder: leave them out")
     # No crops and recolouring of shapes, whose captions are about places and colours.
     fill(**RECIPES[args.preset], augment=args.preset in CLIPS and args.data != "shapes",
          compile=device.type == "cuda", workers=0 if args.data == "shapes" else 2,
@@ -398,15 +402,20 @@ def add_latents(source: Source, model: DiffDis, folder: Path, workers: int) -> N
         for file, dtype, shape in ((path, np.float16, (2 * channels, height, width)), (marks, bool, ())):
             np.lib.format.open_memmap(file, "w+", dtype, (len(source), *shape))
     everybody(None)
-    np.load(path, "r")         # raises ValueError on a file cut short, which "r+" would fill up with zeros
+    try:
+        np.load(path, "r")     # refuses a file cut short, which "r+" would fill up with zeros
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not whole ({error}): delete it and {marks.name}, "
+                         "to make both anew") from None
     moments, done = np.load(path, "r+"), np.load(marks, "r+")
     todo = np.array_split(np.flatnonzero(~done), world)[rank]
     everybody(None)            # each has its share before any is marked as done
     with tqdm(total=len(todo), unit="image", desc="latents", disable=None if rank == 0 else True) as bar:
         for batch in evaluation_batches(source.subset(todo), size, 32, workers):
-            rows, images = todo[list(batch.places)], to_float(batch.images.to(model.device))
-            moments[rows] = torch.cat(model.autoencoder.moments(images), dim=1).half().cpu().numpy()
-            done[rows] = True
+            if batch.captions:          # else not one of its images is usable
+                rows, images = todo[list(batch.places)], to_float(batch.images.to(model.device))
+                moments[rows] = torch.cat(model.autoencoder.moments(images), dim=1).half().cpu().numpy()
+                done[rows] = True
             bar.update(batch.visited)
     moments[todo[~done[todo]]], done[todo] = np.nan, True
     moments.flush()
@@ -424,6 +433,9 @@ def make_model(args: argparse.Namespace, source: Source) -> DiffDis | Clip:
         model.data = args.data if args.data == model.data else None       # None: on more than that
         return model.requires_grad_(True)
     config = make_config((PRESETS | CLIPS)[args.preset], args)
+    if isinstance(config, Config) and config.autoencoder.kind == "kl":
+        raise ValueError(f"--preset {args.preset} needs a trained autoencoder, which training leaves as "
+                         "it is: give --init sd-v1-5, or other weights of Stable Diffusion")
     if config.text.vocab_size == TextConfig().vocab_size:      # CLIP's own size: CLIP's vocabulary
         vocabulary = in_turn(lambda: models.download("vocabulary"))
         tokenizer = Tokenizer.from_file(vocabulary, config.text.context_length)
@@ -440,9 +452,10 @@ def run_folder(args: argparse.Namespace) -> Path:
     """--out; to resume the newest runs/DATA-PRESET with a checkpoint; else the first that is not there."""
     if args.out:
         return Path(args.out)
-    name = f"runs/{Path(args.data).resolve().name}-{args.preset or 'init'}"
-    begun = list(Path().glob(f"{name}*/checkpoint.pt")) if args.resume else []
-    names = (Path(f"{name}-{k}".removesuffix("-1")) for k in range(1, 10_000))
+    name = f"{Path(args.data).resolve().name}-{args.preset or 'init'}"
+    begun = [path for path in Path("runs").glob("*/checkpoint.pt")
+             if args.resume and re.fullmatch(re.escape(name) + r"(-\d+)?", path.parent.name)]
+    names = (Path(f"runs/{name}-{k}".removesuffix("-1")) for k in range(1, 10_000))
     return (max(begun, key=lambda path: path.stat().st_mtime).parent if begun
             else next(path for path in names if not path.exists()))
 
@@ -466,6 +479,8 @@ class Trainer:
         self.folder = run_folder(args)
         path = self.folder / "checkpoint.pt"
         checkpoint = models.read_checkpoint(path) if path.exists() else None
+        if args.resume and checkpoint is None and rank == 0:
+            print(f"nothing to resume in {self.folder}: starting at step 0")
         source = in_turn(lambda: open_source(args.data, "train"))
         check_index(source, args.max_bad)
         self.source, self.val = split(source, args.data, args.val)

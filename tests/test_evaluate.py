@@ -294,6 +294,7 @@ def test_command_line_writes_what_the_contract_names(base, tmp_path, capsys) -> 
     (["retrieval"], "train.py"), (["checker", "--control", "no-image"], "no right answers"),
     (["retrieval", "fid"], "trained with --tasks generation"), (["checker", "--best-of", "2"], "alignment"),
     (["zeroshot", "--loss-timesteps", "2"], "generation"), (["knn"], "knn"),
+    (["zeroshot", "--template", "a photo"], "for the name of a class"),
     (["retrieval", "--json", "no/r.json"], "existing folder"),
     (["retrieval", "--text-steps", "2000"], "is 2000, expected 1 to 1000")])
 def test_mistakes_end_in_one_line_and_status_2(base, tmp_path, monkeypatch, capsys, flags, message) -> None:

@@ -96,7 +96,7 @@ def test_impossible_configurations_are_refused(change: dict, message: str) -> No
 
 
 def test_presets_are_consistent_and_survive_a_dictionary() -> None:
-    assert list(PRESETS) == ["tiny", "small", "sd-v1"]
+    assert set(PRESETS) == {"tiny", "small", "sd-v1"}
     for config in PRESETS.values():
         assert models.from_dict(Config, json.loads(json.dumps(asdict(config)))) == config
         assert config.condition_timestep == config.timesteps
@@ -131,3 +131,13 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     assert build().latent_shape(64, 40) == (192, 8, 5)
     image = draw_images(build(), ["a red circle"], [0], steps=2, size=(64, 40))
     assert image.shape == (1, 3, 64, 40), "half of an odd number of latents is rounded, and found again"
+
+
+def test_the_folder_of_a_run_is_its_checkpoint_and_a_flag_is_no_damage(model, tmp_path) -> None:
+    models.save(tmp_path / "checkpoint.pt", model)
+    assert models.load(tmp_path).config == model.config
+    with pytest.raises(ValueError, match="^gamma is 2"):
+        models.load(tmp_path, adapt=lambda config: replace(config, gamma=2.0))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="folder unet.*config.json"):
+        models.load(tmp_path / "empty")

@@ -545,7 +545,9 @@ def test_starting_from_another_checkpoint_keeps_its_weights_and_vocabulary(small
     ("--image-size 1600000", "up to"), ("--init nowhere.pt", "nowhere.pt"), ("--image-size 33", "multiple"),
     ("--condition-timestep 5000", "condition_timestep"), ("--preset huge", "--preset"),
     ("--micro-batch 3", "--micro-batch 3"), ("--out file/run", "file"), ("--augment", "--augment"),
-    ("--preset clip-tiny --gamma 0.5", "--gamma"), ("--preset clip-tiny --tasks generation", "only reads"),
+    ("--preset clip-tiny --gamma 0.5", "--gamma"), ("--preset clip-tiny --recompute", "--recompute"),
+    ("--preset clip-tiny --no-train-text-encoder", "--train-text-encoder"), ("--preset sd-v1", "--init"),
+    ("--preset clip-tiny --tasks generation", "only reads"),
     ("--stpes 3", "--stpes")])
 def test_mistakes_end_in_one_line_and_status_2(small, tmp_path, capsys, flags: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
