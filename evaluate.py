@@ -994,7 +994,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text-steps", type=positive, default=1, help="denoising steps of the text query")
     add("--draws", type=positive, default=1, help="noise draws averaged per image")
     add("--template", type=template, action="append", metavar="TEXT",
-        help="prompt of a class, {} is its name, {a} its article; may be repeated; without it what is built in")
+        help="prompt of a class, {} is its name, {a} its article; may be repeated; else what is built in")
     add("--loss-timesteps", type=positive, metavar="N",
         help="zeroshot by Diffusion Classifier: the loss of N timesteps under each class's prompt decides")
     add = parser.add_argument_group("fid, checker").add_argument
