@@ -1156,6 +1156,13 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     return model.eval().requires_grad_(False)
 
 
+# What published files hold beside the networks: masks, averages, the loss's network, a table of the schedule.
+NEEDLESS = re.compile(
+    r".*(position_ids|attn_mask)$|model_ema\.|first_stage_model\.loss\.|"
+    r"(cond_stage_model|text_encoder)\.((transformer\.)?(text_model\.)?(logit_scale|text_projection))|"
+    r"((log_|sqrt_)?(one_minus_|recip(m1)?_)?alphas|betas|posterior_|lvlb_|logvar|scale_factor)[^.]*$")
+
+
 def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, foreign: bool) -> None:
     """Make a file's tensors the model's own, without a copy. foreign: another program's may hold more, and
     Stable Diffusion's lack the query stream. Raises ValueError naming what does not fit."""
@@ -1167,8 +1174,7 @@ def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, f
     missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
     draws = isinstance(model, DiffDis)
     fresh = [name for name in missing if foreign and draws and is_new(name)]
-    needless = r"(?!unet|model\.diffusion_model)" if draws else r".*(position_ids|attn_mask)$"
-    ignored = [name for name in unknown if foreign and re.match(needless, name)]
+    ignored = [name for name in unknown if foreign and NEEDLESS.match(name)]
     if wrong := ([f"lacks {name}" for name in missing if name not in fresh]
                  + [f"has an unknown {name}" for name in unknown if name not in ignored]):
         raise ValueError(f"{path}: its tensors do not fit the configuration and flags: it "

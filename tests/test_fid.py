@@ -46,7 +46,9 @@ def weights() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def ours(weights) -> Inception:
     network = Inception().eval().requires_grad_(False)
-    network.load_state_dict(weights, strict=False)
+    missing, unknown = network.load_state_dict(weights, strict=False)
+    assert set(unknown) <= {"fc.weight", "fc.bias"}, "which the features do not need"
+    assert all(name.endswith("num_batches_tracked") for name in missing)
     return network
 
 

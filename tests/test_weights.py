@@ -276,6 +276,15 @@ def test_what_does_not_fit_is_named(whole, tmp_path) -> None:
         models.load(tmp_path / "inpainting.ckpt")
 
 
+@pytest.mark.parametrize("name", ["v_pred", "first_stage_model.encoder.lora_down.weight",
+                                  "cond_stage_model.transformer.text_model.encoder.layers.2.mlp.fc1.bias"])
+def test_what_nobody_here_would_obey_is_refused(whole, tmp_path, name: str) -> None:
+    """A mark of another target, an adapter, one layer more: without them the picture would be another."""
+    torch.save(original_names(whole) | {name: torch.zeros(1)}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=rf"unknown {name}"):
+        models.load(tmp_path / "other.ckpt")
+
+
 def test_half_precision_spares_the_autoencoder(whole, tmp_path) -> None:
     models.export(whole, tmp_path / "export.safetensors")
     half = models.load(tmp_path / "export.safetensors", dtype=torch.float16)
