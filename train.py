@@ -678,7 +678,8 @@ class Trainer:
             bar.set_postfix(words)
             if bar.disable and time.monotonic() - self.clock > SAY_EVERY:       # no terminal
                 self.clock = time.monotonic()
-                print(f"step {self.step} of {self.args.steps}: {words}", flush=True)
+                print(f"step {self.step} of {self.args.steps}:",
+                      *(f"{name} {value}" for name, value in words.items()), flush=True)
 
     # ------------------------------------------------------------ held-out scores
     def evaluate(self) -> tuple[bool, dict]:
