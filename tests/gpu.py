@@ -5,10 +5,11 @@
 
 Most valuable first: the three scripts; what is drawn, read and learnt against the CPU; training steps at 256
 px, with one encoder pass for both tasks and with two; a profile of the joint step; drawing at 512 px beside
-diffusers, reading beside CLIP. Random weights. Answers are written as they come; what no time is left for says
-so.
+diffusers, reading beside CLIP; compiled steps. Random weights. Answers are written as they come; what no time is
+left for says so.
 """
 import argparse
+import copy
 import gc
 import json
 import os
@@ -252,17 +253,17 @@ def median(call: Callable, rounds: int, device: str) -> float:
 
 
 # ---------------------------------------------------------------- drawing and reading
-def draw(model: models.DiffDis, batch: int, side: int, steps: int, device: str, rounds: int) -> dict:
+def draw(model: models.DiffDis, batch: int, side: int, steps: int, device: str) -> dict:
     """Seconds of a batch of drawings, bf16 weights."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     prompts, seeds = ["a dog"] * batch, list(range(batch))
-    seconds = median(lambda: draw_images(model, prompts, seeds, steps, 7.5, (side, side)), rounds, device)
+    seconds = median(lambda: draw_images(model, prompts, seeds, steps, 7.5, (side, side)), 2, device)
     return {"seconds": seconds, "steps_per_s": steps / seconds, "images_per_s": batch / seconds,
             "gib": train.memory_gib(torch.device(device))}
 
 
-def draw_as_diffusers(model: models.DiffDis, batch: int, side: int, steps: int, device: str, rounds: int,
+def draw_as_diffusers(model: models.DiffDis, batch: int, side: int, steps: int, device: str,
                       layout: torch.memory_format) -> dict:
     """The same by diffusers' networks of the same sizes, its scheduler and its usual loop."""
     import diffusers
@@ -293,7 +294,7 @@ def draw_as_diffusers(model: models.DiffDis, batch: int, side: int, steps: int, 
         decoder.decode(z / 0.18215).sample.float().cpu()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = median(call, rounds, device)
+    seconds = median(call, 2, device)
     return {"seconds": seconds, "steps_per_s": steps / seconds, "gib": train.memory_gib(torch.device(device))}
 
 
@@ -304,7 +305,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--minutes", type=float, default=8.5, help="after which nothing new is begun")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each kind")
-    parser.add_argument("--parts", default="scripts,steps,profile,draw,read", help="which, with commas")
+    parser.add_argument("--parts", help="which, with commas",
+                        default="scripts,steps,profile,read,draw,compiled")
     parser.add_argument("--json", help="also write the numbers here")
     args = parser.parse_args()
     answers, parts, device, big = Answers(args), args.parts.split(","), args.device, args.preset == "sd-v1"
@@ -316,41 +318,34 @@ def main() -> None:
             answers.add("agree", "with the CPU", 5, lambda: agree(Path(folder), device))
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True      # as train.py has it
     torch.set_float32_matmul_precision("high")
-    small, middle, large = (32, 64, 128) if big else (4, 8, 16)
-    if {"steps", "profile", "read"} & set(parts):
-        answers.add("steps", "matrix product", 2, lambda: matrix_product(device))
-        timer = Timer(args, large)
+    batches, kinds = (32, 64, 128) if big else (4, 8), (*TASKS, "clip")
+    timer, middle = Timer(args, batches[-1]), batches[1]
     if "steps" in parts:
-        kinds = ("joint", "generation", "alignment", "clip")
-        for batch in (small, middle):
+        answers.add("steps", "matrix product", 2, lambda: matrix_product(device))
+        for batch in batches:
             for kind in kinds:
                 answers.add("steps", f"{kind}, {batch}", 5, lambda: timer.step(kind, batch))
         answers.add("steps", f"joint, {middle}, two passes", 5,
                     lambda: timer.step("joint", middle, one_pass=False))
-        for kind in kinds if device == "cuda" else ():
-            answers.add("steps", f"{kind}, {middle}, compiled", 60, lambda: timer.step(kind, middle, True))
     if "profile" in parts:
         answers.add("profile", f"joint, {middle}", 5, lambda: timer.profile(middle, False))
-        if device == "cuda":
-            answers.add("profile", f"joint, {middle}, compiled", 60, lambda: timer.profile(middle, True))
     if "read" in parts:
-        timer.take(small)
-        answers.add("read", f"beside CLIP, {small}", 10, lambda: inference_seconds(
+        timer.take(batches[0])
+        answers.add("read", f"beside CLIP, {batches[0]}", 10, lambda: inference_seconds(
             timer.steps, timer.clip, timer.args))
     if "draw" in parts:
-        if {"steps", "profile", "read"} & set(parts):
-            model = timer.steps.model
-        else:
-            model = Steps(argparse.Namespace(preset=args.preset, batch_size=2, seed=0), torch.device(device)
-                          ).model
-        model = model.requires_grad_(False).eval().to(torch.bfloat16)
+        model = copy.deepcopy(timer.steps.model).requires_grad_(False).eval().to(torch.bfloat16)
         side, steps = (512, 25) if big else (model.config.image_size, 4)
         for batch in (1, 16) if big else (1, 4):
-            answers.add("draw", f"{batch} of {side} px", 20,
-                        lambda: draw(model, batch, side, steps, device, 2))
+            answers.add("draw", f"{batch} of {side} px", 20, lambda: draw(model, batch, side, steps, device))
             for layout in (torch.contiguous_format, torch.channels_last) if big else ():
-                answers.add("draw", f"{batch} of {side} px, diffusers, {str(layout)[6:]}", 15,
-                            lambda: draw_as_diffusers(model, batch, side, steps, device, 2, layout))
+                answers.add("draw", f"{batch} of {side} px, diffusers, {str(layout)[6:]}", 20,
+                            lambda: draw_as_diffusers(model, batch, side, steps, device, layout))
+    for kind in kinds if "compiled" in parts and device == "cuda" else ():
+        seconds = 300 if big else 60          # an H100's host had not compiled sd-v1's joint step in so many
+        answers.add("steps", f"{kind}, {middle}, compiled", seconds, lambda: timer.step(kind, middle, True))
+        if kind == "joint":
+            answers.add("profile", f"joint, {middle}, compiled", seconds, lambda: timer.profile(middle, True))
 
 
 if __name__ == "__main__":
