@@ -5,8 +5,8 @@
 
 Most valuable first: the three scripts; what is drawn, read and learnt against the CPU; training steps at 256
 px, with one encoder pass for both tasks and with two; a profile of the joint step; drawing at 512 px beside
-diffusers, reading beside CLIP; compiled steps. Random weights. Answers are written as they come; what no time is
-left for says so.
+diffusers, reading beside CLIP; compiled steps. Random weights. Answers are written as they come; what no time
+is left for says so.
 """
 import argparse
 import copy
