@@ -128,7 +128,8 @@ def test_no_text_of_the_answer_can_reach_the_prediction(base, monkeypatch) -> No
 
 def test_a_constant_model_does_not_look_perfect(base) -> None:
     same = torch.ones(4, 8)
-    assert (ranks_of_best_match(same, same, [[0], [1], [2], [3]]) == 3).all(), "ties count against the model"
+    pairs = torch.arange(4)[:, None].expand(4, 2)
+    assert (ranks_of_best_match(same, same, pairs) == 3).all(), "ties count against the model"
 
 
 def test_numbers_that_are_not_finite_are_an_error_in_every_task(base) -> None:
@@ -217,7 +218,7 @@ def test_the_checker_judges_the_models_own_favourite(base, monkeypatch) -> None:
     right = [torch.from_numpy(np.array(val.read(i).image)).permute(2, 0, 1) / 127.5 - 1 for i in range(3)]
     monkeypatch.setattr(evaluate, "draw_images", lambda model, prompts, seeds, *_, **__: torch.stack(
         [right[seed // 2] if seed % 2 else torch.zeros(3, 32, 32) for seed in seeds]))
-    monkeypatch.setattr(evaluate.sample, "best_of", lambda model, prompt, images, seed: (1, None))
+    monkeypatch.setattr(evaluate, "favourite", lambda model, prompt, images, seed: (1, None))
     found = evaluate.checker(base, n=3, steps=2, best_of=2)
     assert found["all"] == 1.0 and found["all_single"] == 0.0 and found["n"] == 3
 
@@ -237,7 +238,8 @@ def test_ranks_equal_a_slow_reference() -> None:
     for i, right in enumerate(matches):
         order = sorted(range(11), key=lambda j: -(queries[i] @ candidates[j]))
         slow.append(min(order.index(j) for j in right))
-    assert ranks_of_best_match(queries, candidates, matches, block=5).tolist() == slow
+    pairs = torch.tensor([(i, j) for i, right in enumerate(matches) for j in right])
+    assert ranks_of_best_match(queries, candidates, pairs, block=5).tolist() == slow
 
 
 def test_wilson() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, build, tiny_clip_config
+from convert_places_lt import convert
 from make_cifar10_lt import cifar10_lt
 from PIL import Image
 from torch.nn import functional as F
@@ -18,7 +19,6 @@ import model as models
 from evaluate import LanguageGuidedHead, Reading, class_contrast, distillation, open_longtail
 
 CIFAR10 = Path(os.environ.get("DIFFDIS_DATA", ROOT.parent / "shared/data")) / "cifar10/train_jpeg.npz"
-NAMES = ["airfield", "art_gallery", "beer/hall"]
 TRAIN = {"airfield": 12, "art_gallery": 4, "hall": 1}
 ARTICLE = """An airfield is a place. Planes land there, e.g. small ones! It is flat.
 == History ==
@@ -32,54 +32,39 @@ Sport.
 
 @pytest.fixture()
 def places(tmp_path):
-    """A small set in Places-LT's layout: 12, 4 and 1 training images of three classes."""
-    lists = {"train": [], "val": [], "test": []}
-    for label, (folder, count) in enumerate(TRAIN.items()):
-        for split, n in (("train", count), ("val", 2), ("test", 3)):
-            (tmp_path / split / folder).mkdir(parents=True)
+    """A small long-tailed set: 12, 4 and 1 training images of three classes."""
+    lists = {"train": [], "test": []}
+    for label, (name, count) in enumerate(TRAIN.items()):
+        for split, n in (("train", count), ("test", 3)):
+            (tmp_path / split / name).mkdir(parents=True)
             for i in range(n):
                 pixels = np.random.default_rng([label, i]).integers(80, size=(32, 32, 3)) + 70 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / split / folder / f"{i:08d}.png")
-                lists[split].append(f"{split}/{folder}/{i:08d}.png {label}")
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / split / name / f"{i:08d}.png")
+                lists[split].append(f"{split}/{name}/{i:08d}.png\t{name}\n")
     for split, lines in lists.items():
-        (tmp_path / f"Small_LT_{split}.txt").write_text("\n".join(lines) + "\n")
-    (tmp_path / "labels.txt").write_text("".join(f"{name} {k}\n" for k, name in enumerate(NAMES)))
+        (tmp_path / f"{split}.txt").write_text("".join(lines))
     (tmp_path / "wiki").mkdir()
-    (tmp_path / "wiki" / "desc_0.txt").write_text(ARTICLE)
+    (tmp_path / "wiki" / "airfield.txt").write_text(ARTICLE)
     return tmp_path
 
 
 # ---------------------------------------------------------------- the layout
-def test_the_layout_is_read(places) -> None:
+def test_lists_and_articles_are_read(places) -> None:
     found = open_longtail(str(places))
-    assert found.names == ["airfield", "art gallery", "beer hall"]
-    assert (len(found.train), len(found.test)) == (17, 9)
-    assert found.test.read(8).label == 2 and found.labels().tolist() == [0] * 12 + [1] * 4 + [2]
+    assert found.train.classes == found.test.classes == ["airfield", "art gallery", "hall"]
+    assert evaluate.labels_of(found.train).tolist() == [0] * 12 + [1] * 4 + [2]
+    assert len(found.test) == 9 and found.test.read(8).label == 2
     assert found.sentences[0] == [
         "An airfield is a place.", "Planes land there, e.g. small ones!", "It is flat.",
         "The first one was in the U.S.", "Army.", "Others followed?", "Sport."]
     assert found.sentences[1:] == [[], []]
-    (places / "labels.txt").write_text("airfield\t0\nart gallery\t1\nhall 2\n")
-    assert open_longtail(str(places)).names == ["airfield", "art gallery", "hall"]
-    (places / "labels.txt").unlink()
-    assert open_longtail(str(places)).names == ["airfield", "art gallery", "hall"]
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda p: (p / "Small_LT_test.txt").unlink(), "has 0 files *test.txt, expected one list"),
-    (lambda p: (p / "other_train.txt").write_text("x 0\n"), "has 2 files *train.txt"),
+    (lambda p: (p / "test.txt").unlink(), "no data at"),
     (lambda p: (p / "test" / "hall" / "00000001.png").unlink(), "1 of the 9 images in"),
-    (lambda p: (p / "Small_LT_test.txt").write_text("test/hall/00000000.png 3\n"), "each label from 0"),
-    (lambda p: (p / "Small_LT_test.txt").write_text("train/hall/00000000.png 2\n"), "1 images are in both"),
-    (lambda p: (p / "Small_LT_test.txt").write_text("test/hall/0.png\n"), "expected lines 'PATH LABEL'"),
-    (lambda p: (p / "Small_LT_test.txt").write_text("test/hall/0.png -1\n"), "LABEL from 0"),
-    (lambda p: (p / "labels.txt").write_text("a 0\nb 1\nc 2\nd 3\n"), "images to train on"),
-    (lambda p: (p / "labels.txt").write_text("a 0\nb 2\n"), "for each label from 0 on"),
-    (lambda p: (p / "labels.txt").write_text("a 0\nb 1\nc 1\n"), "for each label from 0 on"),
-    (lambda p: (p / "labels.txt").write_text("a 0\nb 1\n_ 2\n"), "a name of its own"),
-    (lambda p: (p / "labels.txt").write_text("a 0\nb 1\nb 2\n"), "a name of its own"),
-], ids=["no list", "two lists", "no image", "label", "trained on", "no label", "negative", "empty class",
-        "gap", "label twice", "no name", "name twice"])
+    (lambda p: (p / "test.txt").write_text("test/hall/00000000.png\n"), "the same classes in both"),
+    (lambda p: (p / "test.txt").write_text((p / "train.txt").read_text()), "17 images are in both")])
 def test_bad_lists_are_refused_in_one_line_before_any_compute(places, capsys, change, message) -> None:
     change(places)
     models.save(places / "m.pt", build())
@@ -89,14 +74,27 @@ def test_bad_lists_are_refused_in_one_line_before_any_compute(places, capsys, ch
     assert stop.value.code == 2 and len(error) == 1 and message in error[0], error
 
 
+def test_places_lt_becomes_lists_and_articles_by_name(places) -> None:
+    for split in ("train", "test"):
+        lines = (places / f"{split}.txt").read_text().replace("\tairfield", " 0").replace("\thall", " 2")
+        (places / f"Places_LT_{split}.txt").write_text("/" + lines.replace("\tart_gallery", " 1"))
+        (places / f"{split}.txt").unlink()
+    (places / "labels.txt").write_text("airfield 0\nart_gallery 1\nbeer/hall 2\n")
+    (places / "wiki" / "airfield.txt").rename(places / "wiki" / "desc_0.txt")
+    convert(places)
+    found = open_longtail(str(places))
+    assert found.test.classes == ["airfield", "art gallery", "beer hall"] and len(found.sentences[0]) == 7
+    assert evaluate.labels_of(found.train).tolist() == [0] * 12 + [1] * 4 + [2] and len(found.test) == 9
+
+
 def test_shapes_follow_zipfs_law_and_share_no_picture() -> None:
     found = open_longtail("shapes")
-    assert sorted(torch.bincount(found.labels()).tolist()) == sorted(300 // k for k in range(1, 25))
-    assert not found.augment, "RandAugment changes colours"
+    labels = evaluate.labels_of(found.train)
+    assert sorted(torch.bincount(labels).tolist()) == sorted(300 // k for k in range(1, 25))
     pictures = [source.read(i).image.tobytes() for source in (found.train, found.test)
                 for i in range(0, len(source), 3)]
     assert len(pictures) == len(set(pictures))
-    assert all(found.train.read(i).label == found.labels()[i] for i in range(0, len(found.train), 50))
+    assert all(found.train.read(i).label == labels[i] for i in range(0, len(found.train), 50))
 
 
 # ---------------------------------------------------------------- losses, sampling, mixing
@@ -185,7 +183,7 @@ def test_shots_are_the_usual_bins() -> None:
 
 def test_anchors_are_the_sentences_of_least_loss() -> None:
     torch.manual_seed(1)
-    images, labels, texts, owners = unit(20, 6), torch.arange(20) % 3, unit(13, 6), torch.arange(13) % 3
+    images, labels, texts, owners = unit(20, 6), torch.arange(20) % 3, unit(13, 6), torch.arange(13) * 3 // 13
     anchors, present = evaluate.select_anchors(images, labels, texts, owners, 4.0, 3)
     assert anchors.shape == (3, 3, 6) and present.all()
     for k in range(3):
@@ -230,13 +228,6 @@ def test_the_head_equals_a_slow_reference_and_starts_as_the_identity() -> None:
         assert torch.allclose(visual, head.visual(x * 8 ** 0.5), atol=1e-5)
     trained = {name for name, _ in head.named_parameters()}
     assert not any(name.startswith(("anchors", "temperature")) for name in trained) and len(trained) == 10
-
-
-def test_the_gradients_representation_is_the_one_that_is_scored(model) -> None:
-    latents = torch.randn(4, *model.latent_shape(32, 32))
-    scored = evaluate.read_queries(model, latents, list(range(4)), Reading(seed=3))
-    keys = [(3, i, 0) for i in range(4)]
-    assert torch.allclose(evaluate.representation(model, latents, keys), scored, atol=1e-5)
 
 
 def test_steps_are_adamws_at_a_rate_that_rises_and_falls(monkeypatch) -> None:
@@ -353,33 +344,28 @@ def test_a_control_breaks_the_test_images_alone(places, monkeypatch) -> None:
     assert readings[0].control == "none" and readings[0].seed == 1
 
 
-def test_what_cannot_be_read_is_counted_and_noise_names_no_image(places, capsys, monkeypatch) -> None:
-    """And no training image has the noise of the test image of its number, which would tell its class."""
-    models.save(places / "m.pt", build())
-    (places / "train" / "airfield" / "00000003.png").write_bytes(b"no image")
+def test_no_training_image_has_the_noise_of_a_test_image(places, monkeypatch) -> None:
+    """Of the test image of its number, which would tell its class."""
     seeds, whole = [], evaluate.read_queries
     monkeypatch.setattr(evaluate, "read_queries", lambda model, inputs, numbers, reading: (
         seeds.append(reading.seed), whole(model, inputs, numbers, reading))[1])
-    flags = ["longtail", "--ckpt", str(places / "m.pt"), "--data", str(places), *QUICK, "--epochs", "0",
-             "--batch-size", "32", "--no-augment", "--json", str(places / "r.json"), "--max-bad", "0.5"]
-    evaluate.main(flags)
-    told = json.loads((places / "r.json").read_text())
-    assert told["skipped_training"]["skipped"] == {"unreadable image": 2} and told["n"] == 9      # read twice
-    assert seeds == [0, 1, 1] and "skipped in training: 2 unreadable image" in capsys.readouterr().out
-    (places / "train" / "hall" / "00000000.png").write_bytes(b"no image")
-    with pytest.raises(SystemExit):
-        evaluate.main(flags)
-    assert "none of the training images of class 2 can be read" in capsys.readouterr().err
+    data = open_longtail(str(places))._replace(augment=False)
+    evaluate.longtail(build(), data, Reading(batch_size=32), epochs=0, head_epochs=1)
+    assert seeds == [0, 1, 1]
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--text-steps", "2000"], "is 2000, expected 1 to 1000"),
     (["--lr-scale", "1e30", *QUICK[:-2]], "stage 1, step"),
     (["--lr-scale", "1e38", "--epochs", "0", "--no-augment", "--batch-size", "8"], "stage 2, step"),
-    (["--data", "places-lt"], "data/places-lt has 0 files")])
+    (["--epochs", "0", "--broken"], "training images are unusable"),
+    (["--batch-size", "16", "--broken"], "training images are unusable")])
 def test_mistakes_end_in_one_line(places, capsys, monkeypatch, flags, message) -> None:
     monkeypatch.chdir(places)
     models.save(places / "m.pt", build())
+    if "--broken" in flags:
+        (places / "train" / "hall" / "00000000.png").write_bytes(b"no image")
+        flags = [flag for flag in flags if flag != "--broken"]
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["longtail", "--ckpt", "m.pt", "--data", str(places), "--workers", "0", *flags])
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
