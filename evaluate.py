@@ -23,10 +23,11 @@ import os
 import platform
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -41,9 +42,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import (KINDS, SIDE, Batch, FileSource, Sample, Shapes, SkipReport, Source, check, check_index,
-                  clean, evaluation_batches, evenly_spaced, open_source, rand_augment, refuse_missing,
-                  text_lines, to_square, usable_captions)
+from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, check_index, clean,
+                  evaluation_batches, evenly_spaced, open_source, rand_augment, text_lines, to_square,
+                  usable_captions)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        sampling_timesteps, signal_and_noise)
 from model import Clip, DiffDis, TextConfig
@@ -129,18 +130,6 @@ class Read(NamedTuple):
     seconds: float                # per image and device, decoding included
 
 
-class Mismatched(Source):
-    """Every sample with the image of another: the control "shuffle-images"."""
-
-    def __init__(self, source: Source, seed: int) -> None:
-        super().__init__(source.name, len(source))
-        self.source, self.others = source, source.subset(shuffled(len(source), seed).numpy())
-
-    def read(self, index: int, side: int | None = None) -> Sample:
-        row = self.rows[index]
-        return replace(self.source.read(row, side), image=self.others.read(row, side).image)
-
-
 @torch.no_grad()
 def over_images(model: DiffDis | Clip | None, source: Source, reading: Reading,
                 values_of: Callable[[Tensor, list[int]], Tensor], size: int | None = None) -> Read:
@@ -149,10 +138,10 @@ def over_images(model: DiffDis | Clip | None, source: Source, reading: Reading,
 
     inputs: clean latents, of a CLIP normalised pixels; without a model uint8 pixels [B, size, size, 3].
     """
-    (rank, world), control = rank_and_world(), reading.control
-    mixed = Mismatched(source, reading.seed) if control == "shuffle-images" else source
-    mine, began = mixed.subset(np.arange(rank, len(source), world)), time.perf_counter()
-    skips, values, rows = SkipReport(reading.max_bad), [], []
+    (rank, world), control, began = rank_and_world(), reading.control, time.perf_counter()
+    mine, skips, values, rows = source.subset(np.arange(rank, len(source), world)), SkipReport(), [], []
+    if control == "shuffle-images":          # every sample with the image of another
+        mine.image = source.subset(shuffled(len(source), reading.seed).numpy()[rank::world]).image
     batches = evaluation_batches(mine, size or model.config.image_size, reading.batch_size, reading.workers)
     for batch in tqdm(batches, "read", -(-len(mine) // reading.batch_size), leave=False, unit="batch",
                       disable=None if rank == 0 else True):
@@ -288,19 +277,17 @@ def classify_by_loss(model: DiffDis, latents: Tensor, places: list[int], context
     classes [K, L, D]; timesteps: how many, evenly spaced -> scores [B, K]: minus the mean generation loss
     (Eq. 4), over noise that an image's classes share.
     """
-    config, count, classes = model.config, len(latents), len(contexts)
+    config, losses = model.config, 0
     alphas = make_alphas_cumprod(config.image_schedule, config.timesteps).to(model.device)
-    losses = torch.zeros(count, classes, dtype=torch.float64, device=model.device)
+    image, label = torch.cartesian_prod(torch.arange(len(latents)), torch.arange(len(contexts))).T
     for j in range(timesteps):
         noise = noise_of(latents.shape[1:], [(reading.seed, place, j) for place in places]).to(model.device)
-        t = torch.full((count,), (2 * j + 1) * config.timesteps // (2 * timesteps), device=model.device)
+        t = torch.full((len(latents),), (2 * j + 1) * config.timesteps // (2 * timesteps)).to(model.device)
         target = make_target(config.image_target, latents, noise, *signal_and_noise(t, latents, alphas))
-        noisy, parts = q_sample(latents, t, noise, alphas), []
-        for pairs in torch.arange(count * classes, device=model.device).split(reading.batch_size):
-            image, label = pairs // classes, pairs % classes
-            pred = model.denoise_image(noisy[image], t[image], contexts[label])
-            parts.append(generation_loss(pred, target[image]))
-        losses += torch.cat(parts).double().view(count, classes)
+        z_t = q_sample(latents, t, noise, alphas)
+        parts = [generation_loss(model.denoise_image(z_t[i], t[i], contexts[k]), target[i])
+                 for i, k in zip(image.split(reading.batch_size), label.split(reading.batch_size))]
+        losses = losses + torch.cat(parts).double().view(len(latents), len(contexts))
     return -losses / timesteps
 
 
@@ -446,14 +433,6 @@ def picture_features(network: Inception | DiffDis | Clip, pixels: Tensor, places
     return read_queries(network, inputs, places, reading)
 
 
-def square_root(covariance: Tensor) -> Tensor:
-    """covariance [D, D] of rank r -> R [D, r] with R Rᵀ = covariance."""
-    values, vectors = torch.linalg.eigh(covariance)
-    # Below this, also below 0, an eigenvalue is rounding.
-    real = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
-    return vectors[:, real] * values[real].sqrt()
-
-
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|μ₁ - μ₂|² + tr Σ₁ + tr Σ₂ - 2 tr (Σ₁ Σ₂)^½ of features [N, D] and [M, D] (Heusel et al. 2017).
 
@@ -461,9 +440,13 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     with fewer images than features it is singular, `sqrtm` turns complex, and eigenvalues that rounding
     keeps from 0 would count by their square roots.
     """
-    a, b = a.double(), b.double()
+    a, b, roots = a.double(), b.double(), []
     first, second = torch.cov(a.T), torch.cov(b.T)
-    overlap = torch.linalg.svdvals(square_root(first).T @ square_root(second)).sum()
+    for values, vectors in (torch.linalg.eigh(first), torch.linalg.eigh(second)):
+        # Below this, also below 0, an eigenvalue is rounding.
+        real = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+        roots.append(vectors[:, real] * values[real].sqrt())
+    overlap = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
     distance = (a.mean(dim=0) - b.mean(dim=0)).square().sum() + first.trace() + second.trace() - 2 * overlap
     return distance.clamp(min=0).item()          # rounding could leave it a little below
 
@@ -638,23 +621,17 @@ def balanced(labels: Tensor, batch_size: int, *key: int) -> Tensor:
     return torch.multinomial(weights, size, replacement=True, generator=generator_of(*key))
 
 
-class Augmented(Source):
-    """A source's centre squares, each changed by RandAugment: a function of the key and its place."""
-
-    def __init__(self, source: Source, size: int, key: tuple[int, ...]) -> None:
-        super().__init__(source.name, len(source))
-        self.source, self.size, self.seed = source, size, key
-
-    def read(self, index: int, side: int | None = None) -> Sample:
-        sample = self.source.read(index, side)
-        square = Image.fromarray(to_square(sample.image, self.size))
-        return replace(sample, image=rand_augment(square, np.random.default_rng([*self.seed, index])))
+def augmented(source: Source, size: int, key: tuple[int, ...], index: int, side: int | None) -> Image.Image:
+    """An image's centre square, changed by RandAugment: a function of the key and its place."""
+    square = Image.fromarray(to_square(source.image(index, side), size))
+    return rand_augment(square, np.random.default_rng([*key, index]))
 
 
 def balanced_batches(data: LongTail, size: int, key: tuple[int, ...], reading: Reading) -> Iterator[Batch]:
     """An epoch of training images at `size` px, a function of the key."""
     source = data.train.subset(balanced(labels_of(data.train), reading.batch_size, *key).numpy())
-    source = Augmented(source, size, key) if data.augment else source
+    if data.augment:
+        source.image = partial(augmented, copy.copy(source), size, key)
     for batch in evaluation_batches(source, size, reading.batch_size, reading.workers):
         refuse_unusable(batch.skipped)
         yield batch
@@ -761,18 +738,15 @@ def sentence_accuracies(images: Tensor, labels: Tensor, texts: Tensor, owners: T
             "knn_acc": (votes == labels).double().mean().item()}
 
 
-def select_anchors(images: Tensor, labels: Tensor, texts: Tensor, owners: Tensor, scale: float,
-                   most: int = ANCHORS) -> tuple[Tensor, Tensor]:
+def select_anchors(images: Tensor, labels: Tensor, texts: Sequence[Tensor], scale: float, most: int = ANCHORS
+                   ) -> tuple[Tensor, Tensor]:
     """VL-LTR's anchor sentences: of each class those that tell its training images from the others' best.
-    images [N, D], labels [N], texts [M, D], owners [M]: rising; scale: inverse temperature -> text queries
-    [K, S, D], S up to `most`, and which of them are there [K, S]."""
-    losses, sizes = [], torch.bincount(owners).tolist()
-    for part, owner in zip(texts.split(1024), owners.split(1024)):
-        right = (owner[:, None] == labels).float()
-        log_share = F.log_softmax(scale * part @ images.T, dim=1)
-        losses.append(-(right * log_share).sum(dim=1) / right.sum(dim=1))
-    best = [own[loss.argsort()[:most]]
-            for own, loss in zip(texts.split(sizes), torch.cat(losses).split(sizes))]
+    images [N, D], labels [N]; texts: of each class, text queries [M, D]; scale: inverse temperature
+    -> text queries [K, S, D], S up to `most`, and which of them are there [K, S]."""
+    best = []
+    for label, own in enumerate(texts):
+        losses = -F.log_softmax(scale * own @ images.T, dim=1)[:, labels == label].mean(dim=1)
+        best.append(own[losses.argsort()[:most]])
     anchors = nn.utils.rnn.pad_sequence(best, batch_first=True)
     return anchors, anchors.any(dim=2)
 
@@ -799,15 +773,15 @@ def head_batches(model: DiffDis | Clip, data: LongTail, epochs: int, reading: Re
             yield read_queries(model, inputs, list(batch.places), reading), targets
 
 
-def train_head(model: DiffDis | Clip, data: LongTail, queries: Tensor, owners: Tensor, epochs: int,
-               lr_scale: float, reading: Reading) -> LanguageGuidedHead:
+def train_head(model: DiffDis | Clip, data: LongTail, texts: Sequence[Tensor], epochs: int, lr_scale: float,
+               reading: Reading) -> LanguageGuidedHead:
     """VL-LTR's second stage: a head on the frozen model's text queries, its two branches' losses summed.
-    queries [M, D], owners [M]: of all sentences, and their classes."""
+    texts: of each class, its sentences' text queries [M, D]."""
     labels, device = labels_of(data.train), model.device
     few = torch.cat([torch.nonzero(labels == k)[:50, 0] for k in range(len(data.sentences))]).sort().values
     known = image_queries(model, data.train.subset(few.numpy()), reading)
     refuse_unusable(known.skips.skipped)
-    anchors = select_anchors(known.values, labels[few], queries, owners, model.logit_scale.exp().item())
+    anchors = select_anchors(known.values, labels[few], texts, model.logit_scale.exp().item())
     torch.manual_seed(reading.seed)
     head = LanguageGuidedHead(*anchors).to(device)
     attention = nn.ModuleList([head.norm_q, head.norm_k, head.to_q, head.to_k])
@@ -827,20 +801,20 @@ def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(b
     templates, counts = pick_templates(model, data.test, templates), torch.bincount(labels_of(data.train))
     sentences = [list(dict.fromkeys([*(fill(template, name) for template in templates), *own]))
                  for name, own in zip(data.test.classes, data.sentences)]
-    data, sizes = data._replace(sentences=sentences), torch.tensor(list(map(len, sentences)))
-    owners = torch.arange(len(counts)).repeat_interleave(sizes)
+    data, texts = data._replace(sentences=sentences), sum(sentences, [])
+    owners = torch.tensor([label for label, own in enumerate(sentences) for _ in own])
     if epochs:
         model = fine_tune(model, data, epochs, lr_scale, reading)
         if out:
             models.save(out / "longtail.pt", model)
-    queries, read = encode_texts(model, sum(sentences, [])), image_queries(model, data.test, reading)
+    queries, read = encode_texts(model, texts), image_queries(model, data.test, reading)
     labels = torch.tensor(read.labels)
     result = {"n": len(labels), "n_train": int(counts.sum()), "classes": len(counts),
-              "sentences": len(owners), "seed": reading.seed, "control": reading.control,
+              "sentences": len(texts), "seed": reading.seed, "control": reading.control,
               "chance": 1 / len(counts), **sentence_accuracies(read.values, labels, queries, owners, counts)}
     if head_epochs:
         # Other noise than the test images': what is alike must be the pictures.
-        head = train_head(model, data, queries, owners, head_epochs, lr_scale,
+        head = train_head(model, data, queries.split(list(map(len, sentences))), head_epochs, lr_scale,
                           replace(reading, control="none", seed=reading.seed + 1, max_bad=1.0))
         with torch.no_grad():
             scores = torch.cat([head.predict(part).cpu() for part in read.values.to(model.device).split(256)])
@@ -850,8 +824,8 @@ def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(b
 
 
 # ---------------------------------------------------------------- command line
-NEEDS = {"retrieval": "alignment", "zeroshot": "alignment", "longtail": "alignment", "fid": "generation",
-         "checker": "generation"}       # task -> what weights must have been trained for
+DRAWS = ("fid", "checker")             # tasks that need weights trained for generation; the others read
+TASKS = ("retrieval", "zeroshot", "longtail", *DRAWS)
 NO_RATES = ("fid", "guidance_scale", "seconds_per_image")      # numbers of another kind
 
 
@@ -860,22 +834,22 @@ def report(task: str, result: dict, name: str) -> None:
     control = f", control {result['control']}" if result.get("control", "none") != "none" else ""
     print(f"{task} on {name}, seed {result['seed']}{control}  (n = {result['n']})")
     for key, value in result.items():
-        if key.startswith("skipped"):
+        if key == "skipped":
             for cause, count in value["skipped"].items():
-                print(f"  {key.replace('_', ' in ')}: {count} {cause}")
+                print(f"  skipped: {count} {cause}")
         elif isinstance(value, float) and key not in NO_RATES:
             interval = " – ".join(f"{100 * end:5.1f}" for end in result.get(f"{key}_interval", ()))
             print(f"  {key:<17}{100 * value:7.2f} %{'   95 % interval ' * bool(interval)}{interval}")
-        elif isinstance(value, float) or key in ("n_reference", "features", "image_size", "sampler", "steps"):
+        elif key in (*NO_RATES, "n_reference", "features", "image_size", "sampler", "steps"):
             print(f"  {key:<17} {round(value, 6) if isinstance(value, float) else value}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("tasks", nargs="+", choices=tuple(NEEDS), metavar="TASK", help=f"one or more of {', '.join(NEEDS)}")
+    add("tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"one or more of {', '.join(TASKS)}")
     add("--ckpt", help=f"{CKPT_HELP}; to read images also a CLIP")
-    add("--data", default="shapes", help="as in train.py; longtail: shapes or a folder with train.txt, test.txt")
+    add("--data", default="shapes", help="as in train.py; longtail: shapes, or a folder with two lists")
     add("--limit", type=positive, help="images of --data to use, evenly spaced; without it all")
     add("--json", metavar="FILE", help="also write the numbers here; rates are fractions")
     add("--seed", type=natural, default=0, help="seed of all noise and of the controls' shuffling")
@@ -913,19 +887,20 @@ def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
     if isinstance(model, DiffDis):
         sampling_timesteps(args.text_steps, model.config.timesteps, "trailing")
     for task in args.tasks:
-        needed = {NEEDS[task]} if task != "zeroshot" or args.loss_timesteps is None else {"generation"}
+        draws = task in DRAWS or task == "zeroshot" and args.loss_timesteps
+        needed = {"generation"} if draws else {"alignment"}
         needed |= {"alignment"} if task == "checker" and args.best_of > 1 else set()
         if not needed <= set(model.tasks):
             raise ValueError(f"{task} of images needs weights trained with --tasks {','.join(needed)}, these "
                              f"were for {','.join(model.tasks)}: go on from them by train.py --init")
-        if args.control != "none" and NEEDS[task] == "generation":
+        if args.control != "none" and task in DRAWS:
             raise ValueError(f"--control {args.control}: {task} has no right answers to break, leave it out")
         if task == "longtail" and rank_and_world()[1] > 1:
             raise ValueError("longtail trains in one process: start it with python, not torchrun")
 
 
-def run_task(task: str, model: DiffDis | Clip, network: nn.Module | None, args: argparse.Namespace) -> dict:
-    """Open the task's data and measure; network: of fid."""
+def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict:
+    """Open the task's data and measure."""
     scale, out, workers = args.guidance_scale, args.out and Path(args.out), 2 * (args.data != "shapes")
     reading = Reading(args.text_steps, args.draws, 1.0 if scale is None else scale, args.seed, args.control,
                       args.batch_size or {"fid": 16, "longtail": 128}.get(task, 100),
@@ -942,34 +917,33 @@ def run_task(task: str, model: DiffDis | Clip, network: nn.Module | None, args: 
     source = in_turn(lambda: open_source(args.data, split))
     check_index(source, args.max_bad)
     source = evenly_spaced(source, args.limit)
+    if task == "retrieval":
+        return retrieval(model, source, reading)
     if task == "zeroshot":
         return zeroshot(model, source, reading, args.template, args.loss_timesteps)
-    if task == "fid":
-        return fid(model, source, network, reading, args.n, args.steps, scale, args.sampler, out)
-    return retrieval(model, source, reading)
+    network = (models.load(args.features, model.device) if args.features else
+               in_turn(lambda: load_inception(model.device)))
+    if args.features and "alignment" not in network.tasks:
+        raise ValueError(f"--features {args.features} was trained only to draw: give a model that reads")
+    return fid(model, source, network, reading, args.n, args.steps, scale, args.sampler, out)
 
 
 def run(args: argparse.Namespace, device: torch.device, command: str) -> None:
     """All tasks on one model; their tables and the JSON."""
     if args.json and (not Path(args.json).resolve().parent.is_dir() or Path(args.json).is_dir()):
         raise ValueError(f"--json is {args.json!r}, expected a file in an existing folder")
-    path, network, results = in_turn(lambda: models.locate(find_checkpoint(args.ckpt))), None, {}
+    path, results = in_turn(lambda: models.locate(find_checkpoint(args.ckpt))), {}
     model = models.load(path, device)
     check_tasks(args, model)
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-    if "fid" in args.tasks:
-        network = models.load(args.features, device) if args.features else in_turn(
-            lambda: load_inception(device))
-        if args.features and "alignment" not in network.tasks:
-            raise ValueError(f"--features {args.features} was trained only to draw: give a model that reads")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = {"settings": {name: value for name, value in vars(args).items() if name not in ("tasks", "json")},
              "command": command, "date": date.today().isoformat(), "checkpoint": str(path),
              "checkpoint_hash": fingerprint(path), "ranks": rank_and_world()[1], "torch": torch.__version__,
              "device": f"{device} ({where})", "threads": torch.get_num_threads()}
     for task in args.tasks:
-        result, name = run_task(task, model, network, args), "shapes" if task == "checker" else args.data
+        result, name = run_task(task, model, args), "shapes" if task == "checker" else args.data
         report(task, result, name)
         results[task] = {"task": task, "data": name, **result, **about}
         if args.json and rank_and_world()[0] == 0:       # now: a later task may end in an error
