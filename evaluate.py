@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import regex
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -42,7 +41,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, check_index, clean,
+from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, check_index,
                   evaluation_batches, evenly_spaced, open_source, rand_augment, text_lines, to_square,
                   usable_captions)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
@@ -358,12 +357,15 @@ INCEPTION = {
 
 
 class Inception:
-    """The network whose features FID compares: TensorFlow's Inception v3 of 2015-12-05, names as in
-    pytorch-fid's port. It is not torchvision's: other weights, other pooling at edges and at the end.
-    tensors: of the published file; their shapes are the layers' channels and kernels."""
+    """The network whose features FID compares: TensorFlow's Inception v3 of 2015-12-05, from pytorch-fid's
+    file, in which a tensor's shape says how many channels and which kernel. It is not torchvision's: other
+    weights, other pooling at edges and at the end. Raises OSError where there is no network, ValueError."""
 
-    def __init__(self, tensors: dict[str, Tensor], device: torch.device) -> None:
-        self.tensors, self.device = {name: value.to(device) for name, value in tensors.items()}, device
+    def __init__(self, device: torch.device) -> None:
+        path, self.device = models.download("inception"), device
+        if not fingerprint(path).startswith(models.DOWNLOADS["inception"][1]):
+            raise ValueError(f"{path} is not FID's Inception: delete it to fetch it again")
+        self.tensors = {name: value.to(device) for name, value in models.read_tensors(path).items()}
 
     def conv(self, x: Tensor, name: str, stride: int = 1, pads: bool = True) -> Tensor:
         """A convolution without bias, batch norm, ReLU."""
@@ -402,15 +404,6 @@ class Inception:
         for name, branches in INCEPTION.items():
             x = self.block(x, name, branches)
         return x.mean(dim=(2, 3))                                                    # of [B, 2048, 8, 8]
-
-
-def load_inception(device: torch.device) -> Inception:
-    """FID's network with its published weights, downloaded at first use. Raises OSError where there is no
-    network, ValueError on another file."""
-    path = models.download("inception")
-    if not fingerprint(path).startswith(models.DOWNLOADS["inception"][1]):
-        raise ValueError(f"{path} is not FID's Inception: delete it to fetch it again")
-    return Inception(models.read_tensors(path), device)
 
 
 def inception_input(pixels: Tensor) -> Tensor:
@@ -498,22 +491,20 @@ SMOOTHING = 0.1            # share of the label that goes to all classes alike
 MIXUP, CUTMIX = 0.8, 1.0   # α of the Beta distribution of the shares of two mixed images
 ANCHORS = 64               # sentences of a class that the head looks at
 MANY, FEW = 100, 20        # training images of a class, more than and fewer than which it is reported apart
-# Sections of a Wikipedia article that tell nothing of its subject, up to the next heading.
-DROPPED = regex.compile(r"^==+ *(References|External links|Further reading|Bibliography)[= ]*$.*?(?=^==|\Z)",
-                        regex.MULTILINE | regex.DOTALL)
 
 
 class LongTail(NamedTuple):
     """A data set with few images of most classes, and sentences about each."""
-    train: Source                 # labelled, each of its K classes with an image or more
-    test: Source                  # likewise, of the same classes
-    sentences: list[list[str]]    # of each class, from its description; none without one
+    train: Source                 # labelled
+    labels: Tensor                # of its images [N], K classes
+    test: Source                  # labelled, of the same classes
+    sentences: list[list[str]]    # on each class; none without a file of them
     augment: bool = True          # RandAugment, mixup and CutMix of training images
 
 
 def open_longtail(name: str) -> LongTail:
-    """A folder with lists train.txt and test.txt, as `open_source` reads them, and articles on the classes,
-    wiki/CLASS.txt, as far as there are; or "shapes". Raises FileNotFoundError or ValueError."""
+    """A folder with lists train.txt and test.txt, as `open_source` reads them, and, as far as there are,
+    texts/CLASS.txt, a sentence a line; or "shapes". Raises FileNotFoundError or ValueError."""
     if name == "shapes":
         return zipf_shapes()
     root = Path(name)
@@ -524,15 +515,9 @@ def open_longtail(name: str) -> LongTail:
     if shared := set(train.images) & set(test.images):
         raise ValueError(f"{len(shared)} images are in both lists of {root}: what is tested on must not be "
                          "trained on")
-    articles = [root / "wiki" / f"{name}.txt" for name in train.classes]
-    return LongTail(train, test, [read_sentences(path) if path.is_file() else [] for path in articles])
-
-
-def read_sentences(path: Path) -> list[str]:
-    """A Wikipedia article, its sections headed "== Name ==" -> its sentences."""
-    lines = DROPPED.sub("", "\n".join(text_lines(path))).split("\n")
-    return [sentence for line in lines if not line.startswith("==")
-            for sentence in regex.split(r"(?<=[.?!])\s+(?=\p{Lu})", line.strip()) if clean(sentence)]
+    texts = [root / "texts" / f"{name}.txt" for name in train.classes]
+    sentences = [text_lines(path) if path.is_file() else [] for path in texts]
+    return LongTail(train, torch.tensor(train.labels), test, sentences)
 
 
 def zipf_shapes() -> LongTail:
@@ -543,18 +528,8 @@ def zipf_shapes() -> LongTail:
                         for i in range(300 // (place + 1)))
     train.labels = 300 * test.labels[:kinds]             # more than test has
     sentences = [[f"a {name}", f"a small {name}"] for name in test.classes]
-    return LongTail(train, test, sentences, augment=False)         # it changes colours
-
-
-def labels_of(source: Source) -> Tensor:
-    return torch.tensor([source.label(i) for i in range(len(source))])
-
-
-def refuse_unusable(skipped: dict) -> None:
-    """Raises ValueError where a training image is unusable: of some classes there are no others."""
-    if skipped:
-        raise ValueError(f"training images are unusable ({dict(skipped)}): mend them, or take them off "
-                         "train.txt")
+    # Not augmented: that would change colours.
+    return LongTail(train, torch.tensor(train.rows) % kinds, test, sentences, augment=False)
 
 
 class LanguageGuidedHead(nn.Module):
@@ -629,11 +604,11 @@ def augmented(source: Source, size: int, key: tuple[int, ...], index: int, side:
 
 def balanced_batches(data: LongTail, size: int, key: tuple[int, ...], reading: Reading) -> Iterator[Batch]:
     """An epoch of training images at `size` px, a function of the key."""
-    source = data.train.subset(balanced(labels_of(data.train), reading.batch_size, *key).numpy())
+    source = data.train.subset(balanced(data.labels, reading.batch_size, *key).numpy())
     if data.augment:
         source.image = partial(augmented, copy.copy(source), size, key)
     for batch in evaluation_batches(source, size, reading.batch_size, reading.workers):
-        refuse_unusable(batch.skipped)
+        SkipReport(0.0, batch.visited, batch.skipped).check(final=True)      # a class may have no other image
         yield batch
 
 
@@ -756,13 +731,12 @@ def head_batches(model: DiffDis | Clip, data: LongTail, epochs: int, reading: Re
                  ) -> Iterator[tuple[Tensor, Tensor]]:
     """Text queries [B, D] of training images and soft targets [B, K]. The model is frozen: where nothing
     changes the images, each is read once."""
-    labels, one_hot, key = labels_of(data.train), torch.eye(len(data.sentences)), (reading.seed, 8)
+    one_hot, key = torch.eye(len(data.sentences)), (reading.seed, 8)
     if not data.augment:
-        read = image_queries(model, data.train, reading)
-        refuse_unusable(read.skips.skipped)
+        queries = image_queries(model, data.train, reading).values
         for epoch in range(epochs):
-            for rows in balanced(labels, reading.batch_size, *key, epoch).split(reading.batch_size):
-                yield read.values[rows], one_hot[labels[rows]]
+            for rows in balanced(data.labels, reading.batch_size, *key, epoch).split(reading.batch_size):
+                yield queries[rows], one_hot[data.labels[rows]]
         return
     for epoch in range(epochs):
         batches = balanced_batches(data, model.config.image_size, (*key, epoch), reading)
@@ -777,19 +751,17 @@ def train_head(model: DiffDis | Clip, data: LongTail, texts: Sequence[Tensor], e
                reading: Reading) -> LanguageGuidedHead:
     """VL-LTR's second stage: a head on the frozen model's text queries, its two branches' losses summed.
     texts: of each class, its sentences' text queries [M, D]."""
-    labels, device = labels_of(data.train), model.device
-    few = torch.cat([torch.nonzero(labels == k)[:50, 0] for k in range(len(data.sentences))]).sort().values
-    known = image_queries(model, data.train.subset(few.numpy()), reading)
-    refuse_unusable(known.skips.skipped)
-    anchors = select_anchors(known.values, labels[few], texts, model.logit_scale.exp().item())
+    few = torch.cat([torch.nonzero(data.labels == k)[:50, 0] for k in range(len(texts))]).sort().values
+    known = image_queries(model, data.train.subset(few.numpy()), reading).values
+    anchors = select_anchors(known, data.labels[few], texts, model.logit_scale.exp().item())
     torch.manual_seed(reading.seed)
-    head = LanguageGuidedHead(*anchors).to(device)
+    head = LanguageGuidedHead(*anchors).to(model.device)
     attention = nn.ModuleList([head.norm_q, head.norm_k, head.to_q, head.to_k])
-    losses = (sum(F.cross_entropy(logits, targets.to(device), label_smoothing=SMOOTHING)
-                  for logits in head(features.to(device)))
+    losses = (sum(F.cross_entropy(logits, targets.to(model.device), label_smoothing=SMOOTHING)
+                  for logits in head(features.to(model.device)))
               for features, targets in head_batches(model, data, epochs, reading))
     descend([(attention, ATTENTION_LR * lr_scale), (head.visual, HEAD_LR * lr_scale)], losses,
-            epochs * max(1, len(labels) // reading.batch_size), "stage 2")
+            epochs * max(1, len(data.train) // reading.batch_size), "stage 2")
     return head
 
 
@@ -798,7 +770,7 @@ def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(b
              lr_scale: float = 1.0, out: Path | None = None) -> dict:
     """VL-LTR's two stages with this model as the backbone (Table 8). epochs, head_epochs: of stage 1 and 2, 0
     leaves a stage out; lr_scale: times VL-LTR's learning rates; out: a folder for stage 1's model."""
-    templates, counts = pick_templates(model, data.test, templates), torch.bincount(labels_of(data.train))
+    templates, counts = pick_templates(model, data.test, templates), torch.bincount(data.labels)
     sentences = [list(dict.fromkeys([*(fill(template, name) for template in templates), *own]))
                  for name, own in zip(data.test.classes, data.sentences)]
     data, texts = data._replace(sentences=sentences), sum(sentences, [])
@@ -815,7 +787,7 @@ def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(b
     if head_epochs:
         # Other noise than the test images': what is alike must be the pictures.
         head = train_head(model, data, queries.split(list(map(len, sentences))), head_epochs, lr_scale,
-                          replace(reading, control="none", seed=reading.seed + 1, max_bad=1.0))
+                          replace(reading, control="none", seed=reading.seed + 1, max_bad=0.0))
         with torch.no_grad():
             scores = torch.cat([head.predict(part).cpu() for part in read.values.to(model.device).split(256)])
         result |= {"anchors": int(head.present.sum()),
@@ -856,7 +828,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     add("--batch-size", type=positive, help="images at once; without it 100, fid 16, longtail 128")
     add("--workers", type=natural, help="processes that decode images; without it 0 for shapes, else 2")
-    add("--max-bad", type=finite, default=0.05, help="stop when more than this share of samples is unusable")
+    add("--max-bad", type=finite, default=0.05, help="share of samples that may be unusable; not where trained")
     add("--guidance-scale", type=finite, help="1 + w; without it 1 to read, the checkpoint's own to draw")
     add = parser.add_argument_group("retrieval, zeroshot, longtail").add_argument
     add("--control", choices=CONTROLS, default="none", help="break the evaluation on purpose, expect chance")
@@ -922,7 +894,7 @@ def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict
     if task == "zeroshot":
         return zeroshot(model, source, reading, args.template, args.loss_timesteps)
     network = (models.load(args.features, model.device) if args.features else
-               in_turn(lambda: load_inception(model.device)))
+               in_turn(lambda: Inception(model.device)))
     if args.features and "alignment" not in network.tasks:
         raise ValueError(f"--features {args.features} was trained only to draw: give a model that reads")
     return fid(model, source, network, reading, args.n, args.steps, scale, args.sampler, out)

@@ -1,29 +1,38 @@
-"""Places-LT as VL-LTR has it -> beside it the lists and articles that `evaluate.py longtail` reads.
+"""Places-LT as VL-LTR has it -> beside it the lists and sentences that `evaluate.py longtail` reads.
 
     python tests/convert_places_lt.py data/places-lt
 
-From Places_LT_{train,test}.txt, lines "PATH LABEL", labels.txt, lines "NAME LABEL", and wiki/desc_LABEL.txt.
+From Places_LT_{train,test}.txt, lines "PATH LABEL", labels.txt, lines "NAME LABEL", and wiki/desc_LABEL.txt,
+Wikipedia's article on each class, its sections headed "== Name ==".
 """
-import shutil
 import sys
 from pathlib import Path
 
+import regex
 
-def pairs(table: Path) -> list[list[str]]:
-    return [line.strip().rsplit(None, 1) for line in table.read_text().splitlines() if line.strip()]
+# Sections that tell nothing of an article's subject, up to the next heading.
+DROPPED = regex.compile(r"^==+ *(References|External links|Further reading|Bibliography)[= ]*$.*?(?=^==|\Z)",
+                        regex.MULTILINE | regex.DOTALL)
+
+
+def sentences(article: str) -> list[str]:
+    lines = [line.strip() for line in DROPPED.sub("", article).split("\n") if not line.startswith("==")]
+    return [part for line in lines for part in regex.split(r"(?<=[.?!])\s+(?=\p{Lu})", line) if part]
 
 
 def convert(root: Path) -> None:
-    names = {label: name.replace("_", " ").replace("/", " ").strip()
-             for name, label in pairs(root / "labels.txt")}
+    def pairs(name: str) -> list[list[str]]:
+        return [line.strip().rsplit(None, 1) for line in (root / name).open() if line.strip()]
+    names = {label: regex.sub("[_/]", " ", name).strip() for name, label in pairs("labels.txt")}
     assert len(set(names.values())) == len(names), "two classes of one name"
     for split in ("train", "test"):
-        lines = [f"{path.lstrip('/')}\t{names[label]}\n"
-                 for path, label in pairs(root / f"Places_LT_{split}.txt")]
-        (root / f"{split}.txt").write_text("".join(lines))
+        lines = [f"{path.lstrip('/')}\t{names[label]}" for path, label in pairs(f"Places_LT_{split}.txt")]
+        (root / f"{split}.txt").write_text("\n".join(lines))
+    (root / "texts").mkdir(exist_ok=True)
     for label, name in names.items():
-        if (root / "wiki" / f"desc_{label}.txt").is_file():
-            shutil.copyfile(root / "wiki" / f"desc_{label}.txt", root / "wiki" / f"{name}.txt")
+        article = root / "wiki" / f"desc_{label}.txt"
+        if article.is_file():
+            (root / "texts" / f"{name}.txt").write_text("\n".join(sentences(article.read_text())))
 
 
 if __name__ == "__main__":

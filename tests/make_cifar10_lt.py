@@ -47,7 +47,7 @@ ARTICLES = {
 
 def cifar10_lt(folders: Path, out: Path, most: int = 4400, imbalance: float = 100, of_val: int = 40,
                test_on: str = "test") -> list[int]:
-    """FOLDERS/{train,val}/CLASS/* -> OUT/{train,val,test}/CLASS/* with train.txt, test.txt and wiki/.
+    """FOLDERS/{train,val}/CLASS/* -> OUT/{train,val,test}/CLASS/* with train.txt, test.txt and texts/.
 
     of_val: validation images of each class; test_on: whether the list of test images names them or test's
     -> training images of each class. Raises ValueError if there are too few, OSError if OUT has some already.
@@ -66,9 +66,9 @@ def cifar10_lt(folders: Path, out: Path, most: int = 4400, imbalance: float = 10
                 lists[split].append(f"{split}/{name}/{image.name}\t{name}\n")
     (out / "train.txt").write_text("".join(lists["train"]))
     (out / "test.txt").write_text("".join(lists[test_on]))
-    (out / "wiki").mkdir()
+    (out / "texts").mkdir()
     for name, article in ARTICLES.items():
-        (out / "wiki" / f"{name}.txt").write_text(article + "\n")
+        (out / "texts" / f"{name}.txt").write_text(article.replace(". ", ".\n") + "\n")
     return counts
 
 

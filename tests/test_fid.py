@@ -19,7 +19,7 @@ import evaluate
 import model as models
 import sample
 from data import Shapes
-from evaluate import Inception, frechet_distance, inception_input, load_inception
+from evaluate import Inception, frechet_distance, inception_input
 from sample import to_pil
 
 
@@ -49,7 +49,7 @@ def network(weights, tmp_path, monkeypatch) -> Inception:
     torch.save(weights, tmp_path / "inception.pth")
     monkeypatch.setattr(models, "download", lambda name: tmp_path / f"{name}.pth")
     monkeypatch.setitem(models.DOWNLOADS, "inception", ("", sample.fingerprint(tmp_path / "inception.pth")))
-    return load_inception(torch.device("cpu"))
+    return Inception(torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def test_the_network_is_pytorch_fids(network, weights, monkeypatch) -> None:
 def test_other_weights_are_refused(network, tmp_path) -> None:
     torch.save({"weight": torch.zeros(3)}, tmp_path / "inception.pth")
     with pytest.raises(ValueError, match="is not FID's Inception"):
-        load_inception(torch.device("cpu"))
+        Inception(torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- resizing

@@ -1,16 +1,14 @@
 """Long-tailed recognition: layout, losses, selection and head against slow references, both stages."""
 import json
 import math
-import os
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, build, tiny_clip_config
+from conftest import build, tiny_clip_config
 from convert_places_lt import convert
-from make_cifar10_lt import cifar10_lt
+from make_cifar10_lt import ARTICLES, cifar10_lt
 from PIL import Image
 from torch.nn import functional as F
 
@@ -18,7 +16,6 @@ import evaluate
 import model as models
 from evaluate import LanguageGuidedHead, Reading, class_contrast, distillation, open_longtail
 
-CIFAR10 = Path(os.environ.get("DIFFDIS_DATA", ROOT.parent / "shared/data")) / "cifar10/train_jpeg.npz"
 TRAIN = {"airfield": 12, "art_gallery": 4, "hall": 1}
 ARTICLE = """An airfield is a place. Planes land there, e.g. small ones! It is flat.
 == History ==
@@ -43,8 +40,8 @@ def places(tmp_path):
                 lists[split].append(f"{split}/{name}/{i:08d}.png\t{name}\n")
     for split, lines in lists.items():
         (tmp_path / f"{split}.txt").write_text("".join(lines))
-    (tmp_path / "wiki").mkdir()
-    (tmp_path / "wiki" / "airfield.txt").write_text(ARTICLE)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "airfield.txt").write_text("An airfield is a place.\nIt is flat.\n")
     return tmp_path
 
 
@@ -52,12 +49,9 @@ def places(tmp_path):
 def test_lists_and_articles_are_read(places) -> None:
     found = open_longtail(str(places))
     assert found.train.classes == found.test.classes == ["airfield", "art gallery", "hall"]
-    assert evaluate.labels_of(found.train).tolist() == [0] * 12 + [1] * 4 + [2]
+    assert found.labels.tolist() == [0] * 12 + [1] * 4 + [2]
     assert len(found.test) == 9 and found.test.read(8).label == 2
-    assert found.sentences[0] == [
-        "An airfield is a place.", "Planes land there, e.g. small ones!", "It is flat.",
-        "The first one was in the U.S.", "Army.", "Others followed?", "Sport."]
-    assert found.sentences[1:] == [[], []]
+    assert found.sentences == [["An airfield is a place.", "It is flat."], [], []]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -80,16 +74,20 @@ def test_places_lt_becomes_lists_and_articles_by_name(places) -> None:
         (places / f"Places_LT_{split}.txt").write_text("/" + lines.replace("\tart_gallery", " 1"))
         (places / f"{split}.txt").unlink()
     (places / "labels.txt").write_text("airfield 0\nart_gallery 1\nbeer/hall 2\n")
-    (places / "wiki" / "airfield.txt").rename(places / "wiki" / "desc_0.txt")
+    (places / "wiki").mkdir()
+    (places / "wiki" / "desc_0.txt").write_text(ARTICLE)
     convert(places)
     found = open_longtail(str(places))
-    assert found.test.classes == ["airfield", "art gallery", "beer hall"] and len(found.sentences[0]) == 7
-    assert evaluate.labels_of(found.train).tolist() == [0] * 12 + [1] * 4 + [2] and len(found.test) == 9
+    assert found.test.classes == ["airfield", "art gallery", "beer hall"] and len(found.test) == 9
+    assert found.labels.tolist() == [0] * 12 + [1] * 4 + [2]
+    assert found.sentences[0] == [
+        "An airfield is a place.", "Planes land there, e.g. small ones!", "It is flat.",
+        "The first one was in the U.S.", "Army.", "Others followed?", "Sport."]
 
 
 def test_shapes_follow_zipfs_law_and_share_no_picture() -> None:
     found = open_longtail("shapes")
-    labels = evaluate.labels_of(found.train)
+    labels = found.labels
     assert sorted(torch.bincount(labels).tolist()) == sorted(300 // k for k in range(1, 25))
     pictures = [source.read(i).image.tobytes() for source in (found.train, found.test)
                 for i in range(0, len(source), 3)]
@@ -280,7 +278,7 @@ def test_two_stages_are_the_whole_and_the_seed_decides(places, capsys, monkeypat
     before = {name: value.clone() for name, value in model.state_dict().items()}
     evaluate.fine_tune(model, open_longtail(str(places))._replace(sentences=[["a"], ["b"], ["c"]]), 1, 100.0,
                        Reading(batch_size=8))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "a copy is tuned"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "not a copy"
 
 
 def test_what_nothing_changes_is_read_once_and_what_mixes_is_read_again(places, monkeypatch) -> None:
@@ -330,8 +328,8 @@ def test_a_control_breaks_the_test_images_alone(places, monkeypatch) -> None:
     (["--text-steps", "2000"], "is 2000, expected 1 to 1000"),
     (["--lr-scale", "1e30", *QUICK[:-2]], "stage 1, step"),
     (["--lr-scale", "1e38", "--epochs", "0", "--no-augment", "--batch-size", "8"], "stage 2, step"),
-    (["--epochs", "0", "--broken"], "training images are unusable"),
-    (["--batch-size", "16", "--broken"], "training images are unusable")])
+    (["--epochs", "0", "--broken"], "unreadable image"),
+    (["--batch-size", "16", "--broken"], "unreadable image")])
 def test_mistakes_end_in_one_line(places, capsys, monkeypatch, flags, message) -> None:
     monkeypatch.chdir(places)
     models.save(places / "m.pt", build())
@@ -345,29 +343,16 @@ def test_mistakes_end_in_one_line(places, capsys, monkeypatch, flags, message) -
 
 
 # ---------------------------------------------------------------- whole data sets
-@pytest.mark.parametrize("kind", ["diffdis", "clip"])
-def test_cifar10_lt_from_nothing_to_the_head(tmp_path, kind) -> None:
-    """A tenth of CIFAR-10-LT, imbalance 100: from random weights to what the head says."""
-    if not CIFAR10.is_file():
-        pytest.skip(f"no CIFAR-10 at {CIFAR10}")
-    held = np.load(CIFAR10)
-    names, (labels, ends) = [str(name) for name in held["class_names"]], (held["labels"], held["offsets"])
-    jpegs, taken = held["jpeg"].tobytes(), Counter()
-    for i in range(len(labels)):
-        split = "val" if i % 10 == 0 else "train"
-        taken[split, labels[i]] += 1
-        if taken[split, labels[i]] <= (445 if split == "train" else 30):
-            folder = tmp_path / "cifar10" / split / names[labels[i]]
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{i:05d}.jpg").write_bytes(jpegs[ends[i]:ends[i + 1]])
-    counts = cifar10_lt(tmp_path / "cifar10", tmp_path / "lt", most=440, of_val=5)
-    assert counts == [440, 263, 158, 94, 56, 34, 20, 12, 7, 4]
-    data = open_longtail(str(tmp_path / "lt"))._replace(augment=False)
-    found = evaluate.longtail(build() if kind == "diffdis" else build(tiny_clip_config()), data,
-                              Reading(batch_size=64), epochs=4, head_epochs=20, lr_scale=20)
-    assert found["n"] == 300 and found["n_train"] == sum(counts) and found["classes"] == 10
-    assert not found["skipped"]["skipped"] and found["sentences"] > 40
-    assert found["top1"] > 0.13 and found["image_acc"] > 0.12, "chance is 0.1"
+def test_cifar10_lt_is_what_longtail_reads(tmp_path) -> None:
+    for split, count in (("train", 12), ("val", 2)):
+        for name in ARTICLES:
+            (tmp_path / "cifar10" / split / name).mkdir(parents=True)
+            for i in range(count):
+                (tmp_path / "cifar10" / split / name / f"{i}.png").touch()
+    counts = cifar10_lt(tmp_path / "cifar10", tmp_path / "lt", most=10, imbalance=10, of_val=2)
+    data = open_longtail(str(tmp_path / "lt"))
+    assert torch.bincount(data.labels).tolist() == counts == [10, 7, 5, 4, 3, 2, 2, 1, 1, 1]
+    assert len(data.test) == 20 and all(map(len, data.sentences)) and data.train.classes == sorted(ARTICLES)
 
 
 def test_both_stages_run_on_shapes_by_zipfs_law(tmp_path) -> None:
