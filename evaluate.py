@@ -130,12 +130,12 @@ class Read(NamedTuple):
 
 
 @torch.no_grad()
-def over_images(model: DiffDis | Clip | None, source: Source, reading: Reading,
+def over_images(model: "DiffDis | Clip | Inception", source: Source, reading: Reading,
                 values_of: Callable[[Tensor, list[int]], Tensor], size: int | None = None) -> Read:
     """values_of(inputs [B, ...], numbers of the images [B]) -> [B, ...], for all usable images of a source.
     The ranks share them, the controls act here. Raises ValueError where too many images are unusable.
 
-    inputs: clean latents, of a CLIP normalised pixels; without a model uint8 pixels [B, size, size, 3].
+    inputs: what the model's read_batch makes of pixels, e.g. clean latents; size: px, without it the model's.
     """
     (rank, world), control, began = rank_and_world(), reading.control, time.perf_counter()
     mine, skips, values, rows = source.subset(np.arange(rank, len(source), world)), SkipReport(), [], []
@@ -147,7 +147,7 @@ def over_images(model: DiffDis | Clip | None, source: Source, reading: Reading,
         skips.add(batch.skipped, batch.visited)
         if batch.captions:
             places = [i * world + rank for i in batch.places]
-            inputs = batch.images if model is None else model.read_batch(batch.images.to(model.device))
+            inputs = model.read_batch(batch.images.to(model.device))
             values.append(values_of(torch.zeros_like(inputs) if control == "no-image" else inputs, places))
             rows += zip(places, batch.captions, batch.labels)
     seconds = time.perf_counter() - began
@@ -164,19 +164,21 @@ def over_images(model: DiffDis | Clip | None, source: Source, reading: Reading,
     return Read(whole, list(captions), list(labels), total, seconds * world / len(rows))
 
 
-def read_queries(model: DiffDis | Clip, inputs: Tensor, places: list[int], reading: Reading) -> Tensor:
-    """What the model reads from images, comparable with texts [B, D], unit norm: a denoised text query
-    (Algorithm 3), of a CLIP the image's embedding."""
-    if isinstance(model, Clip):
+def read_queries(model: "DiffDis | Clip | Inception", inputs: Tensor, places: list[int], reading: Reading
+                 ) -> Tensor:
+    """What the model reads from images [B, D]: a denoised text query (Algorithm 3), of a CLIP the image's
+    embedding, both comparable with texts and of unit norm; of Inception its features."""
+    if isinstance(model, Clip | Inception):
         return model.encode_image(inputs)
     return draw_queries(model, inputs, places, reading.text_steps, reading.draws, reading.guidance_scale,
                         reading.seed)
 
 
-def image_queries(model: DiffDis | Clip, source: Source, reading: Reading) -> Read:
+def image_queries(model: "DiffDis | Clip | Inception", source: Source, reading: Reading,
+                  size: int | None = None) -> Read:
     """`read_queries` of all usable images."""
     return over_images(model, source, reading,
-                       lambda inputs, places: read_queries(model, inputs, places, reading))
+                       lambda inputs, places: read_queries(model, inputs, places, reading), size)
 
 
 @torch.no_grad()
@@ -395,9 +397,9 @@ class Inception:
             joined.append(h)
         return torch.cat(joined + [F.max_pool2d(x, 3, 2)] * halves, dim=1)
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def encode_image(self, images: Tensor) -> Tensor:
         """images [B, 3, 299, 299] in [-1, 1] -> features "pool3" [B, 2048]."""
-        x = self.conv(images.to(self.device), "Conv2d_1a_3x3", 2, pads=False)
+        x = self.conv(images, "Conv2d_1a_3x3", 2, pads=False)
         x = self.conv(self.conv(x, "Conv2d_2a_3x3", pads=False), "Conv2d_2b_3x3")
         x = self.conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1")
         x = F.max_pool2d(self.conv(x, "Conv2d_4a_3x3", pads=False), 3, 2)
@@ -405,25 +407,15 @@ class Inception:
             x = self.block(x, name, branches)
         return x.mean(dim=(2, 3))                                                    # of [B, 2048, 8, 8]
 
-
-def inception_input(pixels: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, 299, 299] in about [-1, 1], resized as in clean-fid (Parmar et al.
-    2022): bicubic of floats, antialiased. The way of resizing moves FID by whole points."""
-    # Pillow itself: another program's bicubic is not the same.
-    planes = [np.asarray(Image.fromarray(plane).resize((299, 299), Image.Resampling.BICUBIC))
-              for plane in pixels.permute(0, 3, 1, 2).float().flatten(0, 1).numpy()]
-    return ((torch.from_numpy(np.stack(planes)).clamp(0, 255) - 128) / 128).unflatten(0, (-1, 3))
-
-
-def picture_features(network: Inception | DiffDis | Clip, pixels: Tensor, places: list[int], reading: Reading
-                     ) -> Tensor:
-    """What pictures are compared by [B, D]: Inception's pool3, or what a checkpoint reads from them.
-    pixels: uint8 [B, S, S, 3]."""
-    if isinstance(network, Inception):
-        return network(inception_input(pixels))
-    squares = [to_square(Image.fromarray(picture), network.config.image_size) for picture in pixels.numpy()]
-    inputs = network.read_batch(torch.from_numpy(np.stack(squares)).to(network.device))
-    return read_queries(network, inputs, places, reading)
+    @staticmethod
+    def read_batch(pixels: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] -> float32 [B, 3, 299, 299] in about [-1, 1], resized as in clean-fid (Parmar et
+        al. 2022): bicubic of floats, antialiased. The way of resizing moves FID by whole points."""
+        # Pillow itself: another program's bicubic is not the same.
+        planes = [np.asarray(Image.fromarray(plane).resize((299, 299), Image.Resampling.BICUBIC))
+                  for plane in pixels.permute(0, 3, 1, 2).float().flatten(0, 1).cpu().numpy()]
+        resized = torch.from_numpy(np.stack(planes)).to(pixels.device).clamp(0, 255)
+        return ((resized - 128) / 128).unflatten(0, (-1, 3))
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -450,13 +442,12 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
         out: Path | None = None) -> dict:
     """Fréchet distance between drawn pictures and the images of a source, centre squares of the model's size.
 
-    network: gives `picture_features`; n: pictures, each for a sample's first caption, without it 30,000 or as
-    many as there are; the i-th comes from seed + i; out: a folder for them.
+    network: what compares, by `read_queries`; n: pictures, each for a sample's first caption, without it
+    30,000 or as many as there are; the i-th comes from seed + i; out: a folder for them.
     """
     size, (rank, world) = model.config.image_size, rank_and_world()
     scale = model.config.guidance_scale if guidance_scale is None else guidance_scale
-    reference = over_images(None, source, reading, lambda pixels, places: picture_features(
-        network, pixels, places, reading), size)
+    reference = image_queries(network, source, reading, size)
     chosen = evenly_spaced(source, n or 30_000)
     prompts = [captions[0] for captions in usable_captions(chosen, len(chosen))]
     mine, rows = range(rank, len(prompts), world), []
@@ -468,7 +459,8 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
             sampler=sampler)]
         for i, picture in zip(places, pictures if out else ()):
             picture.save(out / f"{i:06d}.png")
-        rows.append(picture_features(network, torch.from_numpy(np.stack(pictures)), places, reading))
+        inputs = network.read_batch(torch.from_numpy(np.stack(pictures)).to(network.device))
+        rows.append(read_queries(network, inputs, places, reading))
     drawn = gather_rows(mine, rows)
     count, width = min(len(drawn), len(reference.values)), drawn.shape[1]
     if count < 2:
@@ -828,7 +820,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     add("--batch-size", type=positive, help="images at once; without it 100, fid 16, longtail 128")
     add("--workers", type=natural, help="processes that decode images; without it 0 for shapes, else 2")
-    add("--max-bad", type=finite, default=0.05, help="share of samples that may be unusable; not where trained")
+    add("--max-bad", type=finite, default=0.05,
+        help="share of samples that may be unusable; in training none")
     add("--guidance-scale", type=finite, help="1 + w; without it 1 to read, the checkpoint's own to draw")
     add = parser.add_argument_group("retrieval, zeroshot, longtail").add_argument
     add("--control", choices=CONTROLS, default="none", help="break the evaluation on purpose, expect chance")
@@ -895,8 +888,9 @@ def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict
         return zeroshot(model, source, reading, args.template, args.loss_timesteps)
     network = (models.load(args.features, model.device) if args.features else
                in_turn(lambda: Inception(model.device)))
-    if args.features and "alignment" not in network.tasks:
-        raise ValueError(f"--features {args.features} was trained only to draw: give a model that reads")
+    size = model.config.image_size
+    if args.features and ("alignment" not in network.tasks or network.config.image_size != size):
+        raise ValueError(f"--features {args.features}: expected a model that reads pictures of {size} px")
     return fid(model, source, network, reading, args.n, args.steps, scale, args.sampler, out)
 
 

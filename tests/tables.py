@@ -1,5 +1,4 @@
-"""The tables of .readme/RESULTS.md from the results of their loops: means over seeds, and what they say of the
-paper.
+"""The tables of .readme/RESULTS.md from their raw results: means over seeds, and what they say of the paper.
 
     python tests/tables.py tables                      of every NAME-SEED.json in a folder
     python tests/tables.py longtail                    the same of `evaluate.py longtail`'s

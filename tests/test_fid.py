@@ -19,7 +19,7 @@ import evaluate
 import model as models
 import sample
 from data import Shapes
-from evaluate import Inception, frechet_distance, inception_input
+from evaluate import Inception, frechet_distance
 from sample import to_pil
 
 
@@ -58,7 +58,7 @@ def test_the_network_is_pytorch_fids(network, weights, monkeypatch) -> None:
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: weights)
     theirs = inception.InceptionV3(normalize_input=False).eval()
     images = torch.randint(0, 256, (2, 3, 299, 299)) / 127.5 - 1
-    features, expected = network(images), theirs(images)[0].flatten(1)
+    features, expected = network.encode_image(images), theirs(images)[0].flatten(1)
     assert features.shape == (2, 2048) and features.std() > 1e-2, "features that are all alike test nothing"
     assert (features - expected).norm() < 1e-5 * expected.norm(), "it is not the one FID is defined with"
 
@@ -73,7 +73,7 @@ def test_other_weights_are_refused(network, tmp_path) -> None:
 @pytest.mark.parametrize("height, width", [(32, 32), (401, 277), (299, 299), (700, 64)])
 def test_resize_is_pillows_channel_by_channel(height: int, width: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
-    found = inception_input(torch.from_numpy(pixels))
+    found = Inception.read_batch(torch.from_numpy(pixels))
     assert found.shape == (2, 3, 299, 299) and found.dtype == torch.float32
     for i in range(2):
         for c in range(3):
@@ -87,7 +87,7 @@ def test_resize_does_not_alias() -> None:
     """Stripes finer than the result's pixels: their mean remains, or a pattern that is not in the image."""
     stripes = torch.zeros(1, 64, 1300, 3, dtype=torch.uint8)
     stripes[:, :, ::2] = 255
-    assert inception_input(stripes)[..., 4:-4].std() < 0.1
+    assert Inception.read_batch(stripes)[..., 4:-4].std() < 0.1
 
 
 # ---------------------------------------------------------------- the distance
