@@ -41,9 +41,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, check_index,
-                  evaluation_batches, evenly_spaced, open_source, rand_augment, text_lines, to_square,
-                  usable_captions)
+from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, check_index, evaluation_batches,
+                  evenly_spaced, open_source, rand_augment, text_lines, to_square, usable_captions)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        sampling_timesteps, signal_and_noise)
 from model import Clip, DiffDis, TextConfig
@@ -348,14 +347,13 @@ def checker(model: DiffDis, n: int = 64, steps: int = 50, guidance_scale: float 
 
 # ---------------------------------------------------------------- FID and its Inception
 # Block -> its branches, in the order in which they are joined, and how many convolutions each has.
-INCEPTION_A = {"1x1": 1, "5x5": 2, "3x3dbl": 3, "_pool": 1}
-INCEPTION_C = {"1x1": 1, "7x7": 3, "7x7dbl": 5, "_pool": 1}
-INCEPTION_E = {"1x1": 1, "3x3": 2, "3x3dbl": 3, "_pool": 1}
 INCEPTION = {
-    "Mixed_5b": INCEPTION_A, "Mixed_5c": INCEPTION_A, "Mixed_5d": INCEPTION_A,
-    "Mixed_6a": {"3x3": 1, "3x3dbl": 3}, "Mixed_6b": INCEPTION_C, "Mixed_6c": INCEPTION_C,
-    "Mixed_6d": INCEPTION_C, "Mixed_6e": INCEPTION_C,
-    "Mixed_7a": {"3x3": 2, "7x7x3": 4}, "Mixed_7b": INCEPTION_E, "Mixed_7c": INCEPTION_E}
+    **dict.fromkeys(("Mixed_5b", "Mixed_5c", "Mixed_5d"), {"1x1": 1, "5x5": 2, "3x3dbl": 3, "_pool": 1}),
+    "Mixed_6a": {"3x3": 1, "3x3dbl": 3},
+    **dict.fromkeys(("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
+                    {"1x1": 1, "7x7": 3, "7x7dbl": 5, "_pool": 1}),
+    "Mixed_7a": {"3x3": 2, "7x7x3": 4},
+    **dict.fromkeys(("Mixed_7b", "Mixed_7c"), {"1x1": 1, "3x3": 2, "3x3dbl": 3, "_pool": 1})}
 
 
 class Inception:
@@ -743,6 +741,7 @@ def train_head(model: DiffDis | Clip, data: LongTail, texts: Sequence[Tensor], e
                reading: Reading) -> LanguageGuidedHead:
     """VL-LTR's second stage: a head on the frozen model's text queries, its two branches' losses summed.
     texts: of each class, its sentences' text queries [M, D]."""
+    # At most 50 images of each class choose its anchors.
     few = torch.cat([torch.nonzero(data.labels == k)[:50, 0] for k in range(len(texts))]).sort().values
     known = image_queries(model, data.train.subset(few.numpy()), reading).values
     anchors = select_anchors(known, data.labels[few], texts, model.logit_scale.exp().item())
