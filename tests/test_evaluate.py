@@ -26,9 +26,9 @@ from sample import draw_queries
 
 
 class Oracle(torch.nn.Module):
-    """Stands in for a perfect model: reads a picture's number from its first pixel and knows that text's query.
-    `copies` makes it the opposite: it returns the noised query or latents that it was given, and can only
-    repeat what is fed in."""
+    """Stands in for a perfect model: it reads a picture's number from its first pixel and knows that text's
+    query. `copies` makes it the opposite: it returns the noised query or latents that it was given, and can
+    only repeat what is fed in."""
 
     def __init__(self, model, texts: list[str], copies: bool = False) -> None:
         super().__init__()
