@@ -5,7 +5,7 @@ What it is: Algorithm 3 (sample.py) turned into the field's numbers, and a CLIP'
     python evaluate.py zeroshot  --data DIR           top-1, top-5, mean per class
     python evaluate.py fid       --data DIR           Fréchet distance of drawn pictures to real ones
     python evaluate.py checker   --best-of 4          pictures for held-out prompts, judged from their pixels
-    python evaluate.py longtail  --data places-lt     VL-LTR's two stages on few images of most classes
+    python evaluate.py longtail  --data DIR           VL-LTR's two stages on few images of most classes
     python evaluate.py retrieval zeroshot checker     several tasks in one command
 What it is not: training of DiffDis. The predictor receives only clean latents and noise (of a CLIP: pixels).
 Its text queries are compared with those of all candidate texts, and only then with the truth. `--control`
@@ -23,16 +23,16 @@ import os
 import platform
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import regex
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -41,15 +41,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-import sample
-from data import (KINDS, SIDE, Batch, FileSource, Sample, Shapes, SkipReport, Source, check, check_index,
-                  clean, evaluation_batches, evenly_spaced, open_source, rand_augment, refuse_missing,
-                  text_lines, to_square, usable_captions)
-from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_denoiser, make_target,
-                       noise_of, q_sample, sampling_timesteps, signal_and_noise)
+from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, check_index, evaluation_batches,
+                  evenly_spaced, open_source, rand_augment, text_lines, to_square, usable_captions)
+from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
+                       sampling_timesteps, signal_and_noise)
 from model import Clip, DiffDis, TextConfig
-from sample import (CKPT_HELP, SAMPLERS, Parser, draw_images, draw_queries, fail, find_checkpoint,
-                    fingerprint, finite, natural, pick_device, positive, to_pil)
+from sample import (CKPT_HELP, SAMPLERS, Parser, denoise_queries, draw_images, draw_queries, fail,
+                    find_checkpoint, fingerprint, finite, natural, pick_device, positive, to_pil)
+from sample import best_of as favourite
 
 
 # ---------------------------------------------------------------- ranks
@@ -129,43 +128,31 @@ class Read(NamedTuple):
     seconds: float                # per image and device, decoding included
 
 
-class Mismatched(Source):
-    """Every sample with the image of another: the control "shuffle-images"."""
-
-    def __init__(self, source: Source, seed: int) -> None:
-        super().__init__(source.name, len(source))
-        self.source, self.others, self.skipped = source, shuffled(len(source), seed).tolist(), source.skipped
-
-    def read(self, index: int, side: int | None = None) -> Sample:
-        row = self.rows[index]
-        return replace(self.source.read(row, side), image=self.source.read(self.others[row], side).image)
-
-
 @torch.no_grad()
-def over_images(model: DiffDis | Clip | None, source: Source, reading: Reading,
+def over_images(model: "DiffDis | Clip | Inception", source: Source, reading: Reading,
                 values_of: Callable[[Tensor, list[int]], Tensor], size: int | None = None) -> Read:
     """values_of(inputs [B, ...], numbers of the images [B]) -> [B, ...], for all usable images of a source.
     The ranks share them, the controls act here. Raises ValueError where too many images are unusable.
 
-    inputs: clean latents, of a CLIP normalised pixels; without a model uint8 pixels [B, size, size, 3].
+    inputs: what the model's read_batch makes of pixels, e.g. clean latents; size: px, without it the model's.
     """
-    (rank, world), control = rank_and_world(), reading.control
-    mixed = Mismatched(source, reading.seed) if control == "shuffle-images" else source
-    mine, began = mixed.subset(np.arange(rank, len(source), world)), time.perf_counter()
-    skips, values, rows = SkipReport(reading.max_bad), [], []
+    (rank, world), control, began = rank_and_world(), reading.control, time.perf_counter()
+    mine, skips, values, rows = source.subset(np.arange(rank, len(source), world)), SkipReport(), [], []
+    if control == "shuffle-images":          # every sample with the image of another
+        mine.image = source.subset(shuffled(len(source), reading.seed).numpy()[rank::world]).image
     batches = evaluation_batches(mine, size or model.config.image_size, reading.batch_size, reading.workers)
     for batch in tqdm(batches, "read", -(-len(mine) // reading.batch_size), leave=False, unit="batch",
                       disable=None if rank == 0 else True):
         skips.add(batch.skipped, batch.visited)
         if batch.captions:
             places = [i * world + rank for i in batch.places]
-            inputs = batch.images if model is None else model.read_batch(batch.images.to(model.device))
+            inputs = model.read_batch(batch.images.to(model.device))
             values.append(values_of(torch.zeros_like(inputs) if control == "no-image" else inputs, places))
             rows += zip(places, batch.captions, batch.labels)
-    seconds, total = time.perf_counter() - began, SkipReport(reading.max_bad)
-    for skipped, visited in [*everybody((skips.skipped, skips.visited)),
-                             (+source.skipped, source.skipped.total())]:
-        total.add(skipped, visited)
+    seconds = time.perf_counter() - began
+    total = SkipReport(reading.max_bad, source.skipped.total(), +source.skipped)
+    for own in everybody(skips):
+        total.add(own.skipped, own.visited)
     total.check(final=True)
     whole = gather_rows([place for place, _, _ in rows], values)
     rows = sorted(chain.from_iterable(everybody(rows)), key=lambda row: row[0])
@@ -176,19 +163,21 @@ def over_images(model: DiffDis | Clip | None, source: Source, reading: Reading,
     return Read(whole, list(captions), list(labels), total, seconds * world / len(rows))
 
 
-def read_queries(model: DiffDis | Clip, inputs: Tensor, places: list[int], reading: Reading) -> Tensor:
-    """What the model reads from images, comparable with texts [B, D], unit norm: a denoised text query
-    (Algorithm 3), of a CLIP the image's embedding."""
-    if isinstance(model, Clip):
+def read_queries(model: "DiffDis | Clip | Inception", inputs: Tensor, places: list[int], reading: Reading
+                 ) -> Tensor:
+    """What the model reads from images [B, D]: a denoised text query (Algorithm 3), of a CLIP the image's
+    embedding, both comparable with texts and of unit norm; of Inception its features."""
+    if isinstance(model, Clip | Inception):
         return model.encode_image(inputs)
     return draw_queries(model, inputs, places, reading.text_steps, reading.draws, reading.guidance_scale,
                         reading.seed)
 
 
-def image_queries(model: DiffDis | Clip, source: Source, reading: Reading) -> Read:
+def image_queries(model: "DiffDis | Clip | Inception", source: Source, reading: Reading,
+                  size: int | None = None) -> Read:
     """`read_queries` of all usable images."""
     return over_images(model, source, reading,
-                       lambda inputs, places: read_queries(model, inputs, places, reading))
+                       lambda inputs, places: read_queries(model, inputs, places, reading), size)
 
 
 @torch.no_grad()
@@ -221,17 +210,16 @@ def wilson(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
 
 
-def ranks_of_best_match(queries: Tensor, candidates: Tensor, matches: list[list[int]],
-                        block: int = 1024) -> Tensor:
+def ranks_of_best_match(queries: Tensor, candidates: Tensor, pairs: Tensor, block: int = 1024) -> Tensor:
     """How many wrong candidates are at least as similar as the best right one; 0 is a hit at R@1. Ties count
     against the model: one that gives every candidate the same score must not look perfect.
-    queries [N, D], candidates [K, D], matches: N lists of right candidates -> [N] int64."""
+    queries [N, D], candidates [K, D], pairs [P, 2]: numbers of a query and of a right candidate -> [N]."""
     ranks = []
-    for rows in torch.arange(len(queries)).split(block):
-        similarity = queries[rows] @ candidates.T
+    for first in range(0, len(queries), block):
+        similarity = queries[first:first + block] @ candidates.T
         right = torch.zeros_like(similarity, dtype=torch.bool)
-        for i, row in enumerate(rows.tolist()):
-            right[i, matches[row]] = True
+        query, candidate = pairs[pairs[:, 0] // block == first // block].T
+        right[query - first, candidate] = True
         best = similarity.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
         ranks.append(((similarity >= best) & ~right).sum(dim=1))
     return torch.cat(ranks)
@@ -241,20 +229,15 @@ def retrieval(model: DiffDis | Clip, source: Source, reading: Reading = Reading(
     """R@1/5/10 both ways: a hit if any caption of the image is among the k most similar texts, any image with
     that caption among the k most similar images. Equal captions are one text; with Karpathy's files each is
     its own, as in the field's protocol."""
-    read = image_queries(model, source, reading)
-    captions, numbers = read.captions, {}          # (text, where it stands if that matters) -> its number
-    texts_of = [sorted({numbers.setdefault((text, source.texts and (image, j)), len(numbers))
-                        for j, text in enumerate(own)}) for image, own in enumerate(captions)]
-    images_of: list[list[int]] = [[] for _ in numbers]
-    for image, own in enumerate(texts_of):
-        for text in own:
-            images_of[text].append(image)
-    texts, n = encode_texts(model, [text for text, _ in numbers]), len(captions)
-    result = {"n": n, "n_texts": len(texts), "seed": reading.seed, "control": reading.control,
-              "chance": sum(map(len, texts_of)) / n / len(texts),
-              "t2i_r1_chance": sum(map(len, images_of)) / len(texts) / n}
-    for name, ranks in (("i2t", ranks_of_best_match(read.values, texts, texts_of)),
-                        ("t2i", ranks_of_best_match(texts, read.values, images_of))):
+    read, numbers = image_queries(model, source, reading), {}     # (text, where if that matters) -> number
+    pairs = torch.tensor([(image, numbers.setdefault((text, source.texts and (image, j)), len(numbers)))
+                          for image, own in enumerate(read.captions) for j, text in enumerate(own)])
+    pairs, texts = pairs.unique(dim=0), encode_texts(model, [text for text, _ in numbers])
+    n, n_texts = len(read.values), len(texts)
+    result = {"n": n, "n_texts": n_texts, "seed": reading.seed, "control": reading.control,
+              "chance": len(pairs) / n / n_texts, "t2i_r1_chance": len(pairs) / n_texts / n}
+    for name, ranks in (("i2t", ranks_of_best_match(read.values, texts, pairs)),
+                        ("t2i", ranks_of_best_match(texts, read.values, pairs.flip(1)))):
         for k in (1, 5, 10):
             rate = result[f"{name}_r{k}"] = (ranks < k).double().mean().item()
             # An image's captions succeed and fail together: no more trials than images.
@@ -271,22 +254,16 @@ ENSEMBLE = ("a photo of {a} {}", "a picture of {a} {}", "an image of {a} {}", "a
             "there is {a} {} in this picture")
 
 
-def template(text: str) -> str:
-    if "{}" not in text:
-        raise argparse.ArgumentTypeError(f"{text!r} has no {{}} for the name of a class")
-    return text
-
-
 def fill(template: str, name: str) -> str:
     return template.replace("{a}", "an" if name[0].lower() in "aeiou" else "a").replace("{}", name)
 
 
-def pick_templates(model: DiffDis | Clip, source: Source, templates: Sequence[str] | None) -> Sequence[str]:
-    """The templates given, or what is built in."""
-    if templates is not None:
-        return templates
-    if source.name == "shapes":
-        return ("a {}",)
+def pick_templates(model: DiffDis | Clip, source: Source, given: Sequence[str] | None) -> Sequence[str]:
+    """The templates given, or what is built in. Raises ValueError."""
+    if wrong := [template for template in given or () if "{}" not in template]:
+        raise ValueError(f"template {wrong[0]!r} has no {{}} for the name of a class")
+    if given or source.name == "shapes":
+        return given or ("a {}",)
     # A vocabulary learnt here comes with a text encoder that has read little but "a photo of a CLASS".
     return ENSEMBLE if model.config.text.vocab_size == TextConfig().vocab_size else ENSEMBLE[:1]
 
@@ -300,19 +277,17 @@ def classify_by_loss(model: DiffDis, latents: Tensor, places: list[int], context
     classes [K, L, D]; timesteps: how many, evenly spaced -> scores [B, K]: minus the mean generation loss
     (Eq. 4), over noise that an image's classes share.
     """
-    config, count, classes = model.config, len(latents), len(contexts)
+    config, losses = model.config, 0
     alphas = make_alphas_cumprod(config.image_schedule, config.timesteps).to(model.device)
-    losses = torch.zeros(count, classes, dtype=torch.float64, device=model.device)
+    image, label = torch.cartesian_prod(torch.arange(len(latents)), torch.arange(len(contexts))).T
     for j in range(timesteps):
         noise = noise_of(latents.shape[1:], [(reading.seed, place, j) for place in places]).to(model.device)
-        t = torch.full((count,), (2 * j + 1) * config.timesteps // (2 * timesteps), device=model.device)
+        t = torch.full((len(latents),), (2 * j + 1) * config.timesteps // (2 * timesteps)).to(model.device)
         target = make_target(config.image_target, latents, noise, *signal_and_noise(t, latents, alphas))
-        noisy, parts = q_sample(latents, t, noise, alphas), []
-        for pairs in torch.arange(count * classes, device=model.device).split(reading.batch_size):
-            image, label = pairs // classes, pairs % classes
-            pred = model.denoise_image(noisy[image], t[image], contexts[label])
-            parts.append(generation_loss(pred, target[image]))
-        losses += torch.cat(parts).double().view(count, classes)
+        z_t = q_sample(latents, t, noise, alphas)
+        parts = [generation_loss(model.denoise_image(z_t[i], t[i], contexts[k]), target[i])
+                 for i, k in zip(image.split(reading.batch_size), label.split(reading.batch_size))]
+        losses = losses + torch.cat(parts).double().view(len(latents), len(contexts))
     return -losses / timesteps
 
 
@@ -348,27 +323,22 @@ def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading()
 
 
 # ---------------------------------------------------------------- the checker's rates
-def held_out_captions(count: int) -> list[str]:
-    """Captions of the first `count` validation scenes of `shapes`."""
-    val = Shapes("val")
-    return [val.captions(i)[0] for i in range(min(count, len(val)))]
-
-
 def checker(model: DiffDis, n: int = 64, steps: int = 50, guidance_scale: float | None = None,
             best_of: int = 1, seed: int = 0, sampler: str = "ddim") -> dict:
-    """Draw pictures for held-out prompts of `shapes` and judge each from its pixels alone. Of best_of
+    """Draw pictures for n held-out prompts of `shapes` and judge each from its pixels alone. Of best_of
     pictures that one counts from which the model itself reads the prompt best; `all_single`: the first."""
     scale = model.config.guidance_scale if guidance_scale is None else guidance_scale
-    prompts, at_once, verdicts, firsts = held_out_captions(n), max(1, 64 // best_of), [], []
+    val, at_once, verdicts, firsts = Shapes("val"), max(1, 64 // best_of), [], []
+    prompts = [val.captions(i)[0] for i in range(min(n, len(val)))]
     for i in tqdm(range(0, len(prompts), at_once), "draw", unit="batch", disable=None, leave=False):
-        batch = prompts[i:i + at_once]
-        seeds = list(range(seed + i * best_of, seed + (i + len(batch)) * best_of))
-        images = draw_images(model, [prompt for prompt in batch for _ in range(best_of)], seeds, steps, scale,
-                             sampler=sampler)
-        for prompt, own in zip(batch, images.split(best_of)):
-            choice = sample.best_of(model, prompt, own, seed)[0] if best_of > 1 else 0
-            verdicts.append(check(to_square(to_pil(own[choice]), SIDE), prompt))
-            firsts.append(check(to_square(to_pil(own[0]), SIDE), prompt)["all"])
+        batch = [prompt for prompt in prompts[i:i + at_once] for _ in range(best_of)]
+        seeds = [seed + i * best_of + k for k in range(len(batch))]
+        images = draw_images(model, batch, seeds, steps, scale, sampler=sampler)
+        for prompt, own in zip(batch[::best_of], images.split(best_of)):
+            choice = favourite(model, prompt, own, seed)[0] if best_of > 1 else 0
+            judged = [check(to_square(to_pil(image), SIDE), prompt) for image in own]
+            verdicts.append(judged[choice])
+            firsts.append(judged[0]["all"])
     rates = {key: sum(verdict[key] for verdict in verdicts) / len(verdicts) for key in verdicts[0]}
     return {"n": len(prompts), "seed": seed, "chance": 0.0, "best_of": best_of, "sampler": sampler,
             "steps": steps, "guidance_scale": scale, **rates, "all_single": sum(firsts) / len(firsts),
@@ -376,136 +346,74 @@ def checker(model: DiffDis, n: int = 64, steps: int = 50, guidance_scale: float 
 
 
 # ---------------------------------------------------------------- FID and its Inception
-WIDE, TALL = (1, 7), (7, 1)          # kernels, height × width
-FORK = ((1, 3), (3, 1))              # two convolutions of the same input, side by side
-
-
-def inception_a(pooled: int) -> dict[str, list]:
-    return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
-            "branch3x3dbl": [(64, 1), (96, 3), (96, 3)], "branch_pool": [(pooled, 1)]}
-
-
-def inception_c(width: int) -> dict[str, list]:
-    return {"branch1x1": [(192, 1)], "branch7x7": [(width, 1), (width, WIDE), (192, TALL)],
-            "branch7x7dbl": [(width, 1), (width, TALL), (width, WIDE), (width, TALL), (192, WIDE)],
-            "branch_pool": [(192, 1)]}
-
-
-INCEPTION_E = {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), (384, FORK)],
-               "branch3x3dbl": [(448, 1), (384, 3), (384, FORK)], "branch_pool": [(192, 1)]}
-# Block -> what its pooling branch does ("halve": all branches do, and that one has no convolution); branch ->
-# its convolutions, (channels, kernel) each.
+# Block -> its branches, in the order in which they are joined, and how many convolutions each has.
 INCEPTION = {
-    "Mixed_5b": ("average", inception_a(32)), "Mixed_5c": ("average", inception_a(64)),
-    "Mixed_5d": ("average", inception_a(64)),
-    "Mixed_6a": ("halve", {"branch3x3": [(384, 3)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]}),
-    "Mixed_6b": ("average", inception_c(128)), "Mixed_6c": ("average", inception_c(160)),
-    "Mixed_6d": ("average", inception_c(160)), "Mixed_6e": ("average", inception_c(192)),
-    "Mixed_7a": ("halve", {"branch3x3": [(192, 1), (320, 3)],
-                           "branch7x7x3": [(192, 1), (192, WIDE), (192, TALL), (192, 3)]}),
-    # The last block of the original pools by maximum, unlike the published architecture.
-    "Mixed_7b": ("average", INCEPTION_E), "Mixed_7c": ("max", INCEPTION_E)}
-# No average is taken of the zeros that pad an edge: they would darken it.
-POOLS = {"average": nn.AvgPool2d(3, 1, padding=1, count_include_pad=False), "halve": nn.MaxPool2d(3, 2),
-         "max": nn.MaxPool2d(3, 1, padding=1)}
+    **dict.fromkeys(("Mixed_5b", "Mixed_5c", "Mixed_5d"), {"1x1": 1, "5x5": 2, "3x3dbl": 3, "_pool": 1}),
+    "Mixed_6a": {"3x3": 1, "3x3dbl": 3},
+    **dict.fromkeys(("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
+                    {"1x1": 1, "7x7": 3, "7x7dbl": 5, "_pool": 1}),
+    "Mixed_7a": {"3x3": 2, "7x7x3": 4},
+    **dict.fromkeys(("Mixed_7b", "Mixed_7c"), {"1x1": 1, "3x3": 2, "3x3dbl": 3, "_pool": 1})}
 
 
-def inception_conv(channels: int, out: int, kernel: int | tuple[int, int], stride: int = 1,
-                   pad: bool = True) -> nn.Sequential:
-    sides = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-    padding = tuple(side // 2 for side in sides) if pad else 0
-    return nn.Sequential(OrderedDict(conv=nn.Conv2d(channels, out, sides, stride, padding, bias=False),
-                                     bn=nn.BatchNorm2d(out, eps=0.001), relu=nn.ReLU()))
+class Inception:
+    """The network whose features FID compares: TensorFlow's Inception v3 of 2015-12-05, from pytorch-fid's
+    file, in which a tensor's shape says how many channels and which kernel. It is not torchvision's: other
+    weights, other pooling at edges and at the end. Raises OSError where there is no network, ValueError."""
 
+    def __init__(self, device: torch.device) -> None:
+        path, self.device = models.download("inception"), device
+        if not fingerprint(path).startswith(models.DOWNLOADS["inception"][1]):
+            raise ValueError(f"{path} is not FID's Inception: delete it to fetch it again")
+        self.tensors = {name: value.to(device) for name, value in models.read_tensors(path).items()}
 
-class InceptionBlock(nn.Module):
-    """Branches side by side, joined over channels; a row of INCEPTION."""
+    def conv(self, x: Tensor, name: str, stride: int = 1, pads: bool = True) -> Tensor:
+        """A convolution without bias, batch norm, ReLU."""
+        weight = self.tensors[f"{name}.conv.weight"]
+        padding = [side // 2 for side in weight.shape[2:]] if pads else 0
+        norm = [self.tensors[f"{name}.bn.{part}"]
+                for part in ("running_mean", "running_var", "weight", "bias")]
+        return F.relu(F.batch_norm(F.conv2d(x, weight, None, stride, padding), *norm, eps=0.001))
 
-    def __init__(self, channels: int, pool: str, branches: dict[str, list]) -> None:
-        super().__init__()
-        self.halves, self.pool, self.out = pool == "halve", POOLS[pool], channels if pool == "halve" else 0
-        self.stages: dict[str, list[list[str]]] = {}     # branch -> the layers' names, two where it forks
-        for branch, layers in branches.items():
-            self.stages[branch], width = [], channels
-            for i, (out, kernel) in enumerate(layers, 1):
-                name = branch if len(layers) == 1 else f"{branch}_{i}"
-                kernels = {name + "a": FORK[0], name + "b": FORK[1]} if kernel == FORK else {name: kernel}
-                shrinks = self.halves and i == len(layers)
-                for name, sides in kernels.items():
-                    self.add_module(name, inception_conv(width, out, sides, 1 + shrinks, not shrinks))
-                self.stages[branch].append(list(kernels))
-                width = out * len(kernels)
-            self.out += width
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> [B, out, H, W], or about half the side."""
-        joined = []
-        for branch, stages in self.stages.items():
-            h = self.pool(x) if branch == "branch_pool" else x
-            for names in stages:
-                h = torch.cat([self.get_submodule(name)(h) for name in names], dim=1)
+    def block(self, x: Tensor, name: str, branches: dict[str, int]) -> Tensor:
+        """Branches side by side, joined over channels: x [B, C, H, W] -> [B, C', H, W]. Where none of them
+        pools, their last convolutions halve H and W, and x itself is joined too, pooled."""
+        halves, joined = "_pool" not in branches, []
+        for branch, depth in branches.items():
+            h = x
+            if branch == "_pool":
+                # The last block of the original pools by maximum, unlike the published architecture. No
+                # average is taken of the zeros that pad an edge: they would darken it.
+                h = (F.max_pool2d(x, 3, 1, 1) if name == "Mixed_7c" else
+                     F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+            for i in range(1, depth + 1):
+                layer = f"{name}.branch{branch}" + f"_{i}" * (depth > 1)
+                # Two convolutions of the same input, side by side, are called a and b.
+                layers = [layer] if f"{layer}.conv.weight" in self.tensors else [layer + "a", layer + "b"]
+                is_last = halves and i == depth
+                h = torch.cat([self.conv(h, layer, 1 + is_last, not is_last) for layer in layers], dim=1)
             joined.append(h)
-        return torch.cat(joined + [self.pool(x)] * self.halves, dim=1)
+        return torch.cat(joined + [F.max_pool2d(x, 3, 2)] * halves, dim=1)
 
-
-class Inception(nn.Sequential):
-    """The network whose features FID compares: TensorFlow's Inception v3 of 2015-12-05, names as in
-    pytorch-fid's port. It is not torchvision's: other weights, other pooling at edges and at the end."""
-
-    def __init__(self) -> None:
-        layers: dict[str, nn.Module] = {
-            "Conv2d_1a_3x3": inception_conv(3, 32, 3, 2, pad=False),
-            "Conv2d_2a_3x3": inception_conv(32, 32, 3, pad=False), "Conv2d_2b_3x3": inception_conv(32, 64, 3),
-            "pool_2": nn.MaxPool2d(3, 2), "Conv2d_3b_1x1": inception_conv(64, 80, 1),
-            "Conv2d_4a_3x3": inception_conv(80, 192, 3, pad=False), "pool_4": nn.MaxPool2d(3, 2)}
-        width = 192
-        for name, (pool, branches) in INCEPTION.items():
-            layers[name] = InceptionBlock(width, pool, branches)
-            width = layers[name].out
-        super().__init__(OrderedDict(layers))
-
-    def forward(self, images: Tensor) -> Tensor:
+    def encode_image(self, images: Tensor) -> Tensor:
         """images [B, 3, 299, 299] in [-1, 1] -> features "pool3" [B, 2048]."""
-        return super().forward(images).mean(dim=(2, 3))                              # of [B, 2048, 8, 8]
+        x = self.conv(images, "Conv2d_1a_3x3", 2, pads=False)
+        x = self.conv(self.conv(x, "Conv2d_2a_3x3", pads=False), "Conv2d_2b_3x3")
+        x = self.conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1")
+        x = F.max_pool2d(self.conv(x, "Conv2d_4a_3x3", pads=False), 3, 2)
+        for name, branches in INCEPTION.items():
+            x = self.block(x, name, branches)
+        return x.mean(dim=(2, 3))                                                    # of [B, 2048, 8, 8]
 
-
-def load_inception() -> Inception:
-    """FID's network with its published weights, downloaded at first use, in eval mode. Raises OSError where
-    there is no network, ValueError on other weights."""
-    path, network = models.download("inception"), Inception()
-    tensors = {name: value for name, value in models.read_tensors(path).items() if not name.startswith("fc.")}
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is not FID's Inception, delete it to fetch it again: {error}") from None
-    return network.eval().requires_grad_(False)
-
-
-def inception_input(pixels: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, 299, 299] in about [-1, 1], resized as in clean-fid (Parmar et al.
-    2022): bicubic of floats, antialiased. The way of resizing moves FID by whole points."""
-    # Pillow itself: another program's bicubic is not the same.
-    planes = [np.asarray(Image.fromarray(plane).resize((299, 299), Image.Resampling.BICUBIC))
-              for plane in pixels.permute(0, 3, 1, 2).float().flatten(0, 1).numpy()]
-    return ((torch.from_numpy(np.stack(planes)).clamp(0, 255) - 128) / 128).unflatten(0, (-1, 3))
-
-
-def picture_features(network: nn.Module, pixels: Tensor, places: list[int], reading: Reading) -> Tensor:
-    """What pictures are compared by [B, D]: Inception's pool3, or what a checkpoint reads from them.
-    pixels: uint8 [B, S, S, 3]."""
-    if isinstance(network, Inception):
-        return network(inception_input(pixels).to(next(network.parameters()).device))
-    squares = [to_square(Image.fromarray(picture), network.config.image_size) for picture in pixels.numpy()]
-    inputs = network.read_batch(torch.from_numpy(np.stack(squares)).to(network.device))
-    return read_queries(network, inputs, places, reading)
-
-
-def square_root(covariance: Tensor) -> Tensor:
-    """covariance [D, D] of rank r -> R [D, r] with R Rᵀ = covariance."""
-    values, vectors = torch.linalg.eigh(covariance)
-    # Below this, also below 0, an eigenvalue is rounding.
-    real = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
-    return vectors[:, real] * values[real].sqrt()
+    @staticmethod
+    def read_batch(pixels: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] -> float32 [B, 3, 299, 299] in about [-1, 1], resized as in clean-fid (Parmar et
+        al. 2022): bicubic of floats, antialiased. The way of resizing moves FID by whole points."""
+        # Pillow itself: another program's bicubic is not the same.
+        planes = [np.asarray(Image.fromarray(plane).resize((299, 299), Image.Resampling.BICUBIC))
+                  for plane in pixels.permute(0, 3, 1, 2).float().flatten(0, 1).cpu().numpy()]
+        resized = torch.from_numpy(np.stack(planes)).to(pixels.device).clamp(0, 255)
+        return ((resized - 128) / 128).unflatten(0, (-1, 3))
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -515,38 +423,42 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     with fewer images than features it is singular, `sqrtm` turns complex, and eigenvalues that rounding
     keeps from 0 would count by their square roots.
     """
-    a, b = a.double(), b.double()
+    a, b, roots = a.double(), b.double(), []
     first, second = torch.cov(a.T), torch.cov(b.T)
-    overlap = torch.linalg.svdvals(square_root(first).T @ square_root(second)).sum()
+    for values, vectors in (torch.linalg.eigh(first), torch.linalg.eigh(second)):
+        # Below this, also below 0, an eigenvalue is rounding.
+        real = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+        roots.append(vectors[:, real] * values[real].sqrt())
+    overlap = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
     distance = (a.mean(dim=0) - b.mean(dim=0)).square().sum() + first.trace() + second.trace() - 2 * overlap
     return distance.clamp(min=0).item()          # rounding could leave it a little below
 
 
 @torch.no_grad()
-def fid(model: DiffDis, source: Source, network: nn.Module, reading: Reading = Reading(),
+def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, reading: Reading = Reading(),
         n: int | None = None, steps: int = 50, guidance_scale: float | None = None, sampler: str = "ddim",
         out: Path | None = None) -> dict:
     """Fréchet distance between drawn pictures and the images of a source, centre squares of the model's size.
 
-    network: gives `picture_features`; n: pictures, each for a sample's first caption, without it 30,000 or as
-    many as there are; the i-th comes from seed + i; out: a folder for them.
+    network: what compares, by `read_queries`; n: pictures, each for a sample's first caption, without it
+    30,000 or as many as there are; the i-th comes from seed + i; out: a folder for them.
     """
     size, (rank, world) = model.config.image_size, rank_and_world()
-    reference = over_images(None, source, reading, lambda pixels, places: picture_features(
-        network, pixels, places, reading), size)
+    scale = model.config.guidance_scale if guidance_scale is None else guidance_scale
+    reference = image_queries(network, source, reading, size)
     chosen = evenly_spaced(source, n or 30_000)
     prompts = [captions[0] for captions in usable_captions(chosen, len(chosen))]
     mine, rows = range(rank, len(prompts), world), []
     for first in tqdm(range(0, len(mine), reading.batch_size), "draw", unit="batch",
                       disable=None if rank == 0 else True):
         places = list(mine[first:first + reading.batch_size])
-        images = draw_images(model, [prompts[i] for i in places], [reading.seed + i for i in places], steps,
-                             guidance_scale, sampler=sampler)
-        pictures = [to_pil(image) for image in images]
+        pictures = [to_pil(image) for image in draw_images(
+            model, [prompts[i] for i in places], [reading.seed + i for i in places], steps, scale,
+            sampler=sampler)]
         for i, picture in zip(places, pictures if out else ()):
             picture.save(out / f"{i:06d}.png")
-        pixels = torch.from_numpy(np.stack(pictures))
-        rows.append(picture_features(network, pixels, places, reading))
+        inputs = network.read_batch(torch.from_numpy(np.stack(pictures)).to(network.device))
+        rows.append(read_queries(network, inputs, places, reading))
     drawn = gather_rows(mine, rows)
     count, width = min(len(drawn), len(reference.values)), drawn.shape[1]
     if count < 2:
@@ -554,7 +466,6 @@ def fid(model: DiffDis, source: Source, network: nn.Module, reading: Reading = R
     if count < width:
         print(f"warning: {count} pictures and {width} features: the distance says more about the pictures' "
               "number than about the pictures")
-    scale = model.config.guidance_scale if guidance_scale is None else guidance_scale
     return {"n": len(drawn), "n_reference": len(reference.values), "seed": reading.seed, "chance": None,
             "fid": frechet_distance(drawn, reference.values), "features": type(network).__name__,
             "image_size": size, "sampler": sampler, "steps": steps, "guidance_scale": scale,
@@ -570,87 +481,45 @@ SMOOTHING = 0.1            # share of the label that goes to all classes alike
 MIXUP, CUTMIX = 0.8, 1.0   # α of the Beta distribution of the shares of two mixed images
 ANCHORS = 64               # sentences of a class that the head looks at
 MANY, FEW = 100, 20        # training images of a class, more than and fewer than which it is reported apart
-# Sections of a Wikipedia article that tell nothing of its subject.
-DROPPED_SECTIONS = {"References", "External links", "Further reading", "Bibliography"}
 
 
 class LongTail(NamedTuple):
     """A data set with few images of most classes, and sentences about each."""
     train: Source                 # labelled
-    test: Source                  # likewise
-    names: list[str]              # K classes
-    sentences: list[list[str]]    # of each class, from its description; none without one
+    labels: Tensor                # of its images [N], K classes
+    test: Source                  # labelled, of the same classes
+    sentences: list[list[str]]    # on each class; none without a file of them
     augment: bool = True          # RandAugment, mixup and CutMix of training images
-    skips: SkipReport = SkipReport()           # of training images
-
-    def labels(self) -> Tensor:
-        """Of all training images [N]."""
-        return torch.tensor([self.train.label(i) for i in range(len(self.train))])
 
 
 def open_longtail(name: str) -> LongTail:
-    """A long-tailed data set in Places-LT's layout, as VL-LTR has it. Raises FileNotFoundError or ValueError.
-
-    name: a folder, or "places-lt" (./places-lt or ./data/places-lt), with lists *train.txt and *test.txt,
-    lines "PATH LABEL", PATH below the folder; labels.txt, lines "NAME LABEL" (without it a class is called as
-    the folder of its images); wiki/desc_LABEL.txt, if there, an article on the class. Or "shapes".
-    """
+    """A folder with lists train.txt and test.txt, as `open_source` reads them, and, as far as there are,
+    texts/CLASS.txt, a sentence a line; or "shapes". Raises FileNotFoundError or ValueError."""
     if name == "shapes":
         return zipf_shapes()
-    root = Path("data/places-lt" if name == "places-lt" and not Path(name).is_dir() else name)
-    lists, sources = {}, []
-    for split in ("train", "test"):
-        tables = sorted(root.glob(f"*{split}.txt"))
-        if len(tables) != 1:
-            raise ValueError(f"{root} has {len(tables)} files *{split}.txt, expected one list of images")
-        lists[split] = read_labels(tables[0])
-    folders = [(Path(path).parent.name, label) for path, label in lists["train"]]
-    named = read_labels(root / "labels.txt") if (root / "labels.txt").is_file() else folders
-    named = {(label, regex.sub("[_/]", " ", name).strip()) for name, label in named}
-    names = list(dict(sorted(named)).values())
-    labels = [{label for _, label in entries} for entries in (folders, lists["test"])]
-    if not (len(set(names) - {""}) == len(named) and labels[0] == set(range(len(named))) >= labels[1]):
-        raise ValueError(f"{root}: {len(named)} names, training labels {min(labels[0])} to {max(labels[0])}: "
-                         "expected for each label from 0 on a name of its own, and images to train on")
-    for split, entries in lists.items():
-        images = [root / path for path, _ in entries]
-        refuse_missing(images, root / f"*{split}.txt")
-        sources.append(FileSource(images, f"{root.name} {split}", names, [label for _, label in entries]))
-    if shared := set(sources[0].images) & set(sources[1].images):
+    root = Path(name)
+    train, test = (open_source(str(root / f"{split}.txt")) for split in ("train", "test"))
+    if train.classes != test.classes:
+        raise ValueError(f"{root} has {len(train.classes)} classes in train.txt and {len(test.classes)} in "
+                         "test.txt: expected images of the same classes in both")
+    if shared := set(train.images) & set(test.images):
         raise ValueError(f"{len(shared)} images are in both lists of {root}: what is tested on must not be "
                          "trained on")
-    articles = [root / "wiki" / f"desc_{label}.txt" for label in range(len(names))]
-    return LongTail(*sources, names, [read_sentences(path) if path.is_file() else [] for path in articles])
-
-
-def read_labels(table: Path) -> list[tuple[str, int]]:
-    """Lines "PATH LABEL" -> [(path, label)]. Raises ValueError."""
-    entries = [line.strip().rsplit(None, 1) for line in text_lines(table)]
-    if not entries or not all(len(entry) == 2 and entry[1].isdecimal() for entry in entries):
-        raise ValueError(f"{table}: expected lines 'PATH LABEL', LABEL from 0")
-    return [(path.strip().lstrip("/"), int(label)) for path, label in entries]
-
-
-def read_sentences(path: Path) -> list[str]:
-    """A Wikipedia article, its sections headed "== Name ==" -> its sentences, without DROPPED_SECTIONS."""
-    sentences, dropped = [], False
-    for line in text_lines(path):
-        if line.startswith("=="):
-            dropped = line.strip("= ") in DROPPED_SECTIONS
-        elif not dropped:
-            sentences += regex.split(r"(?<=[.?!])\s+(?=\p{Lu})", line.strip())
-    return [sentence for sentence in sentences if clean(sentence)]
+    texts = [root / "texts" / f"{name}.txt" for name in train.classes]
+    sentences = [text_lines(path) if path.is_file() else [] for path in texts]
+    return LongTail(train, torch.tensor(train.labels), test, sentences)
 
 
 def zipf_shapes() -> LongTail:
     """24 kinds of things, 300 training images of the first, a half, a third, … of that of the next ones. The
     order goes round colours and shapes, so that rare kinds are made of common words."""
-    rows = [7 * place % len(KINDS) + len(KINDS) * i for place in range(len(KINDS))
-            for i in range(300 // (place + 1))]
-    train, test = Shapes("classes", seed=2), Shapes("classes")
-    train.rows, train.labels = sorted(rows), 300 * test.labels[:len(KINDS)]      # more than test has
+    train, test, kinds = Shapes("classes", seed=2), Shapes("classes"), len(KINDS)
+    train.rows = sorted(7 * place % kinds + kinds * i for place in range(kinds)
+                        for i in range(300 // (place + 1)))
+    train.labels = 300 * test.labels[:kinds]             # more than test has
     sentences = [[f"a {name}", f"a small {name}"] for name in test.classes]
-    return LongTail(train, test, test.classes, sentences, augment=False)         # it changes colours
+    # Not augmented: that would change colours.
+    return LongTail(train, torch.tensor(train.rows) % kinds, test, sentences, augment=False)
 
 
 class LanguageGuidedHead(nn.Module):
@@ -717,28 +586,20 @@ def balanced(labels: Tensor, batch_size: int, *key: int) -> Tensor:
     return torch.multinomial(weights, size, replacement=True, generator=generator_of(*key))
 
 
-class Augmented(Source):
-    """A source's centre squares, each changed by RandAugment: a function of the key and its place."""
-
-    def __init__(self, source: Source, size: int, key: tuple[int, ...]) -> None:
-        super().__init__(source.name, len(source))
-        self.source, self.size, self.seed = source, size, key
-
-    def read(self, index: int, side: int | None = None) -> Sample:
-        sample = self.source.read(index, side)
-        square = Image.fromarray(to_square(sample.image, self.size))
-        return replace(sample, image=rand_augment(square, np.random.default_rng([*self.seed, index])))
+def augmented(source: Source, size: int, key: tuple[int, ...], index: int, side: int | None) -> Image.Image:
+    """An image's centre square, changed by RandAugment: a function of the key and its place."""
+    square = Image.fromarray(to_square(source.image(index, side), size))
+    return rand_augment(square, np.random.default_rng([*key, index]))
 
 
 def balanced_batches(data: LongTail, size: int, key: tuple[int, ...], reading: Reading) -> Iterator[Batch]:
     """An epoch of training images at `size` px, a function of the key."""
-    source = data.train.subset(balanced(data.labels(), reading.batch_size, *key).numpy())
-    source = Augmented(source, size, key) if data.augment else source
+    source = data.train.subset(balanced(data.labels, reading.batch_size, *key).numpy())
+    if data.augment:
+        source.image = partial(augmented, copy.copy(source), size, key)
     for batch in evaluation_batches(source, size, reading.batch_size, reading.workers):
-        data.skips.add(batch.skipped, batch.visited)
-        data.skips.check()
-        if batch.captions:
-            yield batch
+        SkipReport(0.0, batch.visited, batch.skipped).check(final=True)      # a class may have no other image
+        yield batch
 
 
 def mix(pixels: Tensor, targets: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -761,37 +622,23 @@ def descend(modules: list[tuple[nn.Module, float]], losses: Iterator[Tensor], st
             warmup: int = 0) -> None:
     """A step of AdamW on each loss. modules: each with its peak learning rate, to which the rate rises for
     `warmup` steps before it falls to 0 as a cosine. Raises ValueError where a loss is not finite."""
-    groups = []
-    for module, rate in modules:
-        trained = [p for p in module.parameters() if p.requires_grad]
-        groups += [{"params": [p for p in trained if (p.dim() > 1) == is_matrix], "lr": rate, "peak_lr": rate,
-                    "weight_decay": WEIGHT_DECAY * is_matrix} for is_matrix in (True, False)]
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW([
+        {"params": [p for p in module.parameters() if p.requires_grad and (p.dim() > 1) == is_matrix],
+         "peak_lr": rate, "weight_decay": WEIGHT_DECAY * is_matrix}
+        for module, rate in modules for is_matrix in (True, False)])
     for step, loss in enumerate(tqdm(losses, stage, steps, unit="step", disable=None)):
         if not torch.isfinite(loss):
             raise ValueError(f"longtail, {stage}, step {step}: the loss is not finite; lower --lr-scale")
+        rise, fall = min(1.0, (step + 1) / max(1, warmup)), 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            rise, fall = min(1.0, (step + 1) / max(1, warmup)), 0.5 * (1 + math.cos(math.pi * step / steps))
             group["lr"] = group["peak_lr"] * rise * fall
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
 
-def representation(model: DiffDis | Clip, inputs: Tensor, keys: list[tuple[int, ...]]) -> Tensor:
-    """As `read_queries`, with gradient [B, D]: a text query denoised in one step, from noise of the keys."""
-    if isinstance(model, Clip):
-        return model.encode_image(inputs)
-    config = model.config
-    alphas = make_alphas_cumprod(config.text_schedule, config.timesteps).to(model.device)
-    denoise = make_denoiser(lambda e_t, t: model.denoise_query(e_t, t, inputs), config.text_target, alphas,
-                            config.gamma, unit_norm=True)
-    t = torch.full((len(inputs),), config.timesteps - 1, device=model.device)
-    return denoise(noise_of((config.text.width,), keys).to(model.device), t)[0]
-
-
-def fine_tune(model: DiffDis | Clip, data: LongTail, texts: list[str], owners: Tensor, epochs: int,
-              lr_scale: float, reading: Reading) -> DiffDis | Clip:
+def fine_tune(model: DiffDis | Clip, data: LongTail, epochs: int, lr_scale: float, reading: Reading
+              ) -> DiffDis | Clip:
     """VL-LTR's first stage, on a copy of the model, which then only reads: class-wise contrast of images and
     sentences, and distillation from the model as it was, half of the loss each.
 
@@ -800,22 +647,25 @@ def fine_tune(model: DiffDis | Clip, data: LongTail, texts: list[str], owners: T
     student, seed = copy.deepcopy(model), reading.seed
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(not name.startswith("autoencoder."))
-    of_class = [torch.nonzero(owners == k).flatten().tolist() for k in range(len(data.names))]
 
     def logits_of(network: DiffDis | Clip, inputs: Tensor, chosen: list[str], step: int) -> Tensor:
-        queries = representation(network, inputs, [(seed, 7, step, i) for i in range(len(chosen))])
+        if isinstance(network, Clip):
+            queries = network.encode_image(inputs)
+        else:
+            keys = [(seed, 7, step, i) for i in range(len(chosen))]
+            queries = denoise_queries(network, inputs, noise_of((network.config.text.width,), keys))
         return network.logit_scale.exp() * queries @ network.encode_text(chosen)[1].T
 
     def losses() -> Iterator[Tensor]:
         for step, batch in enumerate(chain.from_iterable(balanced_batches(
                 data, model.config.image_size, (seed, 5, epoch), reading) for epoch in range(epochs))):
-            rng = np.random.default_rng([seed, 6, step])
-            chosen = [texts[rng.choice(of_class[label])] for label in batch.labels]
+            rng, labels = np.random.default_rng([seed, 6, step]), torch.tensor(batch.labels)
+            chosen = [data.sentences[k][rng.integers(len(data.sentences[k]))] for k in batch.labels]
             with torch.no_grad():
                 inputs = model.read_batch(batch.images.to(model.device))
                 teacher = logits_of(model, inputs, chosen, step)
-            logits, labels = logits_of(student, inputs, chosen, step), torch.tensor(batch.labels)
-            yield 0.5 * class_contrast(logits, labels.to(model.device)) + 0.5 * distillation(logits, teacher)
+            logits = logits_of(student, inputs, chosen, step)
+            yield (class_contrast(logits, labels.to(model.device)) + distillation(logits, teacher)) / 2
             with torch.no_grad():
                 student.logit_scale.clamp_(0, math.log(100))        # as train.py does
     steps = epochs * max(1, len(data.train) // reading.batch_size)
@@ -846,78 +696,63 @@ def sentence_accuracies(images: Tensor, labels: Tensor, texts: Tensor, owners: T
     """VL-LTR's three of its first stage. Image-Acc: the nearest sentence is of the image's class; Text-Acc:
     the nearest image is of the sentence's; KNN-Acc: most of the 5 nearest sentences are, ties to the nearest.
     images [N, D], labels [N]; texts [M, D], owners [M]: their classes; counts [K]: as in `by_shot`."""
-    near = owners[nearest(images, texts, 5)]
+    near, of_image = owners[nearest(images, texts, 5)], labels[nearest(texts, images, 1)[:, 0]]
     votes = torch.tensor([Counter(row).most_common(1)[0][0] for row in near.tolist()])
-    of_image = labels[nearest(texts, images, 1)[:, 0]]
     return {**by_shot("image_acc", near[:, 0] == labels, labels, counts),
             "text_acc": (of_image == owners).double().mean().item(),
             "knn_acc": (votes == labels).double().mean().item()}
 
 
-def select_anchors(images: Tensor, labels: Tensor, texts: Tensor, owners: Tensor, scale: float,
-                   most: int = ANCHORS) -> tuple[Tensor, Tensor]:
+def select_anchors(images: Tensor, labels: Tensor, texts: Sequence[Tensor], scale: float, most: int = ANCHORS
+                   ) -> tuple[Tensor, Tensor]:
     """VL-LTR's anchor sentences: of each class those that tell its training images from the others' best.
-    images [N, D], labels [N], texts [M, D], owners [M]; scale: inverse temperature -> text queries [K, S, D],
-    S up to `most`, and which of them are there [K, S]."""
-    if absent := set(owners.tolist()) - set(labels.tolist()):
-        raise ValueError(f"none of the training images of class {min(absent)} can be read")
-    losses = torch.empty(len(texts))
-    for rows in torch.arange(len(texts)).split(1024):
-        right = (owners[rows, None] == labels).float()
-        log_share = F.log_softmax(scale * texts[rows] @ images.T, dim=1)
-        losses[rows] = -(right * log_share).sum(dim=1) / right.sum(dim=1)
+    images [N, D], labels [N]; texts: of each class, text queries [M, D]; scale: inverse temperature
+    -> text queries [K, S, D], S up to `most`, and which of them are there [K, S]."""
     best = []
-    for label in range(int(owners.max()) + 1):
-        own = torch.nonzero(owners == label).flatten()
-        best.append(texts[own[losses[own].argsort()[:most]]])
+    for label, own in enumerate(texts):
+        losses = -F.log_softmax(scale * own @ images.T, dim=1)[:, labels == label].mean(dim=1)
+        best.append(own[losses.argsort()[:most]])
     anchors = nn.utils.rnn.pad_sequence(best, batch_first=True)
     return anchors, anchors.any(dim=2)
 
 
+@torch.no_grad()
 def head_batches(model: DiffDis | Clip, data: LongTail, epochs: int, reading: Reading
                  ) -> Iterator[tuple[Tensor, Tensor]]:
     """Text queries [B, D] of training images and soft targets [B, K]. The model is frozen: where nothing
     changes the images, each is read once."""
-    classes, key = len(data.names), (reading.seed, 8)
+    one_hot, key = torch.eye(len(data.sentences)), (reading.seed, 8)
     if not data.augment:
-        read = image_queries(model, data.train, reading)
-        data.skips.add(read.skips.skipped, read.skips.visited)
-        labels = torch.tensor(read.labels)
+        queries = image_queries(model, data.train, reading).values
         for epoch in range(epochs):
-            for rows in balanced(labels, reading.batch_size, *key, epoch).split(reading.batch_size):
-                yield read.values[rows], F.one_hot(labels[rows], classes).float()
+            for rows in balanced(data.labels, reading.batch_size, *key, epoch).split(reading.batch_size):
+                yield queries[rows], one_hot[data.labels[rows]]
         return
     for epoch in range(epochs):
         batches = balanced_batches(data, model.config.image_size, (*key, epoch), reading)
         for step, batch in enumerate(batches):
-            targets = F.one_hot(torch.tensor(batch.labels), classes).float()
-            pixels, targets = mix(batch.images, targets, np.random.default_rng([*key, 9, epoch, step]))
-            places = [step * reading.batch_size + i for i in range(len(pixels))]
-            with torch.no_grad():
-                inputs = model.read_batch(pixels.to(model.device))
-            yield read_queries(model, inputs, places, reading), targets
+            rng = np.random.default_rng([*key, 9, epoch, step])
+            pixels, targets = mix(batch.images, one_hot[batch.labels], rng)
+            inputs = model.read_batch(pixels.to(model.device))
+            yield read_queries(model, inputs, list(batch.places), reading), targets
 
 
-def train_head(model: DiffDis | Clip, data: LongTail, queries: Tensor, owners: Tensor, epochs: int,
-               lr_scale: float, reading: Reading) -> LanguageGuidedHead:
+def train_head(model: DiffDis | Clip, data: LongTail, texts: Sequence[Tensor], epochs: int, lr_scale: float,
+               reading: Reading) -> LanguageGuidedHead:
     """VL-LTR's second stage: a head on the frozen model's text queries, its two branches' losses summed.
-    queries [M, D], owners [M]: of all sentences, and their classes."""
-    labels, device = data.labels(), model.device
-    few = [torch.nonzero(labels == k)[:50, 0] for k in range(len(data.names))]      # choose the anchors
-    known = image_queries(model, data.train.subset(torch.cat(few).sort().values.numpy()), reading)
-    data.skips.add(known.skips.skipped, known.skips.visited)
-    anchors = select_anchors(known.values, torch.tensor(known.labels), queries, owners,
-                             model.logit_scale.exp().item())
+    texts: of each class, its sentences' text queries [M, D]."""
+    # At most 50 images of each class choose its anchors.
+    few = torch.cat([torch.nonzero(data.labels == k)[:50, 0] for k in range(len(texts))]).sort().values
+    known = image_queries(model, data.train.subset(few.numpy()), reading).values
+    anchors = select_anchors(known, data.labels[few], texts, model.logit_scale.exp().item())
     torch.manual_seed(reading.seed)
-    head = LanguageGuidedHead(*anchors).to(device)
+    head = LanguageGuidedHead(*anchors).to(model.device)
     attention = nn.ModuleList([head.norm_q, head.norm_k, head.to_q, head.to_k])
-
-    def losses() -> Iterator[Tensor]:
-        for features, targets in head_batches(model, data, epochs, reading):
-            yield sum(F.cross_entropy(logits, targets.to(device), label_smoothing=SMOOTHING)
-                      for logits in head(features.to(device)))
-    descend([(attention, ATTENTION_LR * lr_scale), (head.visual, HEAD_LR * lr_scale)], losses(),
-            epochs * max(1, len(labels) // reading.batch_size), "stage 2")
+    losses = (sum(F.cross_entropy(logits, targets.to(model.device), label_smoothing=SMOOTHING)
+                  for logits in head(features.to(model.device)))
+              for features, targets in head_batches(model, data, epochs, reading))
+    descend([(attention, ATTENTION_LR * lr_scale), (head.visual, HEAD_LR * lr_scale)], losses,
+            epochs * max(1, len(data.train) // reading.batch_size), "stage 2")
     return head
 
 
@@ -926,36 +761,34 @@ def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(b
              lr_scale: float = 1.0, out: Path | None = None) -> dict:
     """VL-LTR's two stages with this model as the backbone (Table 8). epochs, head_epochs: of stage 1 and 2, 0
     leaves a stage out; lr_scale: times VL-LTR's learning rates; out: a folder for stage 1's model."""
-    templates, texts, owners = pick_templates(model, data.test, templates), [], []
-    for label, (name, sentences) in enumerate(zip(data.names, data.sentences)):
-        own = list(dict.fromkeys([fill(template, name) for template in templates] + sentences))
-        texts += own
-        owners += [label] * len(own)
-    owners, counts = torch.tensor(owners), torch.bincount(data.labels())
+    templates, counts = pick_templates(model, data.test, templates), torch.bincount(data.labels)
+    sentences = [list(dict.fromkeys([*(fill(template, name) for template in templates), *own]))
+                 for name, own in zip(data.test.classes, data.sentences)]
+    data, texts = data._replace(sentences=sentences), sum(sentences, [])
+    owners = torch.tensor([label for label, own in enumerate(sentences) for _ in own])
     if epochs:
-        model = fine_tune(model, data, texts, owners, epochs, lr_scale, reading)
+        model = fine_tune(model, data, epochs, lr_scale, reading)
         if out:
             models.save(out / "longtail.pt", model)
     queries, read = encode_texts(model, texts), image_queries(model, data.test, reading)
     labels = torch.tensor(read.labels)
-    result = {"n": len(labels), "n_train": int(counts.sum()), "classes": len(counts), "sentences": len(texts),
-              "seed": reading.seed, "control": reading.control, "chance": 1 / len(counts),
-              **sentence_accuracies(read.values, labels, queries, owners, counts)}
+    result = {"n": len(labels), "n_train": int(counts.sum()), "classes": len(counts),
+              "sentences": len(texts), "seed": reading.seed, "control": reading.control,
+              "chance": 1 / len(counts), **sentence_accuracies(read.values, labels, queries, owners, counts)}
     if head_epochs:
         # Other noise than the test images': what is alike must be the pictures.
-        head = train_head(model, data, queries, owners, head_epochs, lr_scale,
-                          replace(reading, control="none", seed=reading.seed + 1))
+        head = train_head(model, data, queries.split(list(map(len, sentences))), head_epochs, lr_scale,
+                          replace(reading, control="none", seed=reading.seed + 1, max_bad=0.0))
         with torch.no_grad():
             scores = torch.cat([head.predict(part).cpu() for part in read.values.to(model.device).split(256)])
         result |= {"anchors": int(head.present.sum()),
                    **by_shot("top1", scores.argmax(dim=1) == labels, labels, counts)}
-    return {**result, "seconds_per_image": read.seconds, "skipped": read.skips.counts(),
-            "skipped_training": data.skips.counts()}
+    return {**result, "seconds_per_image": read.seconds, "skipped": read.skips.counts()}
 
 
 # ---------------------------------------------------------------- command line
-NEEDS = {"retrieval": "alignment", "zeroshot": "alignment", "longtail": "alignment", "fid": "generation",
-         "checker": "generation"}       # task -> what weights must have been trained for
+DRAWS = ("fid", "checker")             # tasks that need weights trained for generation; the others read
+TASKS = ("retrieval", "zeroshot", "longtail", *DRAWS)
 NO_RATES = ("fid", "guidance_scale", "seconds_per_image")      # numbers of another kind
 
 
@@ -963,37 +796,37 @@ def report(task: str, result: dict, name: str) -> None:
     """Print the table of a task's result; name: of the data."""
     control = f", control {result['control']}" if result.get("control", "none") != "none" else ""
     print(f"{task} on {name}, seed {result['seed']}{control}  (n = {result['n']})")
-    for key in ("skipped", "skipped_training"):
-        for cause, count in result.get(key, {}).get("skipped", {}).items():
-            print(f"  {key.replace('_', ' in ')}: {count} {cause}")
     for key, value in result.items():
-        if isinstance(value, float) and key not in NO_RATES:
+        if key == "skipped":
+            for cause, count in value["skipped"].items():
+                print(f"  skipped: {count} {cause}")
+        elif isinstance(value, float) and key not in NO_RATES:
             interval = " – ".join(f"{100 * end:5.1f}" for end in result.get(f"{key}_interval", ()))
             print(f"  {key:<17}{100 * value:7.2f} %{'   95 % interval ' * bool(interval)}{interval}")
-    for key in (*NO_RATES, "n_reference", "features", "image_size", "sampler", "steps"):
-        if result.get(key) is not None:
-            print(f"  {key:<17} {result[key]:.5g}" if key in NO_RATES else f"  {key:<17} {result[key]}")
+        elif key in (*NO_RATES, "n_reference", "features", "image_size", "sampler", "steps"):
+            print(f"  {key:<17} {round(value, 6) if isinstance(value, float) else value}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("tasks", nargs="+", choices=tuple(NEEDS), metavar="TASK", help=f"one or more of {', '.join(NEEDS)}")
+    add("tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"one or more of {', '.join(TASKS)}")
     add("--ckpt", help=f"{CKPT_HELP}; to read images also a CLIP")
-    add("--data", default="shapes", help="as in train.py; longtail: shapes or a folder in Places-LT's layout")
+    add("--data", default="shapes", help="as in train.py; longtail: shapes, or a folder with two lists")
     add("--limit", type=positive, help="images of --data to use, evenly spaced; without it all")
     add("--json", metavar="FILE", help="also write the numbers here; rates are fractions")
     add("--seed", type=natural, default=0, help="seed of all noise and of the controls' shuffling")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     add("--batch-size", type=positive, help="images at once; without it 100, fid 16, longtail 128")
     add("--workers", type=natural, help="processes that decode images; without it 0 for shapes, else 2")
-    add("--max-bad", type=finite, default=0.05, help="stop when more than this share of samples is unusable")
+    add("--max-bad", type=finite, default=0.05,
+        help="share of samples that may be unusable; in training none")
     add("--guidance-scale", type=finite, help="1 + w; without it 1 to read, the checkpoint's own to draw")
     add = parser.add_argument_group("retrieval, zeroshot, longtail").add_argument
     add("--control", choices=CONTROLS, default="none", help="break the evaluation on purpose, expect chance")
     add("--text-steps", type=positive, default=1, help="denoising steps of the text query")
     add("--draws", type=positive, default=1, help="noise draws averaged per image")
-    add("--template", type=template, action="append", metavar="TEXT",
+    add("--template", action="append", metavar="TEXT",
         help="prompt of a class, {} is its name, {a} its article; may be repeated; else what is built in")
     add("--loss-timesteps", type=positive, metavar="N",
         help="zeroshot by Diffusion Classifier: the loss of N timesteps under each class's prompt decides")
@@ -1018,19 +851,20 @@ def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
     if isinstance(model, DiffDis):
         sampling_timesteps(args.text_steps, model.config.timesteps, "trailing")
     for task in args.tasks:
-        needed = {NEEDS[task]} if task != "zeroshot" or args.loss_timesteps is None else {"generation"}
+        draws = task in DRAWS or task == "zeroshot" and args.loss_timesteps
+        needed = {"generation"} if draws else {"alignment"}
         needed |= {"alignment"} if task == "checker" and args.best_of > 1 else set()
         if not needed <= set(model.tasks):
             raise ValueError(f"{task} of images needs weights trained with --tasks {','.join(needed)}, these "
                              f"were for {','.join(model.tasks)}: go on from them by train.py --init")
-        if args.control != "none" and NEEDS[task] == "generation":
+        if args.control != "none" and task in DRAWS:
             raise ValueError(f"--control {args.control}: {task} has no right answers to break, leave it out")
         if task == "longtail" and rank_and_world()[1] > 1:
             raise ValueError("longtail trains in one process: start it with python, not torchrun")
 
 
-def run_task(task: str, model: DiffDis | Clip, network: nn.Module | None, args: argparse.Namespace) -> dict:
-    """Open the task's data and measure; network: of fid."""
+def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict:
+    """Open the task's data and measure."""
     scale, out, workers = args.guidance_scale, args.out and Path(args.out), 2 * (args.data != "shapes")
     reading = Reading(args.text_steps, args.draws, 1.0 if scale is None else scale, args.seed, args.control,
                       args.batch_size or {"fid": 16, "longtail": 128}.get(task, 100),
@@ -1039,7 +873,7 @@ def run_task(task: str, model: DiffDis | Clip, network: nn.Module | None, args: 
         return checker(model, args.n or 64, args.steps, scale, args.best_of, args.seed, args.sampler)
     if task == "longtail":
         data = open_longtail(args.data)
-        data = data._replace(test=evenly_spaced(data.test, args.limit), skips=SkipReport(args.max_bad),
+        data = data._replace(test=evenly_spaced(data.test, args.limit),
                              augment=data.augment if args.augment is None else args.augment)
         return longtail(model, data, reading, args.template, args.epochs, args.head_epochs, args.lr_scale,
                         out)
@@ -1047,33 +881,34 @@ def run_task(task: str, model: DiffDis | Clip, network: nn.Module | None, args: 
     source = in_turn(lambda: open_source(args.data, split))
     check_index(source, args.max_bad)
     source = evenly_spaced(source, args.limit)
+    if task == "retrieval":
+        return retrieval(model, source, reading)
     if task == "zeroshot":
         return zeroshot(model, source, reading, args.template, args.loss_timesteps)
-    if task == "fid":
-        return fid(model, source, network, reading, args.n, args.steps, scale, args.sampler, out)
-    return retrieval(model, source, reading)
+    network = (models.load(args.features, model.device) if args.features else
+               in_turn(lambda: Inception(model.device)))
+    size = model.config.image_size
+    if args.features and ("alignment" not in network.tasks or network.config.image_size != size):
+        raise ValueError(f"--features {args.features}: expected a model that reads pictures of {size} px")
+    return fid(model, source, network, reading, args.n, args.steps, scale, args.sampler, out)
 
 
 def run(args: argparse.Namespace, device: torch.device, command: str) -> None:
     """All tasks on one model; their tables and the JSON."""
     if args.json and (not Path(args.json).resolve().parent.is_dir() or Path(args.json).is_dir()):
         raise ValueError(f"--json is {args.json!r}, expected a file in an existing folder")
-    path, network, results = in_turn(lambda: models.locate(find_checkpoint(args.ckpt))), None, {}
+    path, results = in_turn(lambda: models.locate(find_checkpoint(args.ckpt))), {}
     model = models.load(path, device)
     check_tasks(args, model)
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-    if "fid" in args.tasks:
-        network = models.load(args.features, device) if args.features else in_turn(load_inception).to(device)
-        if args.features and "alignment" not in network.tasks:
-            raise ValueError(f"--features {args.features} was trained only to draw: give a model that reads")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = {"settings": {name: value for name, value in vars(args).items() if name not in ("tasks", "json")},
              "command": command, "date": date.today().isoformat(), "checkpoint": str(path),
              "checkpoint_hash": fingerprint(path), "ranks": rank_and_world()[1], "torch": torch.__version__,
              "device": f"{device} ({where})", "threads": torch.get_num_threads()}
     for task in args.tasks:
-        result, name = run_task(task, model, network, args), "shapes" if task == "checker" else args.data
+        result, name = run_task(task, model, args), "shapes" if task == "checker" else args.data
         report(task, result, name)
         results[task] = {"task": task, "data": name, **result, **about}
         if args.json and rank_and_world()[0] == 0:       # now: a later task may end in an error

@@ -82,6 +82,24 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
 
 
 # ---------------------------------------------------------------- Algorithm 3: image -> text query
+def denoise_queries(model: DiffDis, latents: Tensor, noise: Tensor, steps: int = 1,
+                    guidance_scale: float = 1.0) -> Tensor:
+    """The loop of Algorithm 3, with gradient: noise [B, D] -> text queries [B, D], of unit norm but for
+    rounding. latents, steps, guidance_scale: as in `draw_queries`."""
+    config = model.config
+    alphas_cumprod = make_alphas_cumprod(config.text_schedule, config.timesteps).to(model.device)
+
+    def predict(e_t: Tensor, t: Tensor) -> Tensor:
+        conditional = model.denoise_query(e_t, t, latents)
+        if guidance_scale == 1:
+            return conditional
+        return guide(conditional, model.denoise_query(e_t, t, torch.zeros_like(latents)), guidance_scale)
+
+    denoise = make_denoiser(predict, config.text_target, alphas_cumprod, config.gamma, unit_norm=True)
+    timesteps = sampling_timesteps(steps, config.timesteps, "trailing")
+    return ddim(denoise, noise.to(model.device), timesteps, alphas_cumprod, config.gamma)
+
+
 @torch.no_grad()
 def draw_queries(model: DiffDis, latents: Tensor, indices: list[int], steps: int = 1, draws: int = 1,
                  guidance_scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -93,22 +111,11 @@ def draw_queries(model: DiffDis, latents: Tensor, indices: list[int], steps: int
     -> text queries [B, D], unit norm, float32. Raises ValueError where they are not finite.
     No text goes in: whatever comes out was read from the image.
     """
-    config, device = model.config, model.device
-    alphas_cumprod = make_alphas_cumprod(config.text_schedule, config.timesteps).to(device)
-    timesteps = sampling_timesteps(steps, config.timesteps, "trailing")
-
-    def predict(e_t: Tensor, t: Tensor) -> Tensor:
-        conditional = model.denoise_query(e_t, t, latents)
-        if guidance_scale == 1:
-            return conditional
-        return guide(conditional, model.denoise_query(e_t, t, torch.zeros_like(latents)), guidance_scale)
-
-    denoise = make_denoiser(predict, config.text_target, alphas_cumprod, config.gamma, unit_norm=True)
     total = 0
     with model.null_encoded_once() if isinstance(model, DiffDis) else nullcontext():
         for draw in range(draws):
-            noise = noise_of((config.text.width,), [(seed, index, draw) for index in indices]).to(device)
-            query = ddim(denoise, noise, timesteps, alphas_cumprod, config.gamma)
+            noise = noise_of((model.config.text.width,), [(seed, index, draw) for index in indices])
+            query = denoise_queries(model, latents, noise, steps, guidance_scale)
             total = total + F.normalize(query, dim=-1)
     if not torch.isfinite(total).all():
         raise ValueError("the model's text queries are not finite: its weights are not usable")

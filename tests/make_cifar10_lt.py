@@ -1,4 +1,4 @@
-"""CIFAR-10-LT in Places-LT's layout, out of CIFAR-10 as class folders, for `evaluate.py longtail`.
+"""CIFAR-10-LT, out of CIFAR-10 as class folders, for `evaluate.py longtail`.
 
     python tests/make_cifar10_lt.py data/cifar10 data/cifar10-lt
     python tests/make_cifar10_lt.py data/cifar10 data/cifar10-lt-val --test-on val      to choose settings on
@@ -47,32 +47,28 @@ ARTICLES = {
 
 def cifar10_lt(folders: Path, out: Path, most: int = 4400, imbalance: float = 100, of_val: int = 40,
                test_on: str = "test") -> list[int]:
-    """FOLDERS/{train,val}/CLASS/* -> OUT/{train,val,test}/CLASS/* with lists, labels.txt and wiki/.
+    """FOLDERS/{train,val}/CLASS/* -> OUT/{train,val,test}/CLASS/* with train.txt, test.txt and texts/.
 
     of_val: validation images of each class; test_on: whether the list of test images names them or test's
     -> training images of each class. Raises ValueError if there are too few, OSError if OUT has some already.
     """
-    names = sorted(ARTICLES)
+    names, lists = sorted(ARTICLES), {"train": [], "val": [], "test": []}
     counts = [int(most * imbalance ** (-k / (len(names) - 1))) for k in range(len(names))]
-    lists: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    for label, (name, count) in enumerate(zip(names, counts)):
+    for name, count in zip(names, counts):
         images = sorted((folders / "train" / name).iterdir())
         if len(images) < count + of_val:
             raise ValueError(f"{folders / 'train' / name}: {len(images)} images, expected {count + of_val}")
-        chosen = {"train": images[:count], "val": images[count:count + of_val],
-                  "test": sorted((folders / "val" / name).iterdir())}
-        for split, paths in chosen.items():
+        for split, chosen in (("train", images[:count]), ("val", images[count:count + of_val]),
+                              ("test", sorted((folders / "val" / name).iterdir()))):
             (out / split / name).mkdir(parents=True)      # what lies there would be trained on too
-            for path in paths:
-                shutil.copyfile(path, out / split / name / path.name)
-                lists[split].append(f"{split}/{name}/{path.name} {label}")
-    for split in lists:
-        lines = lists[test_on if split == "test" else split]
-        (out / f"CIFAR10_LT_{split}.txt").write_text("\n".join(lines) + "\n")
-    (out / "labels.txt").write_text("".join(f"{name} {label}\n" for label, name in enumerate(names)))
-    (out / "wiki").mkdir(exist_ok=True)
-    for label, name in enumerate(names):
-        (out / "wiki" / f"desc_{label}.txt").write_text(ARTICLES[name] + "\n")
+            for image in chosen:
+                shutil.copyfile(image, out / split / name / image.name)
+                lists[split].append(f"{split}/{name}/{image.name}\t{name}\n")
+    (out / "train.txt").write_text("".join(lists["train"]))
+    (out / "test.txt").write_text("".join(lists[test_on]))
+    (out / "texts").mkdir()
+    for name, article in ARTICLES.items():
+        (out / "texts" / f"{name}.txt").write_text(article.replace(". ", ".\n") + "\n")
     return counts
 
 

@@ -10,26 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, build, import_oracle, tiny_clip_config
+from conftest import ROOT, build, import_oracle, tiny_clip_config, tiny_config
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 import data
 import evaluate
 import model as models
 import sample
 from data import Shapes
-from evaluate import Inception, frechet_distance, inception_input, load_inception
+from evaluate import Inception, frechet_distance
 from sample import to_pil
 
 
 # ---------------------------------------------------------------- the network
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    """Random numbers that keep features of ordinary size, batch norm's statistics and shift among them."""
+    """Random numbers that keep features of ordinary size, batch norm's statistics and shift among them; under
+    the names of torchvision's network, of which pytorch-fid's differs in its pooling alone."""
     generator, found = torch.Generator().manual_seed(0), {}
-    for name, value in Inception().state_dict().items():
+    network = import_oracle("torchvision.models").Inception3(1008, aux_logits=False, init_weights=False)
+    for name, value in network.state_dict().items():
         noise = torch.randn(value.shape, generator=generator)
         if value.dim() > 1:
             found[name] = noise * (2 / value[0].numel()) ** 0.5
@@ -39,95 +40,40 @@ def weights() -> dict[str, Tensor]:
             found[name] = 0.6 + torch.rand(value.shape, generator=generator)
         else:
             found[name] = 0.2 * noise + name.endswith("bn.weight")
-    # In the file, not in the features.
-    return found | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    return found
 
 
-@pytest.fixture(scope="module")
-def ours(weights) -> Inception:
-    network = Inception().eval().requires_grad_(False)
-    missing, unknown = network.load_state_dict(weights, strict=False)
-    assert set(unknown) <= {"fc.weight", "fc.bias"}, "which the features do not need"
-    assert all(name.endswith("num_batches_tracked") for name in missing)
-    return network
-
-
-@pytest.fixture(scope="module")
-def theirs(weights):
-    """pytorch-fid's wrapper around its network with the same weights; its loading is strict."""
-    inception = import_oracle("pytorch_fid.inception")
-    original = inception.load_state_dict_from_url
-    inception.load_state_dict_from_url = lambda *_, **__: weights
-    try:
-        return inception.InceptionV3([0, 1, 2, 3]).eval()
-    finally:
-        inception.load_state_dict_from_url = original
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-@torch.no_grad()
-def test_the_network_is_pytorch_fids(ours, theirs) -> None:
-    images = torch.randint(0, 256, (2, 3, 299, 299)) / 127.5 - 1
-    outputs = {}
-    hooks = [ours.get_submodule(name).register_forward_hook(lambda _m, _a, out, name=name: outputs.update(
-        {name: out})) for name in ("Conv2d_2b_3x3", "Conv2d_4a_3x3", "Mixed_6e")]
-    features = ours(images)
-    for hook in hooks:
-        hook.remove()
-    theirs.normalize_input = False
-    expected = theirs(images)
-    stages = [F.max_pool2d(outputs["Conv2d_2b_3x3"], 3, 2), F.max_pool2d(outputs["Conv2d_4a_3x3"], 3, 2),
-              outputs["Mixed_6e"], features[:, :, None, None]]
-    assert features.shape == (2, 2048) and features.std() > 1e-2, "features that are all alike test nothing"
-    for found, wanted in zip(stages, expected, strict=True):
-        assert relative(found, wanted) < 1e-5, "our Inception is not the one FID is defined with"
-
-
-@torch.no_grad()
-def test_features_do_not_depend_on_the_batch(ours) -> None:
-    images = torch.rand(3, 3, 299, 299) * 2 - 1
-    assert relative(ours(images)[1:2], ours(images[1:2])) < 1e-5, "the rest of a batch changed an image"
-
-
-# ---------------------------------------------------------------- its file
 @pytest.fixture()
-def file(tmp_path, monkeypatch) -> Path:
-    """Where the weights would be downloaded to."""
-    assert models.DOWNLOADS["inception"][0].endswith("pt_inception-2015-12-05-6726825d.pth")
+def network(weights, tmp_path, monkeypatch) -> Inception:
+    """As it is loaded from a file of these weights."""
+    torch.save(weights, tmp_path / "inception.pth")
     monkeypatch.setattr(models, "download", lambda name: tmp_path / f"{name}.pth")
-    return tmp_path / "inception.pth"
+    monkeypatch.setitem(models.DOWNLOADS, "inception", ("", sample.fingerprint(tmp_path / "inception.pth")))
+    return Inception(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("counters", [True, False])
-def test_a_weight_file_loads(weights, file, counters: bool) -> None:
-    torch.save({name: value for name, value in weights.items()
-                if counters or "num_batches" not in name}, file)
-    network = load_inception()
-    assert not network.training and not any(p.requires_grad for p in network.parameters())
-    assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items()
-               if "num_batches" not in name)
+@torch.no_grad()
+def test_the_network_is_pytorch_fids(network, weights, monkeypatch) -> None:
+    inception = import_oracle("pytorch_fid.inception")
+    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: weights)
+    theirs = inception.InceptionV3(normalize_input=False).eval()
+    images = torch.randint(0, 256, (2, 3, 299, 299)) / 127.5 - 1
+    features, expected = network.encode_image(images), theirs(images)[0].flatten(1)
+    assert features.shape == (2, 2048) and features.std() > 1e-2, "features that are all alike test nothing"
+    assert (features - expected).norm() < 1e-5 * expected.norm(), "it is not the one FID is defined with"
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop("Mixed_7c.branch3x3_2b.conv.weight"), "Mixed_7c.branch3x3_2b.conv.weight"),
-    (lambda w: w.update({"AuxLogits.fc.bias": torch.zeros(3)}), "AuxLogits.fc.bias"),
-    (lambda w: w.update({"Mixed_5b.branch1x1.bn.bias": torch.zeros(1)}), "size mismatch")])
-def test_other_weights_are_refused(weights, file, change, message: str) -> None:
-    changed = dict(weights)
-    change(changed)
-    torch.save(changed, file)
-    with pytest.raises(ValueError, match=message):
-        load_inception()
+def test_other_weights_are_refused(network, tmp_path) -> None:
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "inception.pth")
+    with pytest.raises(ValueError, match="is not FID's Inception"):
+        Inception(torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- resizing
 @pytest.mark.parametrize("height, width", [(32, 32), (401, 277), (299, 299), (700, 64)])
 def test_resize_is_pillows_channel_by_channel(height: int, width: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
-    found = inception_input(torch.from_numpy(pixels))
+    found = Inception.read_batch(torch.from_numpy(pixels))
     assert found.shape == (2, 3, 299, 299) and found.dtype == torch.float32
     for i in range(2):
         for c in range(3):
@@ -141,7 +87,7 @@ def test_resize_does_not_alias() -> None:
     """Stripes finer than the result's pixels: their mean remains, or a pattern that is not in the image."""
     stripes = torch.zeros(1, 64, 1300, 3, dtype=torch.uint8)
     stripes[:, :, ::2] = 255
-    assert inception_input(stripes)[..., 4:-4].std() < 0.1
+    assert Inception.read_batch(stripes)[..., 4:-4].std() < 0.1
 
 
 # ---------------------------------------------------------------- the distance
@@ -182,23 +128,14 @@ def test_simple_covariances() -> None:
         assert near(frechet_distance(a, b), expected, 1e-7)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_two_dimensions_by_formula(seed: int) -> None:
-    """For 2×2: tr √M = √(tr M + 2 √det M), M = Σ₁ Σ₂ (Cayley and Hamilton)."""
-    first, second, means = spd(2, seed), spd(2, seed + 50), rows(2, 2, seed)
-    product = first @ second
-    root = (product.trace() + 2 * torch.linalg.det(product).sqrt()).sqrt()
-    expected = (means[0] - means[1]).square().sum() + first.trace() + second.trace() - 2 * root
+@pytest.mark.parametrize("width, seed", [(2, 0), (2, 1), (7, 2), (40, 3)])
+def test_the_last_trace_by_the_products_eigenvalues(width: int, seed: int) -> None:
+    """Those of Σ₁ Σ₂, which is not symmetric, by the general solver: another way to the same trace."""
+    first, second, means = spd(width, seed), spd(width, seed + 50), rows(2, width, seed)
+    roots = torch.linalg.eigvals(first @ second).real.clamp(min=0).sqrt().sum()
+    expected = (means[0] - means[1]).square().sum() + first.trace() + second.trace() - 2 * roots
     a, b = exact(means[0], first), exact(means[1], second)
     assert near(frechet_distance(a, b), expected, 1e-7) and near(frechet_distance(b, a), expected, 1e-7)
-
-
-def test_many_dimensions_by_the_products_eigenvalues() -> None:
-    """Those of Σ₁ Σ₂, which is not symmetric, by the general solver: another way to the same trace."""
-    first, second = spd(40, 1), spd(40, 2)
-    roots = torch.linalg.eigvals(first @ second).real.clamp(min=0).sqrt().sum()
-    found = frechet_distance(exact(torch.zeros(40), first), exact(torch.zeros(40), second))
-    assert near(found, first.trace() + second.trace() - 2 * roots, 1e-7)
 
 
 @pytest.mark.parametrize("count", [2, 20, 127, 400])
@@ -273,7 +210,7 @@ def test_the_command_equals_its_parts_done_slowly(drawer, capsys) -> None:
     assert "fid" in capsys.readouterr().out
 
 
-def test_a_clip_compares_too_at_its_own_size(drawer) -> None:
+def test_a_clip_compares_too(drawer) -> None:
     models.save(drawer / "clip.pt", build(tiny_clip_config()))
     assert result_of("--features", "clip.pt", "--n", "12")["features"] == "Clip"
 
@@ -289,9 +226,7 @@ def test_damaged_pictures_are_said_and_too_many_refused(drawer, capsys) -> None:
     assert "unusable" in capsys.readouterr().err
 
 
-def test_inceptions_features_and_a_small_number_is_said(drawer, weights, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(models, "download", lambda name: drawer / "inception.pth")
-    torch.save(weights, "inception.pth")
+def test_inceptions_features_and_a_small_number_is_said(drawer, network, capsys) -> None:
     found = result_of("--n", "6")
     assert found["features"] == "Inception" and found["n"] == 6 and found["fid"] > 0.01
     assert "warning: 6 pictures and 2048 features" in capsys.readouterr().out
@@ -301,8 +236,10 @@ def test_inceptions_features_and_a_small_number_is_said(drawer, weights, monkeyp
 
 @pytest.mark.parametrize("flags, message", [
     (["--control", "no-image"], "--control"), (["--data", "nowhere"], "no data"),
-    (["--features", "none.pt"], "none.pt"), (["--n", "1"], "two or more")])
+    (["--features", "none.pt"], "none.pt"), (["--n", "1"], "two or more"),
+    (["--features", "large.pt"], "pictures of 32 px")])
 def test_mistakes_end_in_one_line_and_status_2(drawer, capsys, flags: list[str], message: str) -> None:
+    models.save(drawer / "large.pt", build(tiny_config(image_size=64)))
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*FID, *OWN, *flags])
     error = capsys.readouterr().err.strip()

@@ -1,15 +1,14 @@
 """Long-tailed recognition: layout, losses, selection and head against slow references, both stages."""
 import json
 import math
-import os
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, build, tiny_clip_config
-from make_cifar10_lt import cifar10_lt
+from conftest import build, tiny_clip_config
+from convert_places_lt import convert
+from make_cifar10_lt import ARTICLES, cifar10_lt
 from PIL import Image
 from torch.nn import functional as F
 
@@ -17,8 +16,6 @@ import evaluate
 import model as models
 from evaluate import LanguageGuidedHead, Reading, class_contrast, distillation, open_longtail
 
-CIFAR10 = Path(os.environ.get("DIFFDIS_DATA", ROOT.parent / "shared/data")) / "cifar10/train_jpeg.npz"
-NAMES = ["airfield", "art_gallery", "beer/hall"]
 TRAIN = {"airfield": 12, "art_gallery": 4, "hall": 1}
 ARTICLE = """An airfield is a place. Planes land there, e.g. small ones! It is flat.
 == History ==
@@ -32,54 +29,36 @@ Sport.
 
 @pytest.fixture()
 def places(tmp_path):
-    """A small set in Places-LT's layout: 12, 4 and 1 training images of three classes."""
-    lists = {"train": [], "val": [], "test": []}
-    for label, (folder, count) in enumerate(TRAIN.items()):
-        for split, n in (("train", count), ("val", 2), ("test", 3)):
-            (tmp_path / split / folder).mkdir(parents=True)
+    """A small long-tailed set: 12, 4 and 1 training images of three classes."""
+    lists = {"train": [], "test": []}
+    for label, (name, count) in enumerate(TRAIN.items()):
+        for split, n in (("train", count), ("test", 3)):
+            (tmp_path / split / name).mkdir(parents=True)
             for i in range(n):
                 pixels = np.random.default_rng([label, i]).integers(80, size=(32, 32, 3)) + 70 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / split / folder / f"{i:08d}.png")
-                lists[split].append(f"{split}/{folder}/{i:08d}.png {label}")
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / split / name / f"{i:08d}.png")
+                lists[split].append(f"{split}/{name}/{i:08d}.png\t{name}\n")
     for split, lines in lists.items():
-        (tmp_path / f"Small_LT_{split}.txt").write_text("\n".join(lines) + "\n")
-    (tmp_path / "labels.txt").write_text("".join(f"{name} {k}\n" for k, name in enumerate(NAMES)))
-    (tmp_path / "wiki").mkdir()
-    (tmp_path / "wiki" / "desc_0.txt").write_text(ARTICLE)
+        (tmp_path / f"{split}.txt").write_text("".join(lines))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "airfield.txt").write_text("An airfield is a place.\nIt is flat.\n")
     return tmp_path
 
 
 # ---------------------------------------------------------------- the layout
-def test_the_layout_is_read(places) -> None:
+def test_lists_and_articles_are_read(places) -> None:
     found = open_longtail(str(places))
-    assert found.names == ["airfield", "art gallery", "beer hall"]
-    assert (len(found.train), len(found.test)) == (17, 9)
-    assert found.test.read(8).label == 2 and found.labels().tolist() == [0] * 12 + [1] * 4 + [2]
-    assert found.sentences[0] == [
-        "An airfield is a place.", "Planes land there, e.g. small ones!", "It is flat.",
-        "The first one was in the U.S.", "Army.", "Others followed?", "Sport."]
-    assert found.sentences[1:] == [[], []]
-    (places / "labels.txt").write_text("airfield\t0\nart gallery\t1\nhall 2\n")
-    assert open_longtail(str(places)).names == ["airfield", "art gallery", "hall"]
-    (places / "labels.txt").unlink()
-    assert open_longtail(str(places)).names == ["airfield", "art gallery", "hall"]
+    assert found.train.classes == found.test.classes == ["airfield", "art gallery", "hall"]
+    assert found.labels.tolist() == [0] * 12 + [1] * 4 + [2]
+    assert len(found.test) == 9 and found.test.read(8).label == 2
+    assert found.sentences == [["An airfield is a place.", "It is flat."], [], []]
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda p: (p / "Small_LT_test.txt").unlink(), "has 0 files *test.txt, expected one list"),
-    (lambda p: (p / "other_train.txt").write_text("x 0\n"), "has 2 files *train.txt"),
+    (lambda p: (p / "test.txt").unlink(), "no data at"),
     (lambda p: (p / "test" / "hall" / "00000001.png").unlink(), "1 of the 9 images in"),
-    (lambda p: (p / "Small_LT_test.txt").write_text("test/hall/00000000.png 3\n"), "each label from 0"),
-    (lambda p: (p / "Small_LT_test.txt").write_text("train/hall/00000000.png 2\n"), "1 images are in both"),
-    (lambda p: (p / "Small_LT_test.txt").write_text("test/hall/0.png\n"), "expected lines 'PATH LABEL'"),
-    (lambda p: (p / "Small_LT_test.txt").write_text("test/hall/0.png -1\n"), "LABEL from 0"),
-    (lambda p: (p / "labels.txt").write_text("a 0\nb 1\nc 2\nd 3\n"), "images to train on"),
-    (lambda p: (p / "labels.txt").write_text("a 0\nb 2\n"), "for each label from 0 on"),
-    (lambda p: (p / "labels.txt").write_text("a 0\nb 1\nc 1\n"), "for each label from 0 on"),
-    (lambda p: (p / "labels.txt").write_text("a 0\nb 1\n_ 2\n"), "a name of its own"),
-    (lambda p: (p / "labels.txt").write_text("a 0\nb 1\nb 2\n"), "a name of its own"),
-], ids=["no list", "two lists", "no image", "label", "trained on", "no label", "negative", "empty class",
-        "gap", "label twice", "no name", "name twice"])
+    (lambda p: (p / "test.txt").write_text("test/hall/00000000.png\n"), "the same classes in both"),
+    (lambda p: (p / "test.txt").write_text((p / "train.txt").read_text()), "17 images are in both")])
 def test_bad_lists_are_refused_in_one_line_before_any_compute(places, capsys, change, message) -> None:
     change(places)
     models.save(places / "m.pt", build())
@@ -89,14 +68,31 @@ def test_bad_lists_are_refused_in_one_line_before_any_compute(places, capsys, ch
     assert stop.value.code == 2 and len(error) == 1 and message in error[0], error
 
 
+def test_places_lt_becomes_lists_and_articles_by_name(places) -> None:
+    for split in ("train", "test"):
+        lines = (places / f"{split}.txt").read_text().replace("\tairfield", " 0").replace("\thall", " 2")
+        (places / f"Places_LT_{split}.txt").write_text("/" + lines.replace("\tart_gallery", " 1"))
+        (places / f"{split}.txt").unlink()
+    (places / "labels.txt").write_text("airfield 0\nart_gallery 1\nbeer/hall 2\n")
+    (places / "wiki").mkdir()
+    (places / "wiki" / "desc_0.txt").write_text(ARTICLE)
+    convert(places)
+    found = open_longtail(str(places))
+    assert found.test.classes == ["airfield", "art gallery", "beer hall"] and len(found.test) == 9
+    assert found.labels.tolist() == [0] * 12 + [1] * 4 + [2]
+    assert found.sentences[0] == [
+        "An airfield is a place.", "Planes land there, e.g. small ones!", "It is flat.",
+        "The first one was in the U.S.", "Army.", "Others followed?", "Sport."]
+
+
 def test_shapes_follow_zipfs_law_and_share_no_picture() -> None:
     found = open_longtail("shapes")
-    assert sorted(torch.bincount(found.labels()).tolist()) == sorted(300 // k for k in range(1, 25))
-    assert not found.augment, "RandAugment changes colours"
+    labels = found.labels
+    assert sorted(torch.bincount(labels).tolist()) == sorted(300 // k for k in range(1, 25))
     pictures = [source.read(i).image.tobytes() for source in (found.train, found.test)
                 for i in range(0, len(source), 3)]
     assert len(pictures) == len(set(pictures))
-    assert all(found.train.read(i).label == found.labels()[i] for i in range(0, len(found.train), 50))
+    assert all(found.train.read(i).label == labels[i] for i in range(0, len(found.train), 50))
 
 
 # ---------------------------------------------------------------- losses, sampling, mixing
@@ -168,10 +164,6 @@ def test_sentence_accuracies_equal_a_slow_reference() -> None:
     assert found["image_acc"] == pytest.approx(right.mean()) and 0.3 < right.mean() < 1
     assert found["knn_acc"] == pytest.approx((np.array(votes) == labels.numpy()).mean())
     assert found["text_acc"] == pytest.approx((np.array(by_text) == owners.numpy()).mean())
-    assert found["image_acc_many"] == pytest.approx(right[labels.numpy() == 0].mean())
-    medium = np.isin(labels.numpy(), (1, 2))
-    assert found["image_acc_medium"] == pytest.approx(right[medium].mean())
-    assert found["image_acc_few"] == pytest.approx(right[labels.numpy() == 3].mean())
 
 
 def test_shots_are_the_usual_bins() -> None:
@@ -180,24 +172,18 @@ def test_shots_are_the_usual_bins() -> None:
     rates = {name: rate for name, rate in found.items() if not name.endswith("_interval")}
     assert rates == {"top1": 0.75, "top1_many": 1.0, "top1_medium": 0.5, "top1_few": 1.0}
     assert found["top1_medium_interval"] == evaluate.wilson(0.5, 2) and len(found) == 8
-    assert "top1_few" not in evaluate.by_shot("top1", hits[:2], torch.arange(2), counts)
 
 
 def test_anchors_are_the_sentences_of_least_loss() -> None:
     torch.manual_seed(1)
-    images, labels, texts, owners = unit(20, 6), torch.arange(20) % 3, unit(13, 6), torch.arange(13) % 3
-    anchors, present = evaluate.select_anchors(images, labels, texts, owners, 4.0, 3)
+    images, labels, texts = unit(20, 6), torch.arange(20) % 3, [unit(5, 6), unit(4, 6), unit(4, 6)]
+    anchors, present = evaluate.select_anchors(images, labels, texts, 4.0, 3)
     assert anchors.shape == (3, 3, 6) and present.all()
-    for k in range(3):
-        losses = {}
-        for j in range(13):
-            if owners[j] == k:
-                p = torch.softmax(4.0 * images @ texts[j], 0)
-                mine = [i for i in range(20) if labels[i] == k]
-                losses[j] = -sum(math.log(p[i]) for i in mine) / len(mine)
-        best = sorted(losses, key=losses.get)[:3]
-        assert torch.equal(anchors[k], texts[best])
-    wide, there = evaluate.select_anchors(images, labels, texts, owners, 4.0, 64)
+    for k, own in enumerate(texts):
+        losses = [-torch.softmax(4.0 * images @ text, 0)[labels == k].log().mean().item() for text in own]
+        best = sorted(range(len(own)), key=losses.__getitem__)[:3]
+        assert torch.equal(anchors[k], own[best])
+    wide, there = evaluate.select_anchors(images, labels, texts, 4.0, 64)
     assert there.sum(1).tolist() == [5, 4, 4] and not wide[1, 4].any()
 
 
@@ -230,13 +216,6 @@ def test_the_head_equals_a_slow_reference_and_starts_as_the_identity() -> None:
         assert torch.allclose(visual, head.visual(x * 8 ** 0.5), atol=1e-5)
     trained = {name for name, _ in head.named_parameters()}
     assert not any(name.startswith(("anchors", "temperature")) for name in trained) and len(trained) == 10
-
-
-def test_the_gradients_representation_is_the_one_that_is_scored(model) -> None:
-    latents = torch.randn(4, *model.latent_shape(32, 32))
-    scored = evaluate.read_queries(model, latents, list(range(4)), Reading(seed=3))
-    keys = [(3, i, 0) for i in range(4)]
-    assert torch.allclose(evaluate.representation(model, latents, keys), scored, atol=1e-5)
 
 
 def test_steps_are_adamws_at_a_rate_that_rises_and_falls(monkeypatch) -> None:
@@ -296,38 +275,28 @@ def test_two_stages_are_the_whole_and_the_seed_decides(places, capsys, monkeypat
     assert moved and not any(name.startswith("autoencoder.") for name in moved)
     run(*start, "--seed", "1")
     assert not torch.equal(heads[0].visual[0].weight, heads[2].visual[0].weight)
-    assert "longtail on" in capsys.readouterr().out
-
-
-def test_the_loaded_model_stays_as_it_was_for_the_next_task(places) -> None:
-    model, data = build(), open_longtail(str(places))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    evaluate.longtail(model, data, Reading(batch_size=8), epochs=1, head_epochs=0, lr_scale=100)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert model.tasks == ("generation", "alignment")
+    evaluate.fine_tune(model, open_longtail(str(places))._replace(sentences=[["a"], ["b"], ["c"]]), 1, 100.0,
+                       Reading(batch_size=8))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "not a copy"
 
 
 def test_what_nothing_changes_is_read_once_and_what_mixes_is_read_again(places, monkeypatch) -> None:
-    model, read, found = build(), [], open_longtail(str(places))
+    model, read, data = build(), [], open_longtail(str(places))
     whole = evaluate.read_queries
     monkeypatch.setattr(evaluate, "read_queries",
                         lambda model, inputs, *rest: read.append(len(inputs)) or whole(model, inputs, *rest))
     for augment, count in ((False, 17), (True, 3 * 16)):
         read.clear()
-        data = found._replace(augment=augment)
-        batches = list(evaluate.head_batches(model, data, 3, Reading(batch_size=8)))
+        batches = list(evaluate.head_batches(model, data._replace(augment=augment), 3, Reading(batch_size=8)))
         assert sum(read) == count and len(batches) == 6
         assert all(torch.allclose(targets.sum(1), torch.ones(8)) for _, targets in batches)
         assert augment == any(0 < value < 1 for _, targets in batches for value in targets.flatten().tolist())
-
-
-def test_training_images_are_augmented_as_the_key_says(places) -> None:
-    data = open_longtail(str(places))
     plain, changed, again = (
         [batch.images for batch in evaluate.balanced_batches(
             data._replace(augment=augment), 32, (3, 1), Reading(batch_size=8))]
         for augment in (False, True, True))
-    assert all(torch.equal(a, b) for a, b in zip(changed, again))
+    assert all(torch.equal(a, b) for a, b in zip(changed, again)), "the key decides"
     assert not all(torch.equal(a, b) for a, b in zip(changed, plain)) and len(plain) == 2
 
 
@@ -346,40 +315,27 @@ def test_learning_beats_chance_and_its_controls_do_not(places, monkeypatch) -> N
 
 
 def test_a_control_breaks_the_test_images_alone(places, monkeypatch) -> None:
-    readings, head = [], LanguageGuidedHead(torch.ones(3, 1, 32), torch.ones(3, 1, dtype=torch.bool))
-    monkeypatch.setattr(evaluate, "train_head", lambda *args: readings.append(args[-1]) or head)
-    broken = Reading(control="no-image", batch_size=8)
-    evaluate.longtail(build(), open_longtail(str(places)), broken, epochs=0)
-    assert readings[0].control == "none" and readings[0].seed == 1
-
-
-def test_what_cannot_be_read_is_counted_and_noise_names_no_image(places, capsys, monkeypatch) -> None:
     """And no training image has the noise of the test image of its number, which would tell its class."""
-    models.save(places / "m.pt", build())
-    (places / "train" / "airfield" / "00000003.png").write_bytes(b"no image")
-    seeds, whole = [], evaluate.read_queries
-    monkeypatch.setattr(evaluate, "read_queries", lambda model, inputs, numbers, reading: (
-        seeds.append(reading.seed), whole(model, inputs, numbers, reading))[1])
-    flags = ["longtail", "--ckpt", str(places / "m.pt"), "--data", str(places), *QUICK, "--epochs", "0",
-             "--batch-size", "32", "--no-augment", "--json", str(places / "r.json"), "--max-bad", "0.5"]
-    evaluate.main(flags)
-    told = json.loads((places / "r.json").read_text())
-    assert told["skipped_training"]["skipped"] == {"unreadable image": 2} and told["n"] == 9      # read twice
-    assert seeds == [0, 1, 1] and "skipped in training: 2 unreadable image" in capsys.readouterr().out
-    (places / "train" / "hall" / "00000000.png").write_bytes(b"no image")
-    with pytest.raises(SystemExit):
-        evaluate.main(flags)
-    assert "none of the training images of class 2 can be read" in capsys.readouterr().err
+    readings, whole = [], evaluate.image_queries
+    monkeypatch.setattr(evaluate, "image_queries", lambda model, source, reading: (
+        readings.append((source.name, reading.control, reading.seed)), whole(model, source, reading))[1])
+    data = open_longtail(str(places))._replace(augment=False)
+    evaluate.longtail(build(), data, Reading(batch_size=8, control="no-image"), epochs=0, head_epochs=1)
+    assert readings == [("test", "no-image", 0), ("train", "none", 1), ("train", "none", 1)]
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--text-steps", "2000"], "is 2000, expected 1 to 1000"),
     (["--lr-scale", "1e30", *QUICK[:-2]], "stage 1, step"),
     (["--lr-scale", "1e38", "--epochs", "0", "--no-augment", "--batch-size", "8"], "stage 2, step"),
-    (["--data", "places-lt"], "data/places-lt has 0 files")])
+    (["--epochs", "0", "--broken"], "unreadable image"),
+    (["--batch-size", "16", "--broken"], "unreadable image")])
 def test_mistakes_end_in_one_line(places, capsys, monkeypatch, flags, message) -> None:
     monkeypatch.chdir(places)
     models.save(places / "m.pt", build())
+    if "--broken" in flags:
+        (places / "train" / "hall" / "00000000.png").write_bytes(b"no image")
+        flags = [flag for flag in flags if flag != "--broken"]
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["longtail", "--ckpt", "m.pt", "--data", str(places), "--workers", "0", *flags])
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
@@ -387,29 +343,16 @@ def test_mistakes_end_in_one_line(places, capsys, monkeypatch, flags, message) -
 
 
 # ---------------------------------------------------------------- whole data sets
-@pytest.mark.parametrize("kind", ["diffdis", "clip"])
-def test_cifar10_lt_from_nothing_to_the_head(tmp_path, kind) -> None:
-    """A tenth of CIFAR-10-LT, imbalance 100: from random weights to what the head says."""
-    if not CIFAR10.is_file():
-        pytest.skip(f"no CIFAR-10 at {CIFAR10}")
-    held = np.load(CIFAR10)
-    names, (labels, ends) = [str(name) for name in held["class_names"]], (held["labels"], held["offsets"])
-    jpegs, taken = held["jpeg"].tobytes(), Counter()
-    for i in range(len(labels)):
-        split = "val" if i % 10 == 0 else "train"
-        taken[split, labels[i]] += 1
-        if taken[split, labels[i]] <= (445 if split == "train" else 30):
-            folder = tmp_path / "cifar10" / split / names[labels[i]]
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{i:05d}.jpg").write_bytes(jpegs[ends[i]:ends[i + 1]])
-    counts = cifar10_lt(tmp_path / "cifar10", tmp_path / "lt", most=440, of_val=5)
-    assert counts == [440, 263, 158, 94, 56, 34, 20, 12, 7, 4]
-    data = open_longtail(str(tmp_path / "lt"))._replace(augment=False)
-    found = evaluate.longtail(build() if kind == "diffdis" else build(tiny_clip_config()), data,
-                              Reading(batch_size=64), epochs=4, head_epochs=20, lr_scale=20)
-    assert found["n"] == 300 and found["n_train"] == sum(counts) and found["classes"] == 10
-    assert not found["skipped"]["skipped"] and found["sentences"] > 40
-    assert found["top1"] > 0.13 and found["image_acc"] > 0.12, "chance is 0.1"
+def test_cifar10_lt_is_what_longtail_reads(tmp_path) -> None:
+    for split, count in (("train", 12), ("val", 2)):
+        for name in ARTICLES:
+            (tmp_path / "cifar10" / split / name).mkdir(parents=True)
+            for i in range(count):
+                (tmp_path / "cifar10" / split / name / f"{i}.png").touch()
+    counts = cifar10_lt(tmp_path / "cifar10", tmp_path / "lt", most=10, imbalance=10, of_val=2)
+    data = open_longtail(str(tmp_path / "lt"))
+    assert torch.bincount(data.labels).tolist() == counts == [10, 7, 5, 4, 3, 2, 2, 1, 1, 1]
+    assert len(data.test) == 20 and all(map(len, data.sentences)) and data.train.classes == sorted(ARTICLES)
 
 
 def test_both_stages_run_on_shapes_by_zipfs_law(tmp_path) -> None:
