@@ -42,9 +42,9 @@ from tqdm import tqdm
 
 import model as models
 import sample
-from data import (KINDS, SIDE, Batch, FileSource, Sample, Shapes, SkipReport, Source, check, check_index,
-                  clean, evaluation_batches, evenly_spaced, open_source, rand_augment, refuse_missing,
-                  text_lines, to_square, usable_captions)
+from data import (KINDS, SIDE, Batch, Sample, Shapes, SkipReport, Source, check, check_index, clean,
+                  evaluation_batches, evenly_spaced, open_source, rand_augment, text_lines, to_square,
+                  usable_captions)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_denoiser, make_target,
                        noise_of, q_sample, sampling_timesteps, signal_and_noise)
 from model import Clip, DiffDis, TextConfig
@@ -133,8 +133,9 @@ class Mismatched(Source):
     """Every sample with the image of another: the control "shuffle-images"."""
 
     def __init__(self, source: Source, seed: int) -> None:
-        super().__init__(source.name, len(source))
-        self.source, self.others, self.skipped = source, shuffled(len(source), seed).tolist(), source.skipped
+        super().__init__(source.name)
+        self.source, self.rows, self.skipped = source, range(len(source)), source.skipped
+        self.others = shuffled(len(source), seed).tolist()
 
     def read(self, index: int, side: int | None = None) -> Sample:
         row = self.rows[index]
@@ -614,8 +615,7 @@ def open_longtail(name: str) -> LongTail:
                          "expected for each label from 0 on a name of its own, and images to train on")
     for split, entries in lists.items():
         images = [root / path for path, _ in entries]
-        refuse_missing(images, root / f"*{split}.txt")
-        sources.append(FileSource(images, f"{root.name} {split}", names, [label for _, label in entries]))
+        sources.append(Source(f"{root.name} {split}", images, names, [label for _, label in entries]))
     if shared := set(sources[0].images) & set(sources[1].images):
         raise ValueError(f"{len(shared)} images are in both lists of {root}: what is tested on must not be "
                          "trained on")
@@ -721,8 +721,8 @@ class Augmented(Source):
     """A source's centre squares, each changed by RandAugment: a function of the key and its place."""
 
     def __init__(self, source: Source, size: int, key: tuple[int, ...]) -> None:
-        super().__init__(source.name, len(source))
-        self.source, self.size, self.seed = source, size, key
+        super().__init__(source.name)
+        self.source, self.rows, self.size, self.seed = source, range(len(source)), size, key
 
     def read(self, index: int, side: int | None = None) -> Sample:
         sample = self.source.read(index, side)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import evaluate
 import model as models
-from data import Shapes, Source, evenly_spaced
+from data import Sample, Shapes, Source, evenly_spaced
 from diffusion import generator_of, make_alphas_cumprod
 from evaluate import Reading, fill, ranks_of_best_match, score, wilson
 from sample import draw_queries
@@ -52,8 +52,8 @@ class Numbered(Source):
     """Picture i has colour i; it has two captions of its own, and label i % 5."""
 
     def __init__(self, count: int, prefix: str = "") -> None:
-        super().__init__("numbered", count)
-        self.prefix, self.classes = prefix, [f"kind{k}" for k in range(5)]
+        super().__init__("numbered")
+        self.prefix, self.rows, self.classes = prefix, range(count), [f"kind{k}" for k in range(5)]
         self.labels = [i % 5 for i in range(count)]
 
     def key(self, index: int) -> str:
@@ -62,8 +62,9 @@ class Numbered(Source):
     def captions(self, index: int) -> list[str]:
         return [f"picture {self.rows[index]}", f"image {self.rows[index]}"]
 
-    def image(self, index: int, side: int | None = None) -> Image.Image:
-        return Image.fromarray(np.full((32, 32, 3), self.rows[index], np.uint8))
+    def read(self, index: int, side: int | None = None) -> Sample:
+        picture = Image.fromarray(np.full((32, 32, 3), self.rows[index], np.uint8))
+        return Sample(picture, self.captions(index), self.key(index), self.label(index))
 
 
 TEXTS = [f"picture {i}" for i in range(100)]
