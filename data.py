@@ -312,6 +312,11 @@ class Sample:
     place: int = 0                       # its number in the source; in training in the stream
 
 
+def usable(captions: list) -> list[str]:
+    """Those that are texts of any words."""
+    return [caption.strip() for caption in captions if isinstance(caption, str) and clean(caption)]
+
+
 class Source:
     """Image-caption samples by index: images as files, each of a class, with texts, or with KEY.txt or
     KEY.json beside it. `rows` are those in use, of all there are.
@@ -331,7 +336,7 @@ class Source:
         self.skipped: Counter = Counter()      # what indexing had to leave out, by cause
         # A score over the images that happen to be there compares with nothing.
         if missing := [image for image in images if not image.is_file()]:
-            raise FileNotFoundError(f"{len(missing)} of the {len(images)} images of {name} are not there, "
+            raise FileNotFoundError(f"{len(missing)} of the {len(images)} images in {name} are not there, "
                                     f"first {missing[0]}: complete the folder, or correct the list")
 
     def __len__(self) -> int:
@@ -366,8 +371,15 @@ class Source:
         if self.labels is not None:
             name = self.classes[self.label(index)]
             return [f"a photo of a{'n' if name[0].lower() in 'aeiou' else ''} {name}"]
-        captions = read_captions(self.content(index, "txt") or b"", self.content(index, "json") or b"{}")
-        if not captions:
+        fields: dict = {}
+        with suppress(ValueError, TypeError, RecursionError):      # no JSON object, or absurdly nested
+            fields = dict(json.loads(self.content(index, "json") or b"{}"))
+        several = fields.get("captions")
+        listed = usable(several if isinstance(several, list) else [fields.get("caption")])
+        text = (self.content(index, "txt") or b"").decode("utf-8-sig", errors="replace")
+        # KEY.txt wins, a caption a line: the list in KEY.json is used only where it agrees with it.
+        lines = usable(text.splitlines())
+        if not (captions := listed if listed and (not lines or lines[0] in listed) else lines):
             raise BadSample("empty caption", self.key(index))
         return captions
 
@@ -386,19 +398,6 @@ class Source:
             return [replace(self.read(index), place=index)]
         except BadSample as bad:
             return [bad]
-
-
-def read_captions(text: bytes, meta: bytes) -> list[str]:
-    """The captions in KEY.json, its "captions" or "caption"; KEY.txt's own, a line each, if it has others."""
-    def usable(values: list) -> list[str]:
-        return [value.strip() for value in values if isinstance(value, str) and clean(value)]
-    fields: dict = {}
-    with suppress(ValueError, TypeError, RecursionError):      # no JSON object, or absurdly nested
-        fields = dict(json.loads(meta))
-    several = fields.get("captions")
-    listed = usable(several if isinstance(several, list) else [fields.get("caption")])
-    lines = usable(text.decode("utf-8-sig", errors="replace").splitlines())
-    return listed if listed and (not lines or lines[0] in listed) else lines
 
 
 class TarSource(Source):
@@ -776,7 +775,13 @@ def check_index(source: Source, max_bad: float) -> None:
 SIDE, BACKGROUND = 32, 32.0                 # px; red = green = blue of 255
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (240, 220, 50),
            "purple": (160, 60, 200), "white": (250, 250, 250)}
-SHAPES = ("circle", "square", "triangle", "cross")
+# Signed distance to the outline of a shape of radius r, from x to its middle, without sign, and y, downwards.
+SHAPES = {
+    "circle": lambda x, y, r: np.sqrt(x * x + y * y) - r,
+    "square": lambda x, y, r: np.maximum(x, np.abs(y)) - 0.886 * r,
+    "triangle": lambda x, y, r: np.maximum(y - 0.34 * r, 0.866 * x - 0.5 * (y - 0.34 * r)) - 0.68 * r,
+    "cross": lambda x, y, r: np.minimum(np.maximum(x - 1.05 * r, np.abs(y) - 0.35 * r),
+                                        np.maximum(np.abs(y) - 1.05 * r, x - 0.35 * r))}
 RADII = {"": 7.0, "small": 5.0}             # px; the large size goes without saying
 RELATIONS = {"above": (0, -1), "below": (0, 1), "to the left of": (-1, 0), "to the right of": (1, 0)}
 OPPOSITE = dict(zip(RELATIONS, ("below", "above", "to the right of", "to the left of")))
@@ -807,21 +812,9 @@ TRAIN_PAIRS = [pair for pair in PAIRS if not is_held_out(pair)]
 HELD_OUT_PAIRS = [pair for pair in PAIRS if is_held_out(pair)]
 
 
-def coverage(shape: str, centre_x: float, centre_y: float, radius: float) -> np.ndarray:
-    """How much of each pixel the shape covers, in [0, 1], from its signed distance: [SIDE, SIDE].
-    The centre is that of the bounding box."""
-    y, x = PIXELS[0] - centre_y, np.abs(PIXELS[1] - centre_x)
-    if shape == "circle":
-        distance = np.sqrt(x * x + y * y) - radius
-    elif shape == "square":
-        distance = np.maximum(x, np.abs(y)) - 0.886 * radius
-    elif shape == "triangle":
-        inner, y = 0.68 * radius, y - 0.34 * radius          # equilateral, point up; inner is its inradius
-        distance = np.maximum(y, 0.866 * x - 0.5 * y) - inner
-    else:
-        arm, half, y = 1.05 * radius, 0.35 * radius, np.abs(y)
-        distance = np.minimum(np.maximum(x - arm, y - half), np.maximum(y - arm, x - half))
-    return np.clip(0.5 - distance, 0, 1)
+def coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
+    """How much of each pixel a shape covers whose bounding box has its centre at x, y px: [32, 32] in [0, 1]."""
+    return np.clip(0.5 - SHAPES[shape](np.abs(PIXELS[1] - x), PIXELS[0] - y, radius), 0, 1)
 
 
 def paint(image: np.ndarray, alpha: np.ndarray, colour: str) -> np.ndarray:
@@ -908,9 +901,8 @@ class Shapes(Source):
 
 
 # ---------------------------------------------------------------- its checker
-CAPTION = regex.compile(
-    r"a (?:(?P<size>small) )?(?P<colour>{0}) (?P<shape>{1})(?: (?P<relation>{2}) (?P<rest>a .*))?"
-    .format("|".join(COLOURS), "|".join(SHAPES), "|".join(RELATIONS)))
+THING = f"a (?:(small) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+CAPTION = regex.compile(f"{THING}(?: ({'|'.join(RELATIONS)}) {THING})?")
 MIN_MASS = 12.0          # px of a colour that count as a thing: about half of the smallest thing's inside
 MIN_OVERLAP = 0.75       # intersection over union: a clean thing has 0.95, a blurred blob 0.6
 FAR, MAX_STRAYS = 64, 32     # of 255, px: edges of clean things give up to 17, a speck of 6 px across 36
@@ -922,8 +914,8 @@ def parse(caption: str) -> tuple[tuple[Thing, ...], str | None]:
     if match is None:
         raise ValueError(f"{caption!r} is not in the grammar of shapes, "
                          "e.g. 'a red circle above a small blue square'")
-    thing = Thing(match["size"] or "", match["colour"], match["shape"])
-    return ((thing,) if match["rest"] is None else (thing, *parse(match["rest"])[0])), match["relation"]
+    words = match.groups(default="")
+    return (Thing(*words[:3]), Thing(*words[4:]))[:1 + bool(words[3])], words[3] or None
 
 
 def colour_masks(image: np.ndarray) -> dict[str, np.ndarray]:

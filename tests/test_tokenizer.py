@@ -128,7 +128,8 @@ def test_other_files_are_refused(tokenizer: Tokenizer, tmp_path) -> None:
     save_folder(tokenizer, tmp_path)
     (tmp_path / "other.gz").write_bytes(gzip.compress(b"some\nother text than that\n"))
     (tmp_path / "x.gz").write_bytes(b"no gzip")
-    for name, table in (("", "{}"), ("", "{cut"), ("", "[" * 100_000), ("other.gz", ""), ("x.gz", ""), ("no", "")):
+    for name, table in (("", "{}"), ("", "{cut"), ("", "[" * 100_000), ("other.gz", ""), ("x.gz", ""),
+                        ("none", "")):
         (tmp_path / "vocab.json").write_text(table)
         with pytest.raises(ValueError, match="no vocabulary of CLIP's .*fetch it again"):
             Tokenizer.from_file(tmp_path / name)
