@@ -2,7 +2,7 @@
 
 What it is, top to bottom: CLIP's tokenizer, which can also learn a vocabulary; images that may be broken;
 random crops and RandAugment, for training CLIP; the sources that `--data` names; batches that are a function
-of the step alone; the built-in data `shapes`; and its checker, which judges a picture by its pixels alone.
+of the step alone; the built-in data `shapes`, and its checker, which judges a picture by its pixels alone.
 What it is not: noise, or a network. It imports no other file of the project.
 
 A bad sample is never fatal and never silent: it is counted by cause, and too many of them stop the run.
@@ -322,7 +322,7 @@ class Source:
     KEY.json beside it. `rows` are those in use, of all there are.
 
     Other kinds of sources have a key(index) of their own, a name for messages, and a member(index, kind): the
-    content of a sample's "image", "txt" or "json" (None: there is none), which raises OSError.
+    content of a sample's "image", "txt" or "json" (b"": there is none), which raises OSError.
     """
     # Instead of images what the autoencoder makes of them, mean and log-variance (train.py --latents):
     moments: np.ndarray | None = None          # float16 [all rows, 2C, h, w], NaN where an image is unusable
@@ -350,12 +350,12 @@ class Source:
     def key(self, index: int) -> str:
         return str(self.images[self.rows[index]])
 
-    def member(self, index: int, kind: str) -> bytes | None:
+    def member(self, index: int, kind: str) -> bytes:
         image = self.images[self.rows[index]]
         path = image if kind == "image" else image.with_suffix(f".{kind}")
-        return path.read_bytes() if kind == "image" or path.is_file() else None
+        return path.read_bytes() if kind == "image" or path.is_file() else b""
 
-    def content(self, index: int, kind: str) -> bytes | None:
+    def content(self, index: int, kind: str) -> bytes:
         try:
             return self.member(index, kind)
         except OSError:
@@ -371,17 +371,16 @@ class Source:
         if self.labels is not None:
             name = self.classes[self.label(index)]
             return [f"a photo of a{'n' if name[0].lower() in 'aeiou' else ''} {name}"]
-        fields: dict = {}
+        lines = usable(self.content(index, "txt").decode("utf-8-sig", errors="replace").splitlines())
+        fields, meta = {}, self.content(index, "json")
         with suppress(ValueError, TypeError, RecursionError):      # no JSON object, or absurdly nested
-            fields = dict(json.loads(self.content(index, "json") or b"{}"))
+            fields = dict(json.loads(meta))
         several = fields.get("captions")
         listed = usable(several if isinstance(several, list) else [fields.get("caption")])
-        text = (self.content(index, "txt") or b"").decode("utf-8-sig", errors="replace")
-        # KEY.txt wins, a caption a line: the list in KEY.json is used only where it agrees with it.
-        lines = usable(text.splitlines())
-        if not (captions := listed if listed and (not lines or lines[0] in listed) else lines):
-            raise BadSample("empty caption", self.key(index))
-        return captions
+        # KEY.txt wins: the list in KEY.json is used only where it agrees with it.
+        if captions := listed if listed and (not lines or lines[0] in listed) else lines:
+            return captions
+        raise BadSample("empty caption", self.key(index))
 
     def read(self, index: int, side: int | None = None) -> Sample:
         """A sample; side: px that are needed of its picture, None: all. Raises BadSample."""
@@ -468,10 +467,10 @@ class TarSource(Source):
     def key(self, index: int) -> str:
         return self.keys[self.rows[index]].decode(errors="replace")
 
-    def member(self, index: int, kind: str) -> bytes | None:
+    def member(self, index: int, kind: str) -> bytes:
         shard, *places = self.places[self.rows[index]].tolist()
         offset, size = places[2 * self.KINDS.index(kind):][:2]
-        return None if size < 0 else os.pread(self.shard_file(shard).fileno(), size, offset)
+        return b"" if size < 0 else os.pread(self.shard_file(shard).fileno(), size, offset)
 
     @lru_cache(maxsize=256)          # to open a file for each member is a tenth of reading small pictures
     def shard_file(self, shard: int) -> BinaryIO:
@@ -669,11 +668,10 @@ class Stream(Dataset):
 
     @lru_cache(maxsize=1)
     def order(self, epoch: int) -> np.ndarray:
-        """All samples once, in an order that is a function of (seed, epoch).
+        """An epoch's order: shards in a fresh sequence, and each stretch of `shuffle_buffer` samples at random.
 
-        Shards come in a fresh order; within each stretch of `shuffle_buffer` samples of their sequence the
-        order is random. So files are read one after another, and a stretch fits in the machine's file cache;
-        in random order all over 100 GB nearly every sample would be a seek.
+        So files are read one after another, and a stretch fits in the machine's file cache; at random all
+        over 100 GB nearly every sample would be a seek.
         """
         rng, size = np.random.default_rng([self.seed, epoch]), len(self.source)
         if not isinstance(self.source, TarSource) or self.shuffle_buffer >= size:
@@ -967,19 +965,18 @@ def check(image: np.ndarray, caption: str) -> dict[str, bool]:
     present = {colour for colour, mask in masks.items() if mask[mask > 0.5].sum() >= MIN_MASS}
     if not mentioned <= present:
         return dict.fromkeys(("colour", "shape", "size", "relation", "all"), False)
-    fits = {thing: best_fit(masks[thing.colour]) for thing in things}
+    fits = {thing.colour: best_fit(masks[thing.colour]) for thing in things}
     explained, middle = np.full(image.shape, BACKGROUND, np.float32), (RADII[""] * RADII["small"]) ** 0.5
-    for thing, (*_, alpha) in fits.items():
-        explained = paint(explained, alpha, thing.colour)
+    for colour, (*_, alpha) in fits.items():
+        explained = paint(explained, alpha, colour)
     strays = (np.abs(image - explained).max(-1) > FAR).sum()
-    verdict = {"colour": present == mentioned and strays <= MAX_STRAYS, "shape": True, "size": True,
-               "relation": True}
-    for thing, (overlap, shape, radius, _) in fits.items():
+    verdict = {"colour": present == mentioned and strays <= MAX_STRAYS, "shape": True, "size": True}
+    for thing in things:
+        overlap, shape, radius, _ = fits[thing.colour]
         verdict["shape"] &= shape == thing.shape and overlap >= MIN_OVERLAP
         verdict["size"] &= ("small" if radius < middle else "") == thing.size
-    if relation is not None:
-        offset = np.subtract(*(centroid(masks[thing.colour]) for thing in things))      # first from second
-        along, across = offset @ RELATIONS[relation], abs(offset @ RELATIONS[relation][::-1])
-        verdict["relation"] = along > max(across, 4.0)
+    axis = RELATIONS.get(relation, (0, 0))
+    offset = centroid(masks[things[0].colour]) - centroid(masks[things[-1].colour])      # first from second
+    verdict["relation"] = relation is None or offset @ axis > max(abs(offset @ axis[::-1]), 4.0)
     verdict = {name: bool(value) for name, value in verdict.items()}
     return {**verdict, "all": all(verdict.values())}
