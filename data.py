@@ -668,7 +668,7 @@ class Stream(Dataset):
 
     @lru_cache(maxsize=1)
     def order(self, epoch: int) -> np.ndarray:
-        """An epoch's order: shards in a fresh sequence, and each stretch of `shuffle_buffer` samples at random.
+        """An epoch's order: shards in a fresh sequence, each stretch of `shuffle_buffer` samples at random.
 
         So files are read one after another, and a stretch fits in the machine's file cache; at random all
         over 100 GB nearly every sample would be a seek.
@@ -811,7 +811,7 @@ HELD_OUT_PAIRS = [pair for pair in PAIRS if is_held_out(pair)]
 
 
 def coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
-    """How much of each pixel a shape covers whose bounding box has its centre at x, y px: [32, 32] in [0, 1]."""
+    """How much of each pixel a shape covers, [32, 32] in [0, 1]; its bounding box has its centre at x, y px."""
     return np.clip(0.5 - SHAPES[shape](np.abs(PIXELS[1] - x), PIXELS[0] - y, radius), 0, 1)
 
 
