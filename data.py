@@ -506,7 +506,6 @@ def usable_captions(source: Source, limit: int) -> Iterator[list[str]]:
 HALF = regex.compile(r"(train|val|valid|validation|dev|test)(ing)?\d*", regex.IGNORECASE)
 SYNSET = regex.compile(r"n\d{8}")         # WordNet's number of a class, as ImageNet's folders are called
 JUNK = ("@eaDir", "__MACOSX")             # other systems' folders
-NAMES = "classnames.txt"
 
 
 def open_source(name: str, split: str = "train") -> Source:
@@ -537,11 +536,11 @@ def open_folder(path: Path, split: str) -> Source:
     half of the data: nothing may be trained on that is tested on. Raises ValueError on anything else."""
     root, files, visited = path / split if (path / split).is_dir() else path, [], set()
     for folder, below, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in visited:
+            raise ValueError(f"links in {root} lead to {real} twice: remove one")
+        visited.add(real)
         below[:] = [name for name in below if name[0] != "." and name not in JUNK]
-        files += [Path(folder, name) for name in sorted(names) if name[0] != "."]
-        if os.path.realpath(folder) in visited:
-            raise ValueError(f"links in {root} lead to {os.path.realpath(folder)} twice: remove one")
-        visited.add(os.path.realpath(folder))
+        files += [Path(folder, name) for name in names if name[0] != "."]
     files.sort()
     halves = {name for file in files for name in file.relative_to(path).parts[:-1] if HALF.fullmatch(name)}
     if halves and root == path:
@@ -576,7 +575,8 @@ def class_names(root: Path, tags: list[str]) -> tuple[list[str], list[int]]:
     lines "TAG NAME, …", of which the first name is taken. Raises ValueError.
     """
     number = {tag: i for i, tag in enumerate(sorted(set(tags)))}
-    names, tables = {tag: tag.replace("_", " ") for tag in number}, (root / NAMES, root.parent / NAMES)
+    names = {tag: tag.replace("_", " ") for tag in number}
+    tables = [folder / "classnames.txt" for folder in (root, root.parent)]
     if table := next(filter(Path.is_file, tables), None):
         lines = [line.partition(",")[0].split(maxsplit=1) for line in text_lines(table)]
         names = {tag: " ".join(words).replace("_", " ").strip() for tag, *words in lines}
@@ -586,7 +586,7 @@ def class_names(root: Path, tags: list[str]) -> tuple[list[str], list[int]]:
                              f"{min(wrong, default='doubles')}): expected lines 'TAG NAME'")
     elif any(map(SYNSET.fullmatch, names)) or len(set(names.values())) < len(names):
         raise ValueError(f"{root}: classes called {min(names)} and so on have no name that tells them apart: "
-                         f"put a {NAMES} of lines 'TAG NAME' there (ImageNet's: LOC_synset_mapping.txt)")
+                         "put a classnames.txt of lines 'TAG NAME' there (Kaggle's LOC_synset_mapping.txt)")
     return [names[tag] for tag in number], [number[tag] for tag in tags]
 
 
