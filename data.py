@@ -313,7 +313,7 @@ class Sample:
 
 
 def usable(captions: list) -> list[str]:
-    """Those that are texts of any words."""
+    """Those that are strings and say anything."""
     return [caption.strip() for caption in captions if isinstance(caption, str) and clean(caption)]
 
 
@@ -391,7 +391,7 @@ class Source:
             raise BadSample("unusable image", self.key(index))
         return Sample(image, captions, self.key(index), self.label(index))
 
-    def __getitem__(self, index: int) -> list["Sample | BadSample"]:
+    def __getitem__(self, index: int) -> list[Sample | BadSample]:
         """As `make_batch` takes it."""
         try:
             return [replace(self.read(index), place=index)]
@@ -429,9 +429,9 @@ class TarSource(Source):
         shards = enumerate(tqdm(self.tars, "index", unit="shard", delay=2, disable=None))
         keys, places = map(np.concatenate, zip(*(self.index_shard(shard, path) for shard, path in shards)))
         image, text, meta = (places[:, 2::2] >= 0).T
-        usable = image & (text | meta)
-        self.keys, self.places = keys[usable], places[usable]
-        self.skipped += Counter({"no image": int((~image).sum()), "no caption": int((image & ~usable).sum())})
+        whole = image & (text | meta)
+        self.keys, self.places = keys[whole], places[whole]
+        self.skipped += Counter({"no image": int((~image).sum()), "no caption": int((image & ~whole).sum())})
 
     def index_shard(self, shard: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """One tar's samples: keys [N], places [N, 7]. A damaged tar is said, and what is lost with it counted
@@ -658,8 +658,8 @@ def evaluation_batches(source: Source, image_size: int, batch_size: int, workers
 
 @dataclass(eq=False)
 class Stream(Dataset):
-    """Item n is the n-th sample of an endless stream, after the bad ones that it replaces: a function of the
-    source and the seed. The source's samples come once in each epoch, with one of their captions."""
+    """Item n is the n-th sample of an endless stream, after the bad ones that it replaces: a function of source
+    and seed. Each epoch shows every sample of the source once, with one of its captions."""
     source: Source
     image_size: int               # px
     seed: int
@@ -811,7 +811,7 @@ HELD_OUT_PAIRS = [pair for pair in PAIRS if is_held_out(pair)]
 
 
 def coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
-    """How much of each pixel a shape covers, [32, 32] in [0, 1]; its bounding box has its centre at x, y px."""
+    """How much of each pixel a shape covers, [32, 32] in [0, 1]; x, y: the centre of its bounding box, px."""
     return np.clip(0.5 - SHAPES[shape](np.abs(PIXELS[1] - x), PIXELS[0] - y, radius), 0, 1)
 
 
@@ -918,9 +918,7 @@ def parse(caption: str) -> tuple[tuple[Thing, ...], str | None]:
 
 def colour_masks(image: np.ndarray) -> dict[str, np.ndarray]:
     """Per colour, how much of each pixel it covers: [32, 32] in [0, 1], of the pixels that are nearest to it.
-
-    A pixel at a thing's edge mixes its colour with the ground behind: it lies on the line between the two.
-    """
+    One at a thing's edge mixes its colour with the ground behind: it lies on the line between the two."""
     offset = image.astype(np.float32) - BACKGROUND
     lines = np.array(list(COLOURS.values()), np.float32) - BACKGROUND                   # [6, 3]
     alphas = np.clip(offset @ lines.T / (lines ** 2).sum(1), 0, 1)                      # [32, 32, 6]
