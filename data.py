@@ -658,8 +658,8 @@ def evaluation_batches(source: Source, image_size: int, batch_size: int, workers
 
 @dataclass(eq=False)
 class Stream(Dataset):
-    """Item n is the n-th sample of an endless stream, after the bad ones that it replaces: a function of source
-    and seed. Each epoch shows every sample of the source once, with one of its captions."""
+    """Item n is the n-th sample of an endless stream, after the bad ones that it replaces: a function of
+    source and seed. Each epoch shows every sample of the source once, with one of its captions."""
     source: Source
     image_size: int               # px
     seed: int
