@@ -598,7 +598,8 @@ def balanced_batches(data: LongTail, size: int, key: tuple[int, ...], reading: R
     if data.augment:
         source.image = partial(augmented, copy.copy(source), size, key)
     for batch in evaluation_batches(source, size, reading.batch_size, reading.workers):
-        SkipReport(0.0, batch.visited, batch.skipped).check(final=True)      # a class may have no other image
+        if batch.skipped:
+            raise ValueError(f"train.txt has {dict(batch.skipped)}: take those out, a class may have no other")
         yield batch
 
 

@@ -52,8 +52,8 @@ class Numbered(Source):
     """Picture i has colour i; it has two captions of its own, and label i % 5."""
 
     def __init__(self, count: int, prefix: str = "") -> None:
-        super().__init__("numbered", count)
-        self.prefix, self.classes = prefix, [f"kind{k}" for k in range(5)]
+        super().__init__("numbered")
+        self.prefix, self.rows, self.classes = prefix, range(count), [f"kind{k}" for k in range(5)]
         self.labels = [i % 5 for i in range(count)]
 
     def key(self, index: int) -> str:

@@ -14,8 +14,8 @@ from conftest import ROOT
 from PIL import Image
 
 import data
-from data import (BadSample, Shapes, SkipReport, TarSource, Tokenizer, TrainingBatches, check_index,
-                  decode_image, evaluation_batches, hold_out, open_source, to_square, training_batches)
+from data import (BadSample, Shapes, SkipReport, Stream, TarSource, Tokenizer, check_index, decode_image,
+                  evaluation_batches, hold_out, open_source, to_square, training_batches)
 
 # Broken shards with a list of what a careful loader makes of them; too large to be kept here.
 HOSTILE = Path(os.environ.get("DIFFDIS_DATA", ROOT.parent / "shared" / "data")) / "hostile"
@@ -34,6 +34,12 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
             info.size = len(body)
             tar.addfile(info, io.BytesIO(body))
     return path
+
+
+def captioned(*keys: str) -> list[tuple[str, bytes]]:
+    """A picture and its caption for each key."""
+    return [(f"{key}.{kind}", body) for key in keys
+            for kind, body in (("jpg", picture(size=(20, 20))), ("txt", f"caption {key}".encode()))]
 
 
 def read_all(source) -> tuple[dict, Counter]:
@@ -80,18 +86,13 @@ def test_exif_rotation_is_applied_and_broken_metadata_costs_no_picture(monkeypat
 @pytest.mark.parametrize("raw, cause", [
     (picture(size=(300, 300))[:900], "unreadable image"), (b"", "unreadable image"),
     (b"a text", "unreadable image"), (picture(size=(3, 2000), form="PNG"), "image too small"),
-    (picture(size=(9000, 9000), form="PNG", mode="1"), "image too large")])
+    (picture(size=(9000, 9000), form="PNG", mode="1"), "image too large"),
+    # Other formats are not opened: for an EPS, Pillow would start Ghostscript on a stranger's file.
+    *((picture(form=form), "unreadable image") for form in ("TIFF", "BMP", "PPM", "EPS"))])
 def test_unusable_pictures_are_named(raw: bytes, cause: str) -> None:
     with pytest.raises(BadSample) as bad:
         decode_image(raw, "key")
     assert bad.value.cause == cause
-
-
-@pytest.mark.parametrize("form", ["TIFF", "BMP", "PPM", "EPS"])
-def test_other_formats_are_not_opened(form: str) -> None:
-    with pytest.raises(BadSample):
-        # For an EPS, Pillow would start Ghostscript on a stranger's file.
-        decode_image(picture(form=form))
 
 
 def test_to_square_takes_the_centre() -> None:
@@ -101,14 +102,26 @@ def test_to_square_takes_the_centre() -> None:
         "what is not in the centre square must not come in"
 
 
+def test_large_jpegs_are_decoded_small() -> None:
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((640, 480), Image.BICUBIC)
+    file = io.BytesIO()
+    smooth.save(file, "JPEG", quality=92)
+    whole, small = decode_image(file.getvalue()), decode_image(file.getvalue(), side=60)
+    assert whole.size == (640, 480) and small.size == (160, 120), "the smallest of twice the need or more"
+    difference = to_square(whole, 64).astype(int) - to_square(small, 64)
+    assert np.abs(difference).mean() < 1 and np.abs(difference).max() < 16
+    assert decode_image(file.getvalue(), side=256).size == (640, 480)
+
+
 # ---------------------------------------------------------------- tars
 def test_a_small_hostile_tar(tmp_path) -> None:
-    jpg = picture()
+    jpg, deep = picture(), b"[" * 100_000       # a parser that recurses gives up with another error
     red, blue = picture((220, 20, 20)), picture((20, 20, 220))
     link = tarfile.TarInfo("l.jpg")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
     path = write_tar(tmp_path / "00000.tar", [
-        ("a.jpg", jpg), ("a.txt", b"good"),
+        ("a.jpg", jpg), ("a.txt", b"good"), ("a.json", deep),
         ("b.jpg", jpg),                                                  # no caption
         ("c.txt", b"no image"),
         ("d.jpg", red), ("d.txt", b"red"), ("d.jpg", blue), ("d.txt", b"blue"),       # the same name twice
@@ -117,15 +130,15 @@ def test_a_small_hostile_tar(tmp_path) -> None:
         ("._h.jpg", b"shadow"), ("h.jpg", jpg), ("h.txt", "café".encode("latin-1")),
         ("../../evil.jpg", jpg), ("../../evil.txt", b"evil"),
         ("i.jpg", jpg[:200]), ("i.txt", b"truncated"),
-        ("j.jpg", jpg), ("j.txt", b" \n "),
-        ("k.json", b"{not json"), ("k.txt", b"k"), ("k.jpg", jpg)])
+        ("j.jpg", jpg), ("j.txt", b" \n "), ("m.jpg", jpg), ("m.json", deep),
+        ("k.json", b"{not json"), ("k.txt", b"k"), ("k.cls", b"7"), ("k.jpg", jpg)])
     with tarfile.open(path, "a") as tar:
         tar.addfile(link)
         info = tarfile.TarInfo("l.txt")
         info.size = 1
         tar.addfile(info, io.BytesIO(b"x"))
     before = sorted(tmp_path.rglob("*"))
-    source = TarSource([path], "test")
+    source = TarSource("test", [path])
     found, skipped = read_all(source)
     assert sorted(found) == sorted(["a", "d", "f", "g", "h", "../../evil", "k"])
     assert [s.captions for s in found["d"]] == [["red"], ["blue"]]
@@ -133,91 +146,53 @@ def test_a_small_hostile_tar(tmp_path) -> None:
         channel = 0 if sample.captions == ["red"] else 2
         assert np.asarray(sample.image)[..., channel].mean() > 200, "a picture got another sample's caption"
     assert found["g"][0].captions == ["one", "two"] and found["h"][0].captions[0].startswith("caf")
-    assert skipped == {"no caption": 2, "no image": 3, "empty caption": 1, "unreadable image": 1}
-    assert sorted(tmp_path.rglob("*")) == before, "reading a tar must write nothing"
+    assert skipped == {"no caption": 2, "no image": 3, "empty caption": 2, "unreadable image": 1}
+    assert sorted(tmp_path.rglob("*")) == before, "reading a tar must write nothing beside it"
+    with pytest.raises(ValueError, match="2 no caption, 3 no image"):
+        check_index(source, 0.05)
 
 
 def test_a_damaged_shard_is_said_and_weighed(tmp_path, capsys) -> None:
-    def shard(name: str, first: int) -> Path:
-        return write_tar(tmp_path / name, [(f"{i:04d}.{kind}", body) for i in range(first, first + 40)
-                                           for kind, body in (("jpg", picture()), ("txt", b"a"))])
-    good, flipped, joined = shard("0.tar", 0), shard("1.tar", 40), shard("2.tar", 80)
+    good, flipped, joined, last = (
+        write_tar(tmp_path / f"{k}.tar", captioned(*(f"{k}_{i}" for i in range(40)))) for k in range(4))
     raw = bytearray(flipped.read_bytes())
     with tarfile.open(flipped) as tar:
         raw[tar.getmembers()[40].offset + 150] ^= 1              # the checksum of a header in the middle
     flipped.write_bytes(raw)
-    joined.write_bytes(joined.read_bytes() + shard("3.tar", 120).read_bytes())
-    (tmp_path / "3.tar").unlink()
-    source = TarSource([good, flipped, joined], "test")
+    joined.write_bytes(joined.read_bytes() + last.read_bytes())
+    source = TarSource("test", [good, flipped, joined])
     assert len(source) == 40 + 20 + 40, "tarfile stops at a bad header without a word"
     assert 50 <= source.skipped["damaged shard"] <= 70, "20 and 40 samples were lost"
     assert capsys.readouterr().err.count("are lost") == 2
-    with pytest.raises(ValueError, match="unusable"):
-        check_index(source, 0.05)
-
-
-def test_endless_long_names_are_no_crash(tmp_path) -> None:
-    block = tarfile.TarInfo("x")
-    block.type, block.size = tarfile.GNUTYPE_LONGNAME, 4
-    body = block.tobuf(tarfile.GNU_FORMAT) + b"name".ljust(512, b"\0")
-    (tmp_path / "0.tar").write_bytes(3000 * body)
-    source = TarSource([tmp_path / "0.tar"], "test")
-    assert len(source) == 0 and source.skipped
-
-
-def test_absurd_json_costs_no_more_than_its_sample(tmp_path) -> None:
-    # A parser that recurses gives up with another error than ValueError.
-    deep = b"[" * 100_000
-    source = TarSource([write_tar(tmp_path / "0.tar", [
-        ("a.jpg", picture()), ("a.json", deep), ("a.txt", b"a"),
-        ("b.jpg", picture()), ("b.json", deep)])], "test")
-    assert source.captions(0) == ["a"], "the .txt was good"
-    with pytest.raises(BadSample):
-        source.captions(1)
-
-
-def test_what_only_looks_like_data_is_passed_over(tmp_path) -> None:
-    tars, folders = tmp_path / "tars", tmp_path / "folders"
-    (tars / "unpacked.tar").mkdir(parents=True)
-    (tars / "._0.tar").write_bytes(b"a shadow file of macOS" * 100)
-    write_tar(tars / "0.tar", [("a.jpg", picture()), ("a.txt", b"a")])
-    source = open_source(str(tars))
-    assert len(source) == 1 and not source.skipped, "a folder or a shadow file is not a broken shard"
-    (folders / "cat").mkdir(parents=True)
-    (folders / "dog").mkdir()
-    for name in ("cat/1.jpg", "dog/2.jpg"):
-        (folders / name).write_bytes(picture())
-    (folders / "cat" / "._1.jpg").write_bytes(b"shadow")
-    assert len(open_source(str(folders))) == 2, \
-        "shadow files would be half the samples, all bad, and stop the run"
 
 
 def test_broken_shards_do_not_stop_the_rest(tmp_path, capsys) -> None:
-    good = [(f"{i}.{e}", picture() if e == "jpg" else b"x") for i in range(4) for e in ("jpg", "txt")]
-    write_tar(tmp_path / "0.tar", good)
-    raw = (tmp_path / "0.tar").read_bytes()
-    (tmp_path / "1.tar").write_bytes(raw[:3 * 2048 + 700])
+    write_tar(tmp_path / "0.tar", captioned(*"0123"))
+    write_tar(tmp_path / "7.tar", captioned(*"0123"))
+    (tmp_path / "1.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:3 * 2048 + 700])
     (tmp_path / "2.tar").write_bytes(b"")
     (tmp_path / "3.tar").write_bytes(bytes(np.random.default_rng(0).integers(0, 256, 4096, np.uint8)))
     with tarfile.open(tmp_path / "4.tar", "w:gz"):
         pass
     write_tar(tmp_path / "5.tar", [])
-    write_tar(tmp_path / "6.tar", good)
+    block = tarfile.TarInfo("x")                # long names without an end, in which tarfile recurses
+    block.type, block.size = tarfile.GNUTYPE_LONGNAME, 4
+    (tmp_path / "6.tar").write_bytes(3000 * (block.tobuf(tarfile.GNU_FORMAT) + b"name".ljust(512, b"\0")))
     source = open_source(str(tmp_path))
     whole = [source.key(i) for i in range(len(source))]
     assert len(whole) >= 8 + 2 and whole[-4:] == ["0", "1", "2", "3"], \
         "shards after a broken one must be reached"
     said = capsys.readouterr().err
-    assert all(f"{name}.tar" in said for name in "12345") and "6.tar" not in said, \
+    assert all(f"{name}.tar" in said for name in "123456") and "7.tar" not in said, \
         "each bad shard must be named"
-    assert source.skipped["damaged shard"] >= 5
+    assert source.skipped["damaged shard"] >= 6
     assert read_all(source)[1] == source.skipped, "what was indexed of a cut shard must be whole"
 
 
 @pytest.mark.skipif(not HOSTILE.is_dir(), reason="the hostile shards are not on this machine")
 def test_hostile_shards_as_expected() -> None:
     expected = json.loads((HOSTILE / "EXPECTED.json").read_text())
-    found, _ = read_all(TarSource([HOSTILE / "00000.tar"], "hostile"))
+    found, _ = read_all(TarSource("hostile", [HOSTILE / "00000.tar"]))
     seen = Counter()
     for case in expected["samples"]:
         key, n = case["key"], seen[case["key"]]
@@ -233,42 +208,133 @@ def test_hostile_shards_as_expected() -> None:
                 assert np.abs(mean - case["mean_rgb_after_conversion"]).max() <= 4 \
                     or "alpha" in case["problem"] or "transparen" in case["problem"], (case, mean)
     for shard, case in expected["shards"].items():
-        source = TarSource([HOSTILE / shard], "hostile")
+        source = TarSource("hostile", [HOSTILE / shard])
         keys = [s.key for samples in read_all(source)[0].values() for s in samples]
         if "gzip" not in case["problem"]:      # either outcome is allowed there
             assert keys == case["complete_keys"], (shard, keys)
 
 
+def test_an_index_is_kept_and_forgotten_when_a_shard_changes(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars/9.tar").write_bytes(b"")
+    first = uneven(tmp_path / "tars", [3, 4])
+    with monkeypatch.context() as patch:
+        patch.setattr(TarSource, "index_shard", None)             # a second reading would fail
+        again = open_source(str(tmp_path / "tars"))
+    assert [again.key(i) for i in range(7)] == [first.key(i) for i in range(7)]
+    assert again.captions(6) == first.captions(6) == ["caption 1_3"] and again.skipped == first.skipped
+    assert again.skipped["damaged shard"] == 1 and "9.tar is empty" in capsys.readouterr().err
+    assert len(uneven(tmp_path / "tars", [3, 5])) == 8
+    for index in (tmp_path / "cache").iterdir():
+        index.write_bytes(b"damaged")
+    assert len(uneven(tmp_path / "tars", [3, 5])) == 8
+
+
 # ---------------------------------------------------------------- folders
-def test_folders(tmp_path) -> None:
-    for split, name in itertools.product(("train", "val"), ("big_cat", "owl")):
-        folder = tmp_path / "classes" / split / name
-        folder.mkdir(parents=True)
-        for i in range(3 if split == "train" else 1):
-            (folder / f"{i}.png").write_bytes(picture(form="PNG"))
-    train, val = (open_source(str(tmp_path / "classes"), split) for split in ("train", "val"))
-    assert len(train) == 6 and len(val) == 2 and train.classes == ["big cat", "owl"]
-    assert train.read(5).label == 1 and train.captions(5) == ["a photo of an owl"]
-    pairs = tmp_path / "pairs"
-    pairs.mkdir()
-    (pairs / "a.jpg").write_bytes(picture())
-    (pairs / "a.txt").write_text("one\n\ntwo\n")
-    (pairs / "b.jpg").write_bytes(picture())
-    source = open_source(str(pairs))
-    assert len(source) == 1 and source.captions(0) == ["one", "two"] and source.skipped["no caption"] == 1
-
-
 def test_nothing_to_read_says_what_to_do(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="img2dataset"):
         open_source("cc3m")
     with pytest.raises(FileNotFoundError, match="expected shapes"):
         open_source("nowhere")
-    with pytest.raises(ValueError, match="folders of two or more classes"):
-        open_source(str(tmp_path))
     write_tar(tmp_path / "0.tar", [("a.txt", b"x")])
     with pytest.raises(ValueError, match="no usable sample"):
         open_source(str(tmp_path))
+    (tmp_path / "a.jpg").write_bytes(picture())
+    with pytest.raises(ValueError, match="1 tars and 1 images"):
+        open_source(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="expected shapes, a folder, a tar"):
+        open_source(str(tmp_path / "a.jpg"))
+
+
+def test_what_is_no_data_is_left_out_and_links_are_followed(tmp_path) -> None:
+    for name in ("real/cat", "data/dog", "data/.ipynb_checkpoints", "data/__MACOSX", "tars/unpacked.tar"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.jpg").write_bytes(picture())
+        (tmp_path / name / "._0.jpg").write_bytes(b"a shadow file of macOS")
+    (tmp_path / "data/cat").symlink_to(tmp_path / "real/cat")
+    assert open_source(str(tmp_path / "data")).classes == ["cat", "dog"]
+    (tmp_path / "data/loop").symlink_to(tmp_path / "data")
+    with pytest.raises(ValueError, match="twice: remove one"):
+        open_source(str(tmp_path / "data"))
+    (tmp_path / "tars/unpacked.tar/0.jpg").unlink()
+    write_tar(tmp_path / "tars/0.tar", captioned("a"))
+    (tmp_path / "tars/._0.tar").write_bytes(b"a shadow file of macOS" * 100)
+    source = open_source(str(tmp_path / "tars"))
+    assert len(source) == 1 and not source.skipped, "a folder or a shadow file is not a broken shard"
+
+
+@pytest.mark.parametrize("kind", ["tars", "captions", "classes"])
+def test_training_never_sees_the_validation_half(tmp_path, kind: str) -> None:
+    def put(folder: Path) -> None:
+        if kind == "tars":
+            folder.mkdir(parents=True)
+            write_tar(folder / "0.tar", captioned("a"))
+            return
+        for name in ("big_cat", "owl") if kind == "classes" else ("",):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "a.jpg").write_bytes(picture())
+            if kind == "captions":
+                (folder / "a.txt").write_text("a")
+                (folder / "b.jpg").write_bytes(picture())
+    put(tmp_path / "both" / "train")
+    put(tmp_path / "both" / "val")
+    for split in ("train", "val"):
+        source = open_source(str(tmp_path / "both"), split)
+        path = (source.tars if kind == "tars" else source.images)[0]
+        assert path.relative_to(tmp_path / "both").parts[0] == split
+    if kind == "captions":
+        assert len(source) == 1 and source.skipped == {"no caption": 1}
+    if kind == "classes":
+        assert source.classes == ["big cat", "owl"] and source.read(1).label == 1
+        assert [source.captions(i) for i in range(2)] == [["a photo of a big cat"], ["a photo of an owl"]]
+    put(tmp_path / "tested" / "train")
+    put(tmp_path / "tested" / "Test")
+    with pytest.raises(ValueError, match="no folder val, but below it Test, train: name one to use"):
+        open_source(str(tmp_path / "tested"), "val")
+    assert len(open_source(str(tmp_path / "tested"), "train")) > 0
+    for name in ("called/Training", "higher/set/train2017", "higher/set/val2017"):
+        put(tmp_path / name)
+    for name, split in itertools.product(("called", "higher"), ("train", "val")):
+        with pytest.raises(ValueError, match=f"no folder {split}, but below it"):
+            open_source(str(tmp_path / name), split)
+
+
+@pytest.mark.parametrize("names", [(), ("Images/cat/a.jpg", "Images/dog/b.jpg"), ("cat/a.jpg", "dog.jpg"),
+                                   ("Images/a.jpg", "Images/b.jpg")])
+def test_folders_that_are_half_understood_are_refused(tmp_path, names: tuple[str, ...]) -> None:
+    """Else every picture is trained as "a photo of an Images", and zero-shot of one class is always right."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture())
+    with pytest.raises(ValueError, match="folders of two or more classes"):
+        open_source(str(tmp_path))
+
+
+def test_a_line_of_a_text_file_is_a_caption_in_tars_as_in_folders(tmp_path) -> None:
+    text, meta = b"\xef\xbb\xbfone\r\n\n two \nthree", json.dumps({"captions": ["four", 5, " "]}).encode()
+    path = write_tar(tmp_path / "0.tar", [
+        ("a.jpg", picture()), ("a.txt", text), ("b.jpg", picture()), ("b.txt", b"six"), ("b.json", meta),
+        ("c.jpg", picture()), ("c.json", meta), ("d.jpg", picture()), ("d.json", b'{"caption": "seven"}')])
+    with tarfile.open(path) as tar:
+        tar.extractall(tmp_path / "folder", filter="data")
+    for name in ("0.tar", "folder"):
+        source = open_source(str(tmp_path / name))
+        captions = [source.captions(i) for i in range(4)]
+        assert captions == [["one", "two", "three"], ["six"], ["four"], ["seven"]], "KEY.txt wins over others"
+
+
+def test_a_file_that_vanishes_is_a_bad_sample(tmp_path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").write_bytes(picture())
+        (tmp_path / f"{name}.txt").write_text(name)
+    source = open_source(str(tmp_path))
+    (tmp_path / "a.jpg").unlink()
+    (tmp_path / "b.txt").unlink()
+    for i, cause in enumerate(("unreadable file", "empty caption")):
+        with pytest.raises(BadSample, match=cause):
+            source.read(i)
 
 
 # ---------------------------------------------------------------- batches
@@ -282,30 +348,30 @@ def tars(tmp_path):
     return open_source(str(tmp_path))
 
 
+def uneven(folder: Path, sizes: list[int]):
+    for shard, size in enumerate(sizes):
+        write_tar(folder / f"{shard}.tar", captioned(*(f"{shard}_{i}" for i in range(size))))
+    return open_source(str(folder))
+
+
 def take(source, count: int, **options) -> list:
     return list(itertools.islice(training_batches(source, 16, 8, seed=3, **options), count))
 
 
 def test_batches_depend_on_the_step_alone(tars) -> None:
-    alone = take(tars, 6)
+    options = dict(tokenizer=Tokenizer.learn(["caption 0 1"], 520, 16), draw=lambda k: {"step": k})
+    alone, workers = take(tars, 6, **options), take(tars, 6, workers=2, **options)
     ranks = [take(tars, 6, rank=rank, world=2) for rank in range(2)]
-    workers = take(tars, 6, workers=2)
     late = take(tars, 2, start=4)
     for k, batch in enumerate(alone):
-        both = [ranks[0][k], ranks[1][k]]
-        assert torch.equal(batch.images[0::2], both[0].images), "two ranks must share one batch"
-        assert torch.equal(batch.images[1::2], both[1].images)
-        assert batch.captions[0::2] == both[0].captions and batch.captions[1::2] == both[1].captions
+        for rank in range(2):
+            assert torch.equal(batch.images[rank::2], ranks[rank][k].images), "two ranks must share one batch"
+            assert batch.captions[rank::2] == ranks[rank][k].captions
         assert torch.equal(batch.images, workers[k].images), "the number of workers must not change the data"
+        assert batch.drawn == workers[k].drawn == {"step": k}
+        assert torch.equal(batch.tokens, workers[k].tokens)
+        assert torch.equal(batch.tokens, options["tokenizer"](batch.captions))
     assert [b.keys for b in late] == [b.keys for b in alone[4:]], "resuming must go on in the same stream"
-
-
-def uneven(folder: Path, sizes: list[int]):
-    for shard, size in enumerate(sizes):
-        write_tar(folder / f"{shard}.tar", [
-            (f"{shard}_{i}.{kind}", body) for i in range(size) for kind, body in (
-                ("jpg", picture(size=(20, 20))), ("txt", f"caption {shard} {i}".encode()))])
-    return open_source(str(folder))
 
 
 @pytest.mark.parametrize("sizes", [[50], [1, 40, 9], [8, 3, 20, 1, 6, 2, 10]])
@@ -327,8 +393,8 @@ def test_any_shards_serve_any_ranks_and_workers(tmp_path, sizes: list[int]) -> N
 
 def test_the_shuffle_buffer_reads_shard_after_shard(tmp_path) -> None:
     source = uneven(tmp_path, [20] * 10)
-    batches = TrainingBatches(source, 16, 8, 3, 0, 1, shuffle_buffer=40)
-    orders = [batches.epoch_order(epoch) for epoch in range(2)]
+    stream = Stream(source, 16, seed=3, shuffle_buffer=40)
+    orders = [stream.order(epoch) for epoch in range(2)]
     for order in orders:
         assert sorted(order) == list(range(200))
         for first in range(0, 200, 40):
@@ -337,57 +403,18 @@ def test_the_shuffle_buffer_reads_shard_after_shard(tmp_path) -> None:
     stretches = [[set(order[first:first + 40] // 20) for first in range(0, 200, 40)] for order in orders]
     assert stretches[0] != stretches[1] != sorted(stretches[1], key=min), "shards change places every epoch"
     assert stretches[0] != [{2 * k, 2 * k + 1} for k in range(5)]
-    assert list(orders[0]) == list(TrainingBatches(source, 16, 8, 3, 0, 1, None, 40).epoch_order(0))
-    assert list(orders[0]) != list(TrainingBatches(source, 16, 8, 4, 0, 1, None, 40).epoch_order(0))
-
-
-def test_a_slow_index_is_kept_and_forgotten_when_a_shard_changes(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(data, "LARGE_INDEX", 5)
-    (tmp_path / "tars").mkdir()
-    (tmp_path / "tars/9.tar").write_bytes(b"")
-    first = uneven(tmp_path / "tars", [3, 4])
-    monkeypatch.setattr(TarSource, "samples_of", None)             # a second reading would fail
-    again = open_source(str(tmp_path / "tars"))
-    assert [again.key(i) for i in range(7)] == [first.key(i) for i in range(7)]
-    assert again.captions(6) == first.captions(6) == ["caption 1 3"] and again.skipped == first.skipped
-    assert again.skipped["damaged shard"] == 1 and "9.tar is empty" in capsys.readouterr().err
-    monkeypatch.undo()
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    assert len(uneven(tmp_path / "tars", [3, 5])) == 8
-    for index in (tmp_path / "cache").iterdir():
-        index.write_bytes(b"damaged")
-    assert len(uneven(tmp_path / "tars", [3, 5])) == 8
+    again, other = (list(Stream(source, 16, seed, 40).order(0)) for seed in (3, 4))
+    assert list(orders[0]) == again != other
 
 
 def test_every_epoch_chooses_among_the_captions_anew(tmp_path) -> None:
     captions = [f"caption {k}" for k in range(5)]
-    source = TarSource([write_tar(tmp_path / "0.tar", [
+    source = TarSource("test", [write_tar(tmp_path / "0.tar", [
         (f"{i}.{kind}", body) for i in range(8) for kind, body in (
-            ("jpg", picture()), ("json", json.dumps({"captions": captions}).encode()))])], "test")
+            ("jpg", picture()), ("json", json.dumps({"captions": captions}).encode()))])])
     seen = [dict(zip(batch.keys, batch.captions)) for batch in take(source, 6)]       # an epoch each
     assert set().union(*(epoch.values() for epoch in seen)) == set(captions)
     assert all(len({epoch[key] for epoch in seen}) > 1 for key in seen[0]), "a picture keeps one caption"
-
-
-def test_large_jpegs_are_decoded_small(tmp_path) -> None:
-    rng = np.random.default_rng(0)
-    smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((640, 480), Image.BICUBIC)
-    file = io.BytesIO()
-    smooth.save(file, "JPEG", quality=92)
-    whole, small = decode_image(file.getvalue()), decode_image(file.getvalue(), side=60)
-    assert whole.size == (640, 480) and small.size == (160, 120), "the smallest of twice the need or more"
-    difference = to_square(whole, 64).astype(int) - to_square(small, 64)
-    assert np.abs(difference).mean() < 1 and np.abs(difference).max() < 16
-    assert decode_image(file.getvalue(), side=256).size == (640, 480)
-
-
-def test_workers_tokenise_and_draw(tars) -> None:
-    options = dict(tokenizer=Tokenizer.learn(["caption 0 1"], 520, 16), draw=lambda k: {"step": k})
-    for workers in (0, 2):
-        batch = take(tars, 2, workers=workers, **options)[1]
-        assert torch.equal(batch.tokens, options["tokenizer"](batch.captions))
-        assert batch.drawn["step"] == 1
 
 
 def test_an_epoch_shows_every_sample_once_and_replaces_bad_ones(tars) -> None:
@@ -400,6 +427,15 @@ def test_an_epoch_shows_every_sample_once_and_replaces_bad_ones(tars) -> None:
             "a substitute must not be its neighbour's twin in the batch"
 
 
+@pytest.mark.parametrize("count", [2, 3, 6, 10, 16, 30])
+def test_a_bad_sample_is_replaced_by_any_other_that_is_good(tmp_path, count: int) -> None:
+    members = [(f"{i}.{kind}", body) for i in range(count) for kind, body in (
+        ("jpg", picture() if i == count - 1 else b"bad"), ("txt", b"a"))]
+    source = TarSource("test", [write_tar(tmp_path / "0.tar", members)])
+    batch = next(training_batches(source, 32, 2, 0))
+    assert batch.keys == [str(count - 1)] * 2
+
+
 def test_too_many_bad_samples_stop() -> None:
     report = SkipReport(0.05)
     report.add(Counter({"unreadable image": 4}), 99)
@@ -409,122 +445,17 @@ def test_too_many_bad_samples_stop() -> None:
         report.check()
 
 
-def test_indexing_problems_count_too(tmp_path) -> None:
-    write_tar(tmp_path / "0.tar", [("a.jpg", picture()), ("a.txt", b"a"), ("b.jpg", picture())])
-    with pytest.raises(ValueError, match="1 no caption"):
-        check_index(open_source(str(tmp_path)), 0.05)
-
-
 def test_hold_out_and_evaluation_order(tars) -> None:
     train, val = hold_out(tars, 500)
     assert len(val) == 1 and len(train) == 23
     assert not {train.captions(i)[0] for i in range(3)} & {val.captions(0)[0]}
     batches = list(evaluation_batches(tars, 16, 10))
-    keys = [tars.key(i) for i in range(len(tars))]
-    assert [key for batch in batches for key in batch.keys] == [key for key in keys if key != "14"]
+    good = [i for i in range(len(tars)) if tars.key(i) != "14"]
+    assert [place for batch in batches for place in batch.places] == good
+    assert [key for batch in batches for key in batch.keys] == [tars.key(i) for i in good]
     assert sum(batch.visited for batch in batches) == 24
     assert isinstance(hold_out(Shapes(), 10)[0], Shapes)
     train, val = hold_out(tars.subset(np.repeat(np.arange(24), 5)), 5)
     assert list(val.rows) == [0, 5, 11, 17, 23], "from all over, not the first ones"
     with pytest.raises(ValueError, match="training needs more"):
         hold_out(tars.subset(np.array([3])), 1)
-
-
-def test_hidden_folders_are_left_out_and_links_followed(tmp_path) -> None:
-    for name in ("real/cat", "data/dog", "data/.ipynb_checkpoints", "data/__MACOSX"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "0.jpg").write_bytes(picture())
-    (tmp_path / "data/cat").symlink_to(tmp_path / "real/cat")
-    (tmp_path / "data/loop").symlink_to(tmp_path / "data")
-    assert open_source(str(tmp_path / "data")).classes == ["cat", "dog"]
-
-
-def test_class_folders_of_one_name_are_refused(tmp_path) -> None:
-    for name in ("a_b", "a b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "0.jpg").write_bytes(picture())
-    with pytest.raises(ValueError, match="no name that tells them apart"):
-        open_source(str(tmp_path))
-
-
-@pytest.mark.parametrize("kind", ["tars", "captions", "classes"])
-def test_training_never_sees_the_validation_half(tmp_path, kind: str) -> None:
-    def put(folder: Path) -> None:
-        if kind == "tars":
-            folder.mkdir(parents=True)
-            write_tar(folder / "0.tar", [("a.jpg", picture()), ("a.txt", b"a")])
-            return
-        for name in ("cat", "dog") if kind == "classes" else ("",):
-            (folder / name).mkdir(parents=True)
-            (folder / name / "a.jpg").write_bytes(picture())
-            if kind == "captions":
-                (folder / "a.txt").write_text("a")
-    put(tmp_path / "both" / "train")
-    put(tmp_path / "both" / "val")
-    for split in ("train", "val"):
-        source = open_source(str(tmp_path / "both"), split)
-        assert len(source) == (2 if kind == "classes" else 1)
-        path = (source.tars if kind == "tars" else source.images)[0]
-        assert path.relative_to(tmp_path / "both").parts[0] == split
-    put(tmp_path / "tested" / "train")
-    put(tmp_path / "tested" / "Test")
-    with pytest.raises(ValueError, match="no folder val, but below it Test, train: name one to use"):
-        open_source(str(tmp_path / "tested"), "val")
-    assert len(open_source(str(tmp_path / "tested"), "train")) > 0
-    for name in ("called/Training", "higher/set/train2017", "higher/set/val2017"):
-        put(tmp_path / name)
-    for name in ("called", "higher"):
-        for split in ("train", "val"):
-            with pytest.raises(ValueError, match=f"no folder {split}, but below it"):
-                open_source(str(tmp_path / name), split)
-
-
-@pytest.mark.parametrize("names", [("Images/cat/a.jpg", "Images/dog/b.jpg"), ("cat/a.jpg", "dog.jpg"),
-                                   ("Images/a.jpg", "Images/b.jpg")])
-def test_folders_that_are_half_understood_are_refused(tmp_path, names: tuple[str, ...]) -> None:
-    """Else every picture is trained as "a photo of an Images", and zero-shot of one class is always right."""
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(picture())
-    with pytest.raises(ValueError, match="folders of two or more classes"):
-        open_source(str(tmp_path))
-
-
-def test_a_line_of_a_text_file_is_a_caption_in_tars_as_in_folders(tmp_path) -> None:
-    text, meta = b"\xef\xbb\xbfone\r\n\n two \nthree", json.dumps({"captions": ["four", 5, " "]}).encode()
-    write_tar(tmp_path / "0.tar", [
-        ("a.jpg", picture()), ("a.txt", text), ("b.jpg", picture()), ("b.txt", b"six"), ("b.json", meta),
-        ("c.jpg", picture()), ("c.json", meta), ("d.jpg", picture()),
-        ("d.json", json.dumps({"captions": [" "], "caption": "seven"}).encode())])
-    expected = [["one", "two", "three"], ["six"], ["four"], ["seven"]]
-    source = open_source(str(tmp_path / "0.tar"))
-    assert [source.captions(i) for i in range(4)] == expected, "KEY.txt wins over what does not hold it"
-    with pytest.raises(ValueError, match="folder of tars and images.*one kind of data"):
-        (tmp_path / "a.jpg").write_bytes(picture())
-        open_source(str(tmp_path))
-    (tmp_path / "folder").mkdir()
-    with tarfile.open(tmp_path / "0.tar") as tar:
-        tar.extractall(tmp_path / "folder", filter="data")
-    source = open_source(str(tmp_path / "folder"))
-    assert [source.captions(i) for i in range(4)] == expected
-
-
-def test_a_file_that_vanishes_is_a_bad_sample(tmp_path) -> None:
-    for name in "ab":
-        (tmp_path / f"{name}.jpg").write_bytes(picture())
-        (tmp_path / f"{name}.txt").write_text(name)
-    source = open_source(str(tmp_path))
-    (tmp_path / "a.jpg").unlink()
-    (tmp_path / "b.txt").unlink()
-    for i, cause in enumerate(("unreadable file", "empty caption")):
-        with pytest.raises(BadSample, match=cause):
-            source.read(i)
-
-
-@pytest.mark.parametrize("count", [2, 3, 6, 10, 16, 30])
-def test_a_bad_sample_is_replaced_by_any_other_that_is_good(tmp_path, count: int) -> None:
-    members = [(f"{i}.{kind}", body) for i in range(count) for kind, body in (
-        ("jpg", picture() if i == count - 1 else b"bad"), ("txt", b"a"))]
-    source = TarSource([write_tar(tmp_path / "0.tar", members)], "test")
-    batch = next(training_batches(source, 32, 2, 0))
-    assert batch.keys == [str(count - 1)] * 2
