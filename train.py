@@ -40,27 +40,22 @@ from diffusion import (alignment_loss, generation_loss, generator_of, make_alpha
                        noise_of, q_sample, read_prediction, signal_and_noise)
 from evaluate import (Reading, checker, everybody, in_turn, join_ranks, over_images, rank_and_world, report,
                       retrieval, zeroshot)
-from model import (CLIPS, LIKE, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextConfig,
-                   is_new)
+from model import (CLIPS, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextConfig, is_new)
 from sample import Parser, draw_images, fail, make_grid, natural, pick_device, positive, share, weight
 
 TASKS = ("generation", "alignment")
-# What training starts from where no flag says otherwise; weights that came with --init learn at lr / slower.
-# sd-v1: the paper's run on CC3M.
-RECIPES = {
-    "tiny": dict(steps=2000, batch_size=32, lr=5e-4, slower=1, lr_decay="cosine", warmup=150, beta2=0.99,
-                 weight_decay=1e-2, ema=0.997, align_weight=0.3),
-    "small": dict(steps=50000, batch_size=256, lr=3e-4, slower=1, lr_decay="cosine", warmup=500, beta2=0.99,
-                  weight_decay=1e-2, ema=0.999, align_weight=0.3),
-    "sd-v1": dict(steps=60000, batch_size=1024, lr=1e-4, slower=10, lr_decay="constant", warmup=1000,
-                  beta2=0.999, weight_decay=1e-4, ema=0.9999, align_weight=1.0),
-}
-# CLIP (Table 1): the appendix's rate, decay, batch and 20 epochs of CC3M; beta2 is CLIP's own. A small one
-# has the steps and batch of the preset it is compared with.
-CLIP_RECIPE = dict(lr=1e-3, slower=100, lr_decay="cosine", beta2=0.98, weight_decay=0.1, align_weight=1.0)
-RECIPES |= {name: {**RECIPES[like], **CLIP_RECIPE} for like, name in LIKE.items()}
-RECIPES["clip-vit-l14"] |= dict(steps=57000, warmup=2000)
-RECIPES["clip-vit-b32"] = RECIPES["clip-vit-l14"]
+# What training starts from where no flag says otherwise: by preset, the paper's run on CC3M being sd-v1, and a
+# CLIP's rate, decay and 20 epochs those of the paper's appendix. Weights of --init learn at lr / slower.
+COLUMNS = ("steps", "batch_size", "lr", "slower", "lr_decay", "warmup", "beta2", "weight_decay", "ema",
+           "align_weight")
+RECIPES = {name: dict(zip(COLUMNS, values)) for name, *values in (
+    ("tiny", 2000, 32, 5e-4, 1, "cosine", 150, 0.99, 1e-2, 0.997, 0.3),
+    ("small", 50000, 256, 3e-4, 1, "cosine", 500, 0.99, 1e-2, 0.999, 0.3),
+    ("sd-v1", 60000, 1024, 1e-4, 10, "constant", 1000, 0.999, 1e-4, 0.9999, 1.0),
+    ("clip-tiny", 2000, 32, 1e-3, 100, "cosine", 150, 0.98, 0.1, 0.997, 1.0),
+    ("clip-small", 50000, 256, 1e-3, 100, "cosine", 500, 0.98, 0.1, 0.999, 1.0),
+    ("clip-vit-b32", 57000, 1024, 1e-3, 100, "cosine", 2000, 0.98, 0.1, 0.9999, 1.0),
+    ("clip-vit-l14", 57000, 1024, 1e-3, 100, "cosine", 2000, 0.98, 0.1, 0.9999, 1.0))}
 
 P_UNCOND = 0.1             # share of captions replaced by the empty prompt, for guidance
 MAX_NORM = 1.0             # of the gradient
@@ -409,11 +404,12 @@ def add_latents(source: Source, model: DiffDis, folder: Path, workers: int) -> N
 
 
 # ---------------------------------------------------------------- state, resume
-def make_model(args: argparse.Namespace, source: Source, adapt: Callable) -> DiffDis | Clip:
-    """A model from --init or from scratch; adapt: as of `model.load`, here `settle`."""
-    if args.init is not None:
-        in_turn(lambda: models.locate(args.init))
-        model = models.load(args.init, weights="raw", adapt=adapt).requires_grad_(True)
+def make_model(args: argparse.Namespace, source: Source, weights: str | Path | None, adapt: Callable
+               ) -> DiffDis | Clip:
+    """A model from these weights, or from scratch; adapt: as of `model.load`, here `settle`."""
+    if weights is not None:
+        in_turn(lambda: models.locate(weights))
+        model = models.load(weights, weights="raw", adapt=adapt).requires_grad_(True)
         model.data = args.data if args.data == model.data else None       # None: on more than that
         return model
     config = adapt((PRESETS | CLIPS)[args.preset])
@@ -476,8 +472,7 @@ class Trainer:
         check_index(source, args.max_bad)
         self.source, self.val = split(source, args.data, args.val)
         torch.manual_seed(args.seed)
-        self.model = (models.build(checkpoint, path, adapt) if checkpoint else
-                      make_model(args, self.source, adapt))
+        self.model = make_model(args, self.source, path if checkpoint else args.init, adapt)
         self.model.tasks = args.tasks
         self.flags = {name: list(value) if isinstance(value, tuple) else value
                       for name, value in vars(args).items() if name not in FREE_ON_RESUME}
@@ -503,7 +498,6 @@ class Trainer:
                   for name, value in self.flags.items() if before.get(name) != value]
         if differ:
             raise ValueError(f"the run in {self.folder} cannot go on: {'; '.join(differ[:5])}")
-        self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name, value in checkpoint["ema"].items():
             self.averages.values[name].copy_(value)
@@ -536,15 +530,14 @@ class Trainer:
     def parts(self, batch: Batch) -> list[Part]:
         """This rank's share of a batch as micro-batches on the device."""
         def move(values: Tensor) -> tuple[Tensor, ...]:
-            values = values.pin_memory() if self.device.type == "cuda" else values
-            return values.to(self.device, non_blocking=True).split(self.args.micro_batch or len(values))
+            return values.to(self.device).split(self.args.micro_batch or len(values))
         noise = {name: move(values) for name, values in (batch.drawn or {}).items()}
         return [(images, tokens, {name: values[i] for name, values in noise.items()})
                 for i, (images, tokens) in enumerate(zip(move(batch.images), move(batch.tokens)))]
 
     def train_step(self, batch: Batch) -> dict:
-        """One gradient step on a batch -> what to log. Raises ValueError on every rank, before anything is
-        updated, if a number is not finite."""
+        """One gradient step on a batch -> what to log, over all ranks. Raises ValueError on every rank, before
+        anything is updated, if a number is not finite."""
         args, parts = self.args, self.parts(batch)
         factor = learning_rate_factor(self.step, args.steps, args.warmup, args.lr_decay)
         for group in self.optimizer.param_groups:
@@ -555,7 +548,8 @@ class Trainer:
             backward(self.loss, parts, args.align_weight)
         self.optimizer.zero_grad(set_to_none=True)
         losses = backward(self.loss, parts, args.align_weight)
-        record = self.agree(losses, nn.utils.clip_grad_norm_(self.averages.live.values(), MAX_NORM))
+        norm = nn.utils.clip_grad_norm_(self.averages.live.values(), MAX_NORM)
+        record = self.agree(losses) | {"grad_norm": norm.item(), "logit_scale": self.model.logit_scale.item()}
         if not all(map(math.isfinite, record.values())):
             raise ValueError(f"step {self.step}: {self.not_finite(losses, batch)}; the last checkpoint is "
                              "from before it: start anew from that one with --init and a lower --lr")
@@ -567,19 +561,17 @@ class Trainer:
         self.step += 1
         return {**record, "lr": args.lr * factor}
 
-    def agree(self, losses: dict, norm: Tensor) -> dict:
-        """The step's numbers over all ranks; the one place of a step that waits for the device."""
-        means = {f"loss_{task}": losses[task].mean() for task in self.args.tasks}
-        weights = {"loss_generation": 1.0, "loss_alignment": self.args.align_weight}
-        means = {"loss": sum(weights[name] * value for name, value in means.items()), **means}
-        if "hits" in losses:
-            means["accuracy"] = losses["hits"].float().mean()
+    def agree(self, losses: dict) -> dict:
+        """The means of a step over all ranks, and whether one of them was told to stop."""
+        means = {"accuracy" if name == "hits" else f"loss_{name}": values.float().mean()
+                 for name, values in losses.items()}
+        means["loss"] = (means.get("loss_generation", 0)
+                         + self.args.align_weight * means.get("loss_alignment", 0))
         means["stop"] = torch.tensor(float(self.signal > 0), device=self.device)
         values = torch.stack(list(means.values()))
         if self.world > 1:
             dist.all_reduce(values)
-        values = torch.cat([values / self.world, torch.stack([norm, self.model.logit_scale.detach()])])
-        record = dict(zip([*means, "grad_norm", "logit_scale"], values.tolist()))
+        record = dict(zip(means, (values / self.world).tolist()))
         self.is_stopped = record.pop("stop") > 0
         return record
 

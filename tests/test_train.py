@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, build, randomise, tiny_clip_config, tiny_config
 from PIL import Image
+from soak import differences, launch, log_of, ranks_of
 from torch.nn import functional as F
 
 import evaluate
@@ -59,28 +60,6 @@ def wait_for(processes: list[subprocess.Popen], folder: Path, lines: int) -> Non
         time.sleep(0.002)
 
 
-def log_of(folder: Path) -> list[dict]:
-    """The lines of a run's log without its timings."""
-    timings = ("images_per_s", "data_wait", "memory_gib")
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timings} for line in lines]
-
-
-def assert_same_run(got: Path, expected: Path) -> None:
-    """Logs, weights, averages, Adam's moments: bit for bit."""
-    assert log_of(got) == log_of(expected), "the log must be that of a run never stopped"
-    states = []
-    for folder in (got, expected):
-        checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-        moments = {f"{i}.{k}": v for i, s in checkpoint["training"]["optimizer"]["state"].items()
-                   for k, v in s.items()}
-        states.append({**checkpoint["model"], **{f"ema.{k}": v for k, v in checkpoint["ema"].items()},
-                       **moments})
-    assert states[0].keys() == states[1].keys()
-    for name, value in states[1].items():
-        assert torch.equal(states[0][name], value), f"{name} differs"
-
-
 # ---------------------------------------------------------------- whole runs
 @pytest.mark.parametrize("ranks", [1, 3])          # three: what more than two sum up rounds by its layout
 def test_killed_at_any_step_and_resumed_is_never_stopped(tmp_path, ranks: int) -> None:
@@ -97,7 +76,7 @@ def test_killed_at_any_step_and_resumed_is_never_stopped(tmp_path, ranks: int) -
         process.communicate()
     assert log_of(killed)[-1]["step"] < 30, "it was to be killed on the way"
     finish(start(killed, *flags, "--resume", ranks=ranks))
-    assert_same_run(killed, whole)
+    assert not differences(killed, whole)
     losses = [line["loss"] for line in log_of(whole)]
     assert sum(losses[-5:]) < sum(losses[:5]), "a few steps must already help"
 
@@ -141,24 +120,20 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, flags: list, ranks: int,
     assert step < 40 and f"after step {step} of 40" in said and "--resume" in said, said
     assert " on shapes" not in said, "no scores of half a run"
     finish(start(stopped, *flags, "--resume", ranks=ranks))
-    assert_same_run(stopped, whole)
+    assert not differences(stopped, whole)
 
 
 def test_torchrun_recovers_from_a_killed_rank(tmp_path) -> None:
     flags = ["--steps", "30", "--save-every", "5", "--eval-every", "30"]
-    finish(start(tmp_path / "whole", *flags, ranks=2))
-    folder = tmp_path / "killed"
-    agent = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3",
-         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "tests/small_run.py"),
-         *SMALL, *flags, "--out", str(folder)], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    wait_for([agent], folder, 8)
-    ranks = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True)
-    os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
-    said = finish([agent])
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish([launch(2, whole, *flags)])
+    agent = launch(2, killed, *flags)
+    wait_for([agent], killed, 8)
+    os.kill(ranks_of(agent)[-1], signal.SIGKILL)
+    finish([agent])
+    said = killed.with_suffix(".said").read_text()
     assert "step: 5 of 30" in said or "step: 10 of 30" in said, f"it must go on from a checkpoint: {said}"
-    assert_same_run(folder, tmp_path / "whole")
+    assert not differences(killed, whole)
 
 
 # ---------------------------------------------------------------- in this process
