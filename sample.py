@@ -252,16 +252,6 @@ def draw_all(model: DiffDis, prompts: list[str], seed: int, n: int, best: int, s
     return images[chosen], [notes[i] for i in chosen]
 
 
-def warn_of_grammar(model: DiffDis, prompts: list[str]) -> None:
-    """A model of `shapes` has seen nothing but its grammar: say so of other prompts."""
-    for prompt in prompts if model.data == "shapes" else ():
-        try:
-            parse(prompt)
-        except ValueError as error:
-            print(f"warning: {error}; this model was trained on nothing else: to draw anything, give Stable "
-                  "Diffusion as --ckpt sd-v1-5", file=sys.stderr)
-
-
 def run(args: argparse.Namespace) -> None:
     """One picture, or a grid with a row per prompt; what made it stands in the PNG's text chunks."""
     if Path(args.out).suffix.lower() != ".png" or not Path(args.out).resolve().parent.is_dir():
@@ -272,7 +262,12 @@ def run(args: argparse.Namespace) -> None:
         if task not in model.tasks:
             raise ValueError(f"{path} was trained for {model.tasks[0]} only, and drawing images needs "
                              "generation, --best-of both: give another --ckpt, or train.py --init this one")
-    warn_of_grammar(model, args.prompts)
+    for prompt in args.prompts if model.data == "shapes" else ():       # it has seen no others than these
+        try:
+            parse(prompt)
+        except ValueError as error:
+            print(f"warning: {error}; this model was trained on nothing else: to draw anything, give Stable "
+                  "Diffusion as --ckpt sd-v1-5", file=sys.stderr)
     model.unet.to(memory_format=torch.channels_last)       # float32, 512 px, CPU: a tenth faster
     scale = model.config.guidance_scale if args.guidance_scale is None else args.guidance_scale
     settings = dict(sampler=args.sampler, steps=args.steps, guidance_scale=scale, negative=args.negative)

@@ -44,8 +44,8 @@ from model import (CLIPS, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config,
 from sample import Parser, draw_images, fail, make_grid, natural, pick_device, positive, share, weight
 
 TASKS = ("generation", "alignment")
-# What training starts from where no flag says otherwise: by preset, the paper's run on CC3M being sd-v1, and a
-# CLIP's rate, decay and 20 epochs those of the paper's appendix. Weights of --init learn at lr / slower.
+# What training starts from where no flag says otherwise. sd-v1: the paper's run on CC3M; a CLIP's rate, decay
+# and 20 epochs are those of the paper's appendix. Weights of --init learn at lr / slower.
 COLUMNS = ("steps", "batch_size", "lr", "slower", "lr_decay", "warmup", "beta2", "weight_decay", "ema",
            "align_weight")
 RECIPES = {name: dict(zip(COLUMNS, values)) for name, *values in (
@@ -536,8 +536,8 @@ class Trainer:
                 for i, (images, tokens) in enumerate(zip(move(batch.images), move(batch.tokens)))]
 
     def train_step(self, batch: Batch) -> dict:
-        """One gradient step on a batch -> what to log, over all ranks. Raises ValueError on every rank, before
-        anything is updated, if a number is not finite."""
+        """One gradient step on a batch -> what to log. Raises ValueError on every rank, before anything is
+        updated, if a number is not finite."""
         args, parts = self.args, self.parts(batch)
         factor = learning_rate_factor(self.step, args.steps, args.warmup, args.lr_decay)
         for group in self.optimizer.param_groups:

@@ -56,18 +56,23 @@ def write_shards(folder: Path, count: int, shards: int) -> list[int]:
 
 
 def launch(ranks: int, folder: Path, *flags) -> subprocess.Popen:
-    """A run under torchrun; what it says goes to a file beside its folder."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1",
-               "--nproc_per_node", str(ranks), "--max-restarts", "1000", SMALL_RUN, "--device", "cpu",
-               "--val", "8", "--batch-size", "16", "--workers", "1", "--out", str(folder), *map(str, flags)]
+    """A run, of several ranks under torchrun; what it says goes to a file beside its folder."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1",
+                "--nproc_per_node", str(ranks), "--max-restarts", "1000"] if ranks > 1 else []
+    command = [sys.executable, *torchrun, SMALL_RUN, "--device", "cpu", "--val", "8", "--batch-size", "16",
+               "--out", str(folder), *map(str, flags)]
     with folder.with_suffix(".said").open("a") as said:
         return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def ranks_of(job: subprocess.Popen) -> list[int]:
-    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(job.pid)], stdout=subprocess.PIPE)
-    return [int(line.split()[0]) for line in children.stdout.decode().splitlines() if SMALL_RUN in line]
+    """The processes that train; a rank's own children read its data."""
+    if "torch.distributed.run" not in job.args:
+        return [job.pid]
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(job.pid)], text=True,
+                            stdout=subprocess.PIPE)
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if SMALL_RUN in line]
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -97,17 +102,19 @@ def differences(run: Path, other: Path) -> list[str]:
     return words
 
 
-def watch(job: subprocess.Popen, folder: Path, until: float = float("inf")) -> None:
-    """Wait for a job's end, or until a time. Ends the program if it hangs or fails."""
+def watch(job: subprocess.Popen, folder: Path, until: float = float("inf"), lines: float = float("inf")
+          ) -> None:
+    """Wait for a job's end, until a time, or for so many lines of the log. Ends the program if it hangs or
+    fails."""
     size, changed = -1, time.monotonic()
-    while job.poll() is None and time.monotonic() < until:
+    while job.poll() is None and time.monotonic() < until and len(log_of(folder)) < lines:
         log = folder / "log.jsonl"
         if log.exists() and log.stat().st_size != size:
             size, changed = log.stat().st_size, time.monotonic()
         if time.monotonic() - changed > TIMEOUT:
             job.kill()
             sys.exit(f"failed: {folder.name} hangs, nothing logged for {TIMEOUT} s")
-        time.sleep(0.05)
+        time.sleep(0.01)
     if job.returncode:
         sys.exit(f"failed: {folder.name} ended with status {job.returncode}; it said\n"
                  + folder.with_suffix(".said").read_text()[-3000:])
@@ -120,8 +127,8 @@ def check_ranks(args: argparse.Namespace, root: Path) -> list[str]:
         sizes, expected = write_shards(root / f"data-{shards}", 200, shards), None
         for ranks in args.ranks or (1, 2, 4, 8):
             folder = root / f"{shards}-{ranks}"
-            watch(launch(ranks, folder, "--data", root / f"data-{shards}", "--steps", args.steps or 12),
-                  folder)
+            watch(launch(ranks, folder, "--data", root / f"data-{shards}", "--steps", args.steps or 12,
+                         "--workers", 1), folder)
             losses = np.array([[line[name] for name in LOSSES] for line in log_of(folder)])
             expected = losses if expected is None else expected
             difference = np.abs(losses - expected).max() / np.abs(expected).max()
@@ -158,7 +165,8 @@ def check_kill(args: argparse.Namespace, root: Path) -> list[str]:
     write_shards(data, 400, 9)
     for tar in sorted(args.hostile.glob("*.tar")) if args.hostile else ():
         (data / f"hostile-{tar.name}").symlink_to(tar.resolve())
-    flags = ["--data", data, "--steps", args.steps or 3000, "--save-every", 200, "--max-bad", 0.5]
+    flags = ["--data", data, "--steps", args.steps or 3000, "--save-every", 200, "--max-bad", 0.5,
+             "--workers", 1]
     count, *_ = args.ranks or [2]
     watch(launch(count, whole, *flags), whole)
     times = disturb(count, args.kill_every, disturbed, flags)
@@ -170,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("ranks", "kill"))
-    parser.add_argument("--ranks", type=int, nargs="+", help="processes that train together")
+    parser.add_argument("--ranks", type=int, nargs="+", help="processes that train, of kill 2 or more")
     parser.add_argument("--steps", type=int, help="gradient steps of each run")
     parser.add_argument("--kill-every", type=float, default=60, help="seconds between kills, on average")
     parser.add_argument("--hostile", type=Path, help="folder of further tars, broken in all ways")
