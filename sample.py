@@ -196,7 +196,7 @@ def find_checkpoint(given: str | None, otherwise: str | None = None) -> str | Pa
         raise FileNotFoundError("no --ckpt given and no runs/*/checkpoint.pt here: train one with `python "
                                 "train.py`, or give Stable Diffusion v1 as --ckpt FILE_OR_FOLDER or sd-v1-5")
     if not given:
-        print(f"checkpoint: {path} (no --ckpt given; runs/ has {len(runs)}, the newest counts)")
+        print(f"checkpoint: {path} (no --ckpt given; the newest of {len(runs)} in runs/)")
     return path
 
 

@@ -183,8 +183,8 @@ def settle(args: argparse.Namespace, device: torch.device, world: int, base: Con
              "pairs or more, which ranks and micro-batches share evenly")):
         if is_wrong:
             raise ValueError(words)
-    size = args.image_size or (256 if args.init and own == "sd-v1" else None)       # the weights say 512 px
-    return with_flags(base, {**vars(args), "image_size": size})
+    size = PRESETS[own].image_size if args.init and own == "sd-v1" else None       # the weights say 512 px
+    return with_flags(base, {**vars(args), "image_size": args.image_size or size})
 
 
 # ---------------------------------------------------------------- the loss (Algorithm 1)
