@@ -30,11 +30,9 @@ def test_an_image_does_not_depend_on_its_batch(base) -> None:
 
 
 def test_guidance_of_one_needs_no_second_pass(base) -> None:
-    plain = draw_images(base, ["a red circle"], [1], steps=3, guidance_scale=1)
-    nearly = draw_images(base, ["a red circle"], [1], steps=3, guidance_scale=1 + 1e-6)
-    assert torch.allclose(plain, nearly, atol=1e-3)
-    assert not torch.allclose(
-        plain, draw_images(base, ["a red circle"], [1], steps=3, guidance_scale=500), atol=1e-3)
+    plain, nearly, guided = (draw_images(base, ["a red circle"], [1], steps=3, guidance_scale=scale)
+                             for scale in (1, 1 + 1e-6, 500))
+    assert torch.allclose(plain, nearly, atol=1e-3) and not torch.allclose(plain, guided, atol=1e-3)
 
 
 def test_guidance_extrapolates_from_the_negative_to_the_prompt(monkeypatch) -> None:
