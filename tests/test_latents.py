@@ -74,7 +74,7 @@ def test_images_are_encoded_once_and_what_is_missing_later(begin, monkeypatch) -
     trainer("b", "--latents", "latents")
     assert not seen, "all is there"
     table, file = np.load(marks, "r+"), np.load(moments, "r+")
-    for rows, out in ((range(10, 13), "c"), ([34], "d")):      # as a stopped run may leave; 34: the broken one
+    for rows, out in ((range(10, 13), "c"), ([34], "d")):   # of a stopped run; 34 is the broken one
         table[rows], file[rows] = False, 0
         trainer(out, "--latents", "latents")
         assert np.load(marks).all() and np.allclose(np.load(moments), before, atol=2e-3, equal_nan=True)
