@@ -1,8 +1,8 @@
 """Prompts to PNG, with DiffDis's own judgement of what it drew.
 
 What it is: the paper's Algorithm 2 (`draw_images`, text to image) and Algorithm 3 (`draw_queries`, image to
-text query), each a few lines around the samplers of diffusion.py, and the command line that saves pictures.
-`--best-of N` puts the two together: one model draws N images and keeps the one it reads the prompt from best.
+text query), each a few lines around the samplers of diffusion.py; what the scripts share; and a command line:
+one model draws, and with `--best-of N` keeps of N images the one it reads the prompt from best.
 
     python sample.py "a red circle above a blue square" --best-of 4
 
@@ -11,12 +11,15 @@ Read next: evaluate.py, which scores images against texts.
 """
 import argparse
 import hashlib
-import math
+import re
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
@@ -49,9 +52,8 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
     """Draw one image per prompt and seed (Algorithm 2): a sampler with classifier-free guidance.
 
     prompts, seeds: B of each, an image depends on its own two alone; steps: sampler steps, 1 to T;
-    sampler: one of SAMPLERS;
     guidance_scale: 1 + w, 1 is no guidance, None the configuration's; size: (height, width) in px, None the
-    training size; negative: the prompt to guide away from
+    training size; negative: the prompt to guide away from; sampler: one of SAMPLERS
     -> images [B, 3, H, W] in [-1, 1], float32, on the model's device. Raises ValueError where they are not
     finite, or on an impossible size or number of steps.
     """
@@ -148,28 +150,42 @@ def make_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Ima
 
 
 # ---------------------------------------------------------------- what the scripts share
+CKPT_HELP = ("checkpoint, Stable Diffusion v1 as .ckpt, .safetensors or diffusers folder, or "
+             f"{' or '.join(models.MODELS)} to download; without it the newest runs/*/checkpoint.pt")
+
+
 def fail(error: Exception | str, status: int = 2) -> None:
     """End the program in one line: for a user's mistake with status 2, for Ctrl-C with 130."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(status)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
-        """No "(default: None)": what a flag does when it is not given stands in its help."""
-        absent = action.default is None or action.default is False
-        return action.help if absent else super()._get_help_string(action)
-
-
 class Parser(argparse.ArgumentParser):
     """argparse that shows defaults in --help and answers a mistake in one line instead of a page of usage."""
 
     def __init__(self, **kwargs) -> None:
-        super().__init__(formatter_class=HelpFormatter, **kwargs)
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"   # no line of code with it
+
+    def format_help(self) -> str:
+        """No "(default: None)": what a flag does when it is not given stands in its help."""
+        return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())
 
     def error(self, message: str) -> None:
         fail(f"{message}; --help explains every flag")
+
+
+def within(kind: type, least: float, most: float) -> Callable[[str], float]:
+    """The type of a flag: a number of this kind within these bounds, which NaN and infinity never are."""
+    def number(text: str) -> float:
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} to {most}")
+        return kind(text)
+    return number
+
+
+positive, natural = within(int, 1, 2 ** 63 - 1), within(int, 0, 2 ** 63 - 1)
+finite, weight, share = within(float, -1e38, 1e38), within(float, 0, 1e38), within(float, 0, 1)
 
 
 def pick_device(name: str) -> torch.device:
@@ -181,58 +197,26 @@ def pick_device(name: str) -> torch.device:
 
 def find_checkpoint(given: str | None, otherwise: str | None = None) -> str | Path:
     """--ckpt, or the newest runs/*/checkpoint.pt, or `otherwise` (saying which). Raises FileNotFoundError."""
-    if given is not None:
-        return given
     runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    if not runs and otherwise is None:
-        raise FileNotFoundError("no --ckpt given and no runs/*/checkpoint.pt here: train one with "
-                                "`python train.py`, give Stable Diffusion v1 as --ckpt FILE_OR_FOLDER, "
-                                "or download it with --ckpt sd-v1-5")
-    print(f"checkpoint: {runs[-1]} (the newest of {len(runs)})" if runs else
-          f"no --ckpt given and no runs/*/checkpoint.pt here: taking {otherwise}")
-    return runs[-1] if runs else otherwise
+    path = given or [otherwise, *runs][-1]
+    if path is None:
+        raise FileNotFoundError("no --ckpt given and no runs/*/checkpoint.pt here: train one with `python "
+                                "train.py`, or give Stable Diffusion v1 as --ckpt FILE_OR_FOLDER or sd-v1-5")
+    if not given:
+        print(f"checkpoint: {path} (no --ckpt given; the newest of {len(runs)} in runs/)")
+    return path
 
 
-def warn_of_grammar(model: DiffDis, prompts: list[str]) -> None:
-    """A model of `shapes` has seen nothing but its grammar: say so of other prompts."""
-    for prompt in prompts if model.data == "shapes" else ():
-        try:
-            parse(prompt)
-        except ValueError as error:
-            print(f"warning: {error}; this model was trained on nothing else: to draw anything, give Stable "
-                  "Diffusion as --ckpt sd-v1-5", file=sys.stderr)
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    if not 0 <= int(text) < 2 ** 63:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
-    return int(text)
-
-
-def finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return float(text)
+def fingerprint(path: Path) -> str:
+    """The first 10 digits of the SHA-256 of a checkpoint, or of a folder's largest file: its name in other
+    programs."""
+    files = [file for file in (path, *path.rglob("*")) if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    return hashlib.sha256(np.memmap(largest, mode="r")).hexdigest()[:10]
 
 
 # ---------------------------------------------------------------- command line
-CKPT_HELP = ("checkpoint, Stable Diffusion v1 as .ckpt, .safetensors or diffusers folder, or "
-             f"{' or '.join(models.MODELS)} to download; without it the newest runs/*/checkpoint.pt")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """WIDTHxHEIGHT -> (height, width)."""
-    width, height = map(int, text.lower().split("x"))
-    if not (0 < width <= 4096 and 0 < height <= 4096):
-        raise argparse.ArgumentTypeError(f"{text} has a side that is not 1 to 4096 px")
-    return height, width
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -240,104 +224,83 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompts", nargs="+", help="what to draw; several prompts give a grid, a row each")
     add("--ckpt", help=f"{CKPT_HELP}, and without one sd-v1-5")
-    add("--dtype", choices=tuple(DTYPES), default="fp32",
-        help="type of the weights (the autoencoder is never in fp16)")
-    add("--sampler", choices=SAMPLERS, default="ddim",
-        help="DDIM, or DPM-Solver++(2M), for which 20 steps are plenty")
+    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights; the autoencoder: never fp16")
+    add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ is DPM-Solver++(2M): 20 steps are plenty")
     add("--steps", type=positive, default=50, help="sampler steps")
-    add("--guidance-scale", type=finite,
-        help="1 + w of classifier-free guidance, 1: none; without it the checkpoint's own")
+    add("--guidance-scale", type=finite, help="1 + w, 1 is none; without it the checkpoint's own")
     add("--negative", default="", help="prompt to guide away from")
     add("--seed", type=natural, default=0, help="the k-th image drawn for a prompt comes from seed + k")
     add("-n", type=positive, default=1, help="images per prompt")
     add("--best-of", type=positive, default=1, metavar="N",
         help="draw N images for each that is saved: the one from which the model reads the prompt best")
-    add("--size", type=image_size, metavar="WIDTHxHEIGHT", help="in px; without it the training size")
+    add("--size", type=within(int, 1, 4096), nargs=2, metavar="PX", help="width, height; else as trained")
     add("--out", default="sample.png", help="PNG to write; small pictures are enlarged to about 256 px")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     return parser.parse_args(argv)
 
 
 def draw_all(model: DiffDis, prompts: list[str], seed: int, n: int, best: int, size: tuple[int, int],
-             steps: int, **settings) -> tuple[Tensor, list[dict]]:
-    """n images per prompt, each the best of `best`; size, steps and settings: as `draw_images`
+             **settings) -> tuple[Tensor, list[dict]]:
+    """n images per prompt, each the best of `best`; size, settings: as `draw_images`
     -> images [P·n, 3, H, W], a note (prompt, seed, similarity) on each."""
-    jobs = [(prompt, seed + k) for prompt in prompts for k in range(n * best)]
+    notes = [{"prompt": prompt, "seed": seed + k} for prompt in prompts for k in range(n * best)]
     at_once = min(64, max(1, 2 ** 20 // (size[0] * size[1])))           # 4 of 512 px
-    drawn = []
-    with tqdm(total=-(-len(jobs) // at_once) * steps, unit="step", disable=None) as bar:
-        def progress(timesteps):
-            for t in timesteps:
-                yield t
-                bar.update()
-        for i in range(0, len(jobs), at_once):
-            texts, seeds = zip(*jobs[i:i + at_once])
-            drawn.append(draw_images(model, list(texts), list(seeds), steps, size=size, progress=progress,
-                                     **settings))
-    images, notes = torch.cat(drawn), [{"prompt": prompt, "seed": seed} for prompt, seed in jobs]
+    progress, drawn, chosen = partial(tqdm, unit="step", disable=None), [], []
+    for i in range(0, len(notes), at_once):
+        texts, seeds = zip(*(note.values() for note in notes[i:i + at_once]))
+        drawn.append(draw_images(model, list(texts), list(seeds), size=size, progress=progress, **settings))
+    images = torch.cat(drawn)
     if best == 1:
         return images, notes
-    chosen = []
-    for i in range(0, len(jobs), best):
-        index, similarities = best_of(model, jobs[i][0], images[i:i + best], seed)
-        notes[i + index]["similarity"] = float(similarities[index])
+    for i in range(0, len(notes), best):
+        index, similarities = best_of(model, notes[i]["prompt"], images[i:i + best], seed)
+        notes[i + index]["similarity"] = round(float(similarities[index]), 3)
         chosen.append(i + index)
     return images[chosen], [notes[i] for i in chosen]
 
 
-def fingerprint(path: Path) -> str:
-    """The first 10 digits of a checkpoint's SHA-256 (of a folder: its largest file's), as other programs show
-    it."""
-    if path.is_dir():
-        path = max(filter(Path.is_file, path.rglob("*")), key=lambda file: file.stat().st_size)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2 ** 24):
-            digest.update(block)
-    return digest.hexdigest()[:10]
-
-
-def save_png(images: Tensor, notes: list[dict], columns: int, out: str, **settings) -> None:
+def run(args: argparse.Namespace) -> None:
     """One picture, or a grid with a row per prompt; what made it stands in the PNG's text chunks."""
-    picture = make_grid(images, columns, max(1, 256 // images.shape[3]), gap=2 if len(images) > 1 else 0)
+    if Path(args.out).suffix.lower() != ".png" or not Path(args.out).resolve().parent.is_dir():
+        raise ValueError(f"--out is {args.out!r}, expected a .png in an existing folder")
+    device, path = pick_device(args.device), models.locate(find_checkpoint(args.ckpt, otherwise="sd-v1-5"))
+    model = models.load(path, device, dtype=DTYPES[args.dtype])
+    for task in ("generation", "alignment") if args.best_of > 1 else ("generation",):
+        if task not in model.tasks:
+            raise ValueError(f"{path} was trained for {model.tasks[0]} only, and drawing images needs "
+                             "generation, --best-of both: give another --ckpt, or train.py --init this one")
+    for prompt in args.prompts if model.data == "shapes" else ():       # it has seen no others than these
+        try:
+            parse(prompt)
+        except ValueError as error:
+            print(f"warning: {error}; this model was trained on nothing else: to draw anything, give Stable "
+                  "Diffusion as --ckpt sd-v1-5", file=sys.stderr)
+    model.unet.to(memory_format=torch.channels_last)       # float32, 512 px, CPU: a tenth faster
+    scale = model.config.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    settings = dict(sampler=args.sampler, steps=args.steps, guidance_scale=scale, negative=args.negative)
+    width, height = args.size or (model.config.image_size,) * 2
+    images, notes = draw_all(model, args.prompts, args.seed, args.n, args.best_of, (height, width),
+                             **settings)
+    picture = make_grid(images, args.n, max(1, 256 // width), gap=2 if len(images) > 1 else 0)
     text = PngImagePlugin.PngInfo()
-    settings = {"prompt": " | ".join(dict.fromkeys(note["prompt"] for note in notes)),
-                "seeds": ", ".join(str(note["seed"]) for note in notes), **settings}
-    for key, value in settings.items():
-        text.add_itxt(key, str(value))
-    write_atomically(Path(out), lambda file: picture.save(file, "PNG", pnginfo=text))
+    for name, value in {"prompt": " | ".join(dict.fromkeys(args.prompts)),
+                        "seeds": ", ".join(str(note["seed"]) for note in notes),
+                        "checkpoint": fingerprint(path), **settings}.items():
+        text.add_itxt(name, str(value))
+    write_atomically(Path(args.out), lambda file: picture.save(file, "PNG", pnginfo=text))
+    for note in notes:
+        print("  ".join(f"{name}: {value}" for name, value in note.items()))
+    print(f"wrote {args.out}")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        if Path(args.out).suffix.lower() != ".png" or not Path(args.out).resolve().parent.is_dir():
-            raise ValueError(f"--out is {args.out!r}, expected a .png in an existing folder")
-        device = pick_device(args.device)
-        path = models.locate(find_checkpoint(args.ckpt, otherwise="sd-v1-5"))
-        model = models.load(path, device, dtype=DTYPES[args.dtype])
-        if "generation" not in model.tasks:
-            raise ValueError(f"{path} was trained to read images, not to draw them (--tasks alignment, or a "
-                             "CLIP): give a --ckpt that was trained with --tasks generation,alignment")
-        if args.best_of > 1 and "alignment" not in model.tasks:
-            raise ValueError("--best-of needs a model that reads images, and these weights only draw them: "
-                             "train their query stream with train.py --init first")
-        model.unet.to(memory_format=torch.channels_last)       # float32, 512 px, CPU: a tenth faster
-        warn_of_grammar(model, args.prompts)
-        if args.guidance_scale is None:
-            args.guidance_scale = model.config.guidance_scale
-        settings = {name: getattr(args, name) for name in ("sampler", "steps", "guidance_scale", "negative")}
-        images, notes = draw_all(model, args.prompts, args.seed, args.n, args.best_of,
-                                 args.size or (model.config.image_size,) * 2, **settings)
-        save_png(images, notes, args.n, args.out, checkpoint=fingerprint(path), **settings)
+        run(args)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("stopped by Ctrl-C: nothing was written", 130)
-    for note in notes:
-        print("  ".join(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}"
-                        for key, value in note.items()))
-    print(f"wrote {args.out}")
+        fail("stopped by Ctrl-C", 130)
 
 
 if __name__ == "__main__":

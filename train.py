@@ -10,18 +10,18 @@ Nothing random here has a state: batches, timesteps and noise are functions of (
 global batch). So a resumed run is the run that was never stopped, and N ranks see what one rank would see.
 """
 import argparse
-import contextlib
 import gc
 import hashlib
 import json
 import math
 import os
-import re
 import resource
 import signal
 import time
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import is_dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,86 +40,73 @@ from diffusion import (alignment_loss, generation_loss, generator_of, make_alpha
                        noise_of, q_sample, read_prediction, signal_and_noise)
 from evaluate import (Reading, checker, everybody, in_turn, join_ranks, over_images, rank_and_world, report,
                       retrieval, zeroshot)
-from model import (CLIPS, LIKE, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextConfig,
-                   is_new)
-from sample import Parser, draw_images, fail, finite, make_grid, natural, positive
+from model import (CLIPS, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextConfig, is_new)
+from sample import Parser, draw_images, fail, make_grid, natural, pick_device, positive, share, weight
 
 TASKS = ("generation", "alignment")
-# What training starts from where no flag says otherwise; weights that came with --init learn at lr / slower.
-# sd-v1: the paper's run on CC3M.
-RECIPES = {
-    "tiny": dict(steps=2000, batch_size=32, lr=5e-4, slower=1, lr_decay="cosine", warmup=150, beta2=0.99,
-                 weight_decay=1e-2, ema=0.997, align_weight=0.3),
-    "small": dict(steps=50000, batch_size=256, lr=3e-4, slower=1, lr_decay="cosine", warmup=500, beta2=0.99,
-                  weight_decay=1e-2, ema=0.999, align_weight=0.3),
-    "sd-v1": dict(steps=60000, batch_size=1024, lr=1e-4, slower=10, lr_decay="constant", warmup=1000,
-                  beta2=0.999, weight_decay=1e-4, ema=0.9999, align_weight=1.0),
-}
-# CLIP (Table 1): the appendix's rate, decay, batch and 20 epochs of CC3M; beta2 is CLIP's own. A small one
-# has the steps and batch of the preset it is compared with.
-CLIP_RECIPE = dict(lr=1e-3, slower=100, lr_decay="cosine", beta2=0.98, weight_decay=0.1, align_weight=1.0)
-RECIPES |= {name: {**RECIPES[like], **CLIP_RECIPE} for like, name in LIKE.items()}
-RECIPES["clip-vit-l14"] |= dict(steps=57000, warmup=2000)
-RECIPES["clip-vit-b32"] = RECIPES["clip-vit-l14"]
+# What training starts from where no flag says otherwise. sd-v1: the paper's run on CC3M; a CLIP's rate, decay
+# and 20 epochs are those of the paper's appendix. Weights of --init learn at lr / slower.
+COLUMNS = ("steps", "batch_size", "lr", "slower", "lr_decay", "warmup", "beta2", "weight_decay", "ema",
+           "align_weight")
+RECIPES = {name: dict(zip(COLUMNS, values)) for name, *values in (
+    ("tiny", 2000, 32, 5e-4, 1, "cosine", 150, 0.99, 1e-2, 0.997, 0.3),
+    ("small", 50000, 256, 3e-4, 1, "cosine", 500, 0.99, 1e-2, 0.999, 0.3),
+    ("sd-v1", 60000, 1024, 1e-4, 10, "constant", 1000, 0.999, 1e-4, 0.9999, 1.0),
+    ("clip-tiny", 2000, 32, 1e-3, 100, "cosine", 150, 0.98, 0.1, 0.997, 1.0),
+    ("clip-small", 50000, 256, 1e-3, 100, "cosine", 500, 0.98, 0.1, 0.999, 1.0),
+    ("clip-vit-b32", 57000, 1024, 1e-3, 100, "cosine", 2000, 0.98, 0.1, 0.9999, 1.0),
+    ("clip-vit-l14", 57000, 1024, 1e-3, 100, "cosine", 2000, 0.98, 0.1, 0.9999, 1.0))}
 
 P_UNCOND = 0.1             # share of captions replaced by the empty prompt, for guidance
 MAX_NORM = 1.0             # of the gradient
-LOG_EVERY = 10             # steps between lines of log.jsonl
-SAY_EVERY = 30             # seconds between lines of progress where there is no terminal
+LOG_EVERY = 10             # steps between lines of log.jsonl, and of progress
 
 
 # ---------------------------------------------------------------- flags
-def share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share, from 0 to 1")
-    return float(text)
-
-
 N, WHOLE, X, SHARE = ({"type": kind, "metavar": name} for kind, name in (
-    (positive, "N"), (natural, "N"), (finite, "X"), (share, "SHARE")))
+    (positive, "N"), (natural, "N"), (weight, "X"), (share, "SHARE")))
 SWITCH = {"action": argparse.BooleanOptionalAction}
+# Without a default a flag that is not given is None, until `settle` knows from what training starts.
 FLAGS = {"the run": (
-    ("--data", {"default": "shapes"}, "shapes, cc3m, or a folder of tars, class folders or captioned images"),
-    ("--preset", {"choices": (*PRESETS, *CLIPS)}, "networks, recipe; without it those of --init, else tiny"),
-    ("--init", {"metavar": "WEIGHTS"}, "a checkpoint, Stable Diffusion v1 as .ckpt, .safetensors or folder, "
+    ("data", {"default": "shapes"}, "shapes, cc3m, or a folder of tars, class folders or captioned images"),
+    ("preset", {"choices": (*PRESETS, *CLIPS)}, "networks, recipe; without it those of --init, else tiny"),
+    ("init", {"metavar": "WEIGHTS"}, "a checkpoint, Stable Diffusion v1 as .ckpt, .safetensors or folder, "
      f"or {' or '.join(models.MODELS)} to download"),
-    ("--out", {"metavar": "DIR"}, "folder of the run; without it runs/DATA-PRESET, numbered if taken"),
-    ("--resume", {"action": "store_true"}, "go on with the run in --out, else the newest of data and preset"),
-    ("--tasks", {"default": ",".join(TASKS)}, "one, or both with a comma"),
-    ("--seed", {"default": 0, **WHOLE}, "of everything"),
-    ("--val", {"default": 500, **N}, "pairs held out of --data (shapes and cc3m have their own)"),
-    ("--image-size", N, "px; without it the preset's"),
-    ("--device", {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
-    ("--precision", {"choices": ("auto", "fp32", "bf16"), "default": "auto"}, "auto is bf16 on CUDA"),
-    ("--compile", SWITCH, "torch.compile the step; without it on CUDA"),
-    ("--workers", WHOLE, "processes per rank that read data; without it 2, for shapes 0"),
-    ("--max-bad", {"default": 0.05, **SHARE}, "stop when more of the samples is unusable"),
-    ("--augment", SWITCH, "random crops and RandAugment; without it for CLIP, but not on shapes"),
-    ("--latents", {"metavar": "DIR"}, "keeps the images' latents: made at first use, then read instead"),
-    ("--micro-batch", N, "pairs per pass and rank; InfoNCE stays that of the whole batch"),
-    ("--recompute", {"action": "store_true"}, "activations in the backward pass, to save memory"),
-    ("--save-every", {"default": 500, **N}, "steps between checkpoints"),
-    ("--eval-every", N, "steps between held-out scores and sample grids; without it a quarter of all")),
+    ("out", {"metavar": "DIR"}, "folder of the run; without it runs/DATA-PRESET, numbered if taken"),
+    ("resume", {"action": "store_true"}, "go on with the run in --out, else the newest of data and preset"),
+    ("tasks", {"choices": (*TASKS, ",".join(TASKS))}, "what to train; without it both, of a CLIP alignment"),
+    ("seed", {"default": 0, **WHOLE}, "of everything"),
+    ("val", {"default": 500, **N}, "pairs held out of --data (shapes and cc3m have their own)"),
+    ("image_size", N, "px; without it the preset's"),
+    ("device", {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
+    ("precision", {"choices": ("fp32", "bf16")}, "without it bf16 on CUDA, else fp32"),
+    ("compile", SWITCH, "torch.compile the step; without it on CUDA"),
+    ("workers", WHOLE, "processes per rank that read data; without it 2, for shapes 0"),
+    ("max_bad", {"default": 0.05, **SHARE}, "stop when more of the samples is unusable"),
+    ("augment", SWITCH, "random crops and RandAugment; without it for CLIP, but not on shapes"),
+    ("latents", {"metavar": "DIR"}, "keeps the images' latents: made at first use, then read instead"),
+    ("micro_batch", N, "pairs per pass and rank; InfoNCE stays that of the whole batch"),
+    ("recompute", SWITCH, "activations in the backward pass, to save memory"),
+    ("save_every", {"default": 500, **N}, "steps between checkpoints"),
+    ("eval_every", N, "steps between held-out scores and sample grids; without it a quarter of all")),
     "optimisation": (
-    ("--steps", N, "gradient steps"),
-    ("--batch-size", N, "pairs per step, over all ranks"),
-    ("--lr", X, "peak learning rate of AdamW"),
-    ("--warmup", WHOLE, "steps over which it rises"),
-    ("--align-weight", X, "λ, weight of the alignment loss")),
-    "the method and its ablations": (
-    ("--p-drop-image", {"default": 0.0, **SHARE}, "of images dropped in alignment"),
-    ("--text-target", {"choices": TARGETS}, "predicted for text queries (Table 2); without it data"),
-    ("--text-schedule", {"choices": SCHEDULES}, "noise of text queries (Table 3); without it cosine"),
-    ("--image-schedule", {"choices": SCHEDULES}, "noise of images (Table 3); without it linear"),
-    ("--gamma", X, "γ, scale of the text query in its noise; without it 1"),
-    ("--condition-timestep", WHOLE, "t_z of a conditioning image (Table 7); without it T"),
-    ("--fusion", SWITCH, "dual-stream attention (Table 4)"),
-    ("--shared-attention", SWITCH, "the query uses the image tokens' attention weights (Table 5)"),
-    ("--own-ffn", SWITCH, "the query has a feed-forward of its own (Table 5)"),
-    ("--align-blocks", WHOLE, "M, blocks after the middle block; without it the preset's"),
-    ("--train-text-encoder", SWITCH, "train T; without it only if it did not come pretrained"))}
-FUSION = ("fusion", "shared_attention", "own_ffn", "align_blocks")
-METHOD = ("text_target", "text_schedule", "image_schedule", "gamma", "condition_timestep")
+    ("steps", N, "gradient steps"),
+    ("batch_size", N, "pairs per step, over all ranks"),
+    ("lr", X, "peak learning rate of AdamW"),
+    ("warmup", WHOLE, "steps over which it rises"),
+    ("align_weight", X, "λ, weight of the alignment loss")),
+    "the method and its ablations, not for CLIP": (
+    ("p_drop_image", SHARE, "of images dropped in alignment; without it none"),
+    ("text_target", {"choices": TARGETS}, "predicted for text queries (Table 2); without it data"),
+    ("text_schedule", {"choices": SCHEDULES}, "noise of text queries (Table 3); without it cosine"),
+    ("image_schedule", {"choices": SCHEDULES}, "noise of images (Table 3); without it linear"),
+    ("gamma", X, "γ, scale of the text query in its noise; without it 1"),
+    ("condition_timestep", WHOLE, "t_z of a conditioning image (Table 7); without it T"),
+    ("fusion", SWITCH, "dual-stream attention (Table 4)"),
+    ("shared_attention", SWITCH, "the query uses the image tokens' attention weights (Table 5)"),
+    ("own_ffn", SWITCH, "the query has a feed-forward of its own (Table 5)"),
+    ("align_blocks", WHOLE, "M, blocks after the middle block; without it the preset's"),
+    ("train_text_encoder", SWITCH, "train T; without it only if it did not come pretrained"))}
 # Flags that may differ between a run and its resumption without changing what is computed.
 FREE_ON_RESUME = ("resume", "out", "device", "workers", "max_bad", "save_every", "eval_every", "micro_batch",
                   "recompute")
@@ -129,81 +116,75 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Train DiffDis, or a CLIP to compare it with.", usage="train.py [FLAGS]")
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
-        for flag, options, text in flags:
-            field = flag.strip("-").replace("-", "_")
-            if field in RECIPES["tiny"]:
-                values = [f"{name} {RECIPES[name][field]}" for name in (*PRESETS, "clip-vit-l14")]
+        for name, options, text in flags:
+            if name in RECIPES["tiny"]:
+                values = [f"{preset} {RECIPES[preset][name]}" for preset in (*PRESETS, "clip-vit-l14")]
                 text += f" ({', '.join(values)})"
-            group.add_argument(flag, help=text, **options)
+            group.add_argument("--" + name.replace("_", "-"), help=text, **options)
     args = parser.parse_args(argv)
-    args.tasks = tuple(task.strip() for task in args.tasks.split(",") if task.strip())
-    if not args.tasks or set(args.tasks) - set(TASKS):
-        raise ValueError(f"--tasks is {','.join(args.tasks)!r}, expected {','.join(TASKS)} or one of them")
+    if args.preset is None and args.init is None:
+        args.preset, args.init = ("sd-v1", "sd-v1-5") if args.data == "cc3m" else ("tiny", None)
+        if args.init and pick_device(args.device).type != "cuda":
+            raise ValueError("--data cc3m is the paper's run, Stable Diffusion at 256 px, which needs CUDA, "
+                             "and this machine has none: give --preset tiny to train a small model")
     return args
 
 
 def preset_of(config: Config | ClipConfig) -> str | None:
     """The preset whose networks these are."""
-    def networks(config: Config | ClipConfig) -> tuple:
-        is_clip = isinstance(config, ClipConfig)
-        return (config.width, config.layers, config.patch) if is_clip else (config.unet,)
+    def networks(config: Config | ClipConfig) -> list:
+        return [getattr(config, name, None) for name in ("unet", "width", "layers", "patch")]
     names = [name for name, preset in (PRESETS | CLIPS).items() if networks(preset) == networks(config)]
     return names[0] if names else None
 
 
-def make_config(base: Config | ClipConfig, args: argparse.Namespace) -> Config | ClipConfig:
-    """The preset's (or --init's) configuration with the flags that were given. Raises ValueError."""
-    own, is_clip = preset_of(base), isinstance(base, ClipConfig)
-    if (args.preset or own) is None or own not in (None, args.preset or own):
-        raise ValueError(f"--init {args.init} has the networks of {own or 'no preset'}, --preset is "
-                         f"{args.preset}: {'leave it out' if own else 'name one, to take its recipe'}")
-    given = {name: getattr(args, name) for name in (*METHOD, *FUSION) if getattr(args, name) is not None}
-    foreign = [*given, *["tasks"] * ("alignment" not in args.tasks)]
-    if is_clip != ((args.preset or own) in CLIPS) or is_clip and foreign:
-        raise ValueError(f"a CLIP only reads images: leave out --{[*foreign, 'preset'][0].replace('_', '-')}")
-    if args.image_size or args.init and own == "sd-v1":      # the paper's, not the 512 px of the weights
-        given["image_size"] = args.image_size or PRESETS["sd-v1"].image_size
-    fusion = {name: given.pop(name) for name in FUSION if name in given}
-    return replace(base, **given, **({"fusion": replace(base.fusion, **fusion)} if fusion else {}))
+def with_flags(config, flags: dict):
+    """A configuration, and those within it, with the values of the flags that have its fields' names."""
+    changes = {name: with_flags(value, flags) if is_dataclass(value) else flags.get(name)
+               for name, value in vars(config).items()}
+    return replace(config, **{name: value for name, value in changes.items() if value is not None})
 
 
-def choose_preset(args: argparse.Namespace, device: torch.device) -> None:
-    """Defaults that follow the data: `--data cc3m` alone is the paper's run."""
-    if args.preset is None and args.init is None:
-        args.preset, args.init = ("sd-v1", "sd-v1-5") if args.data == "cc3m" else ("tiny", None)
-        if args.init and device.type != "cuda":
-            raise ValueError("--data cc3m is the paper's run, Stable Diffusion at 256 px, which needs CUDA, "
-                             "and this machine has none: give --preset tiny to train a small model")
-
-
-def settle(args: argparse.Namespace, preset: str | None, device: torch.device, world: int) -> None:
-    """What the flags leave open, once the networks are known; and what cannot be meant. Raises ValueError."""
-    def fill(**values) -> None:
-        for name, value in values.items():
-            if getattr(args, name, None) is None:
-                setattr(args, name, value)
-    fill(preset=preset)
-    if args.preset in CLIPS and (args.recompute or args.p_drop_image or args.train_text_encoder is not None):
-        raise ValueError("a CLIP takes no --recompute, --p-drop-image, --train-text-encoder: leave them out")
-    # No crops and recolouring of shapes, whose captions are about places and colours.
-    fill(**RECIPES[args.preset], augment=args.preset in CLIPS and args.data != "shapes",
-         compile=device.type == "cuda", workers=0 if args.data == "shapes" else 2,
-         train_text_encoder=args.init is None)
-    fill(eval_every=max(1, args.steps // 4))
-    if args.preset in CLIPS:
-        args.tasks = ("alignment",)
-    if args.precision == "auto":
-        args.precision = "bf16" if device.type == "cuda" else "fp32"
-    if args.augment and "generation" in args.tasks:
-        raise ValueError("--augment recolours and shears, which a model that draws would learn to draw: "
-                         "leave it out, or train --tasks alignment")
-    if args.latents and (args.preset in CLIPS or args.augment or args.data == "shapes"):
-        raise ValueError("--latents replaces pictures, which a CLIP, --augment and the endless shapes need: "
-                         "leave it out")
+def settle(args: argparse.Namespace, device: torch.device, world: int, base: Config | ClipConfig
+           ) -> Config | ClipConfig:
+    """Fill in the flags that were not given, now that it is known which networks training starts from
+    -> their configuration as the flags change it. Raises ValueError where flags contradict each other."""
+    own, is_clip, is_shapes = preset_of(base), isinstance(base, ClipConfig), args.data == "shapes"
+    preset, cuda = args.preset or own, device.type == "cuda"
+    if preset is None or own not in (None, preset) or is_clip != (preset in CLIPS):
+        raise ValueError(f"{args.init or args.out} has the networks of {own or 'no preset'}, --preset is "
+                         f"{args.preset}: {'leave it out' if own else 'name the one whose recipe to take'}")
+    not_for_clip = ("recompute", "latents", *(name for name, *_ in [*FLAGS.values()][-1]))
+    foreign = [name for name in not_for_clip if is_clip and getattr(args, name) is not None]
+    defaults = RECIPES[preset] | {
+        "preset": preset, "tasks": "alignment" if is_clip else ",".join(TASKS), "compile": cuda,
+        "precision": "bf16" if cuda else "fp32", "workers": 0 if is_shapes else 2, "p_drop_image": 0.0,
+        "augment": is_clip and not is_shapes,        # the captions of shapes are about places and colours
+        "train_text_encoder": args.init is None}
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    args.eval_every, args.tasks = args.eval_every or max(1, args.steps // 4), tuple(args.tasks.split(","))
+    draws, reads = (task in args.tasks for task in TASKS)
     pairs, left = divmod(args.batch_size, world)
-    if left or pairs % (args.micro_batch or 1) or "alignment" in args.tasks and args.batch_size < 2:
-        raise ValueError(f"--batch-size {args.batch_size}, {world} ranks, --micro-batch {args.micro_batch}: "
-                         "expected 2 pairs or more, which ranks and micro-batches share evenly")
+    for is_wrong, words in (
+            (foreign or is_clip and draws,
+             f"a CLIP only reads images: leave out --{[*foreign, 'tasks'][0].replace('_', '-')}"),
+            (preset == "sd-v1" and not args.init,
+             "--preset sd-v1 needs a trained autoencoder, which training leaves as it is: give --init "
+             "sd-v1-5, or other weights of Stable Diffusion"),
+            (args.augment and draws,
+             "--augment recolours and shears, which a model that draws would learn to draw: leave it out, or "
+             "train --tasks alignment"),
+            (args.latents and (args.augment or is_shapes),
+             "--latents replaces pictures, which --augment and the endless shapes need: leave it out"),
+            (left or pairs % (args.micro_batch or 1) or reads and args.batch_size < 2,
+             f"--batch-size {args.batch_size}, {world} ranks, --micro-batch {args.micro_batch}: expected 2 "
+             "pairs or more, which ranks and micro-batches share evenly")):
+        if is_wrong:
+            raise ValueError(words)
+    size = PRESETS[own].image_size if args.init and own == "sd-v1" else None       # the weights say 512 px
+    return with_flags(base, {**vars(args), "image_size": args.image_size or size})
 
 
 # ---------------------------------------------------------------- the loss (Algorithm 1)
@@ -303,7 +284,7 @@ def backward(loss: nn.Module, parts: list[Part], align_weight: float) -> dict[st
         parts = [(z, tokens, noise) for (z, *_), (_, tokens, noise) in zip(passed, parts)]
     for i, part in enumerate(parts):
         is_last = i + 1 == len(parts)
-        with contextlib.nullcontext() if is_last or joint is loss else loss.no_sync():
+        with nullcontext() if is_last or joint is loss else loss.no_sync():
             own, total = loss(*part), 0
             if "generation" in joint.tasks:
                 image_losses.append(own[1].detach())
@@ -380,7 +361,7 @@ def latents_name(source: Source, model: DiffDis) -> str:
     """Of this data, at this size, by this autoencoder: others make others."""
     digest = hashlib.sha256(repr((len(source), model.config.image_size, model.config.autoencoder)).encode())
     for i in np.linspace(0, len(source) - 1, 1000):        # keys would be the same for many data sets
-        with contextlib.suppress(BadSample):
+        with suppress(BadSample):
             digest.update(source.content(int(i), "image"))
     for value in model.autoencoder.state_dict().values():
         digest.update(value.cpu().contiguous().numpy().tobytes())
@@ -396,7 +377,7 @@ def add_latents(source: Source, model: DiffDis, folder: Path, workers: int) -> N
     """
     (rank, world), size, name = rank_and_world(), model.config.image_size, latents_name(source, model)
     path, marks = folder / f"{name}.npy", folder / f"{name}.done.npy"
-    if rank == 0 and not marks.exists():
+    if rank == 0 and not (path.exists() and marks.exists()):
         channels, height, width = model.latent_shape(size, size)
         folder.mkdir(parents=True, exist_ok=True)
         for file, dtype, shape in ((path, np.float16, (2 * channels, height, width)), (marks, bool, ())):
@@ -404,19 +385,17 @@ def add_latents(source: Source, model: DiffDis, folder: Path, workers: int) -> N
     everybody(None)
     try:
         np.load(path, "r")     # refuses a file cut short, which "r+" would fill up with zeros
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not whole ({error}): delete it and {marks.name}, "
-                         "to make both anew") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole ({error}): delete it, to make it anew") from None
     moments, done = np.load(path, "r+"), np.load(marks, "r+")
     todo = np.array_split(np.flatnonzero(~done), world)[rank]
     everybody(None)            # each has its share before any is marked as done
-    with tqdm(total=len(todo), unit="image", desc="latents", disable=None if rank == 0 else True) as bar:
-        for batch in evaluation_batches(source.subset(todo), size, 32, workers):
-            if batch.captions:          # else not one of its images is usable
-                rows, images = todo[list(batch.places)], to_float(batch.images.to(model.device))
-                moments[rows] = torch.cat(model.autoencoder.moments(images), dim=1).half().cpu().numpy()
-                done[rows] = True
-            bar.update(batch.visited)
+    for batch in tqdm(evaluation_batches(source.subset(todo), size, 32, workers), "latents",
+                      -(-len(todo) // 32), unit="batch", disable=None if rank == 0 else True):
+        if batch.captions:          # else not one of its images is usable
+            rows, images = todo[list(batch.places)], to_float(batch.images.to(model.device))
+            moments[rows] = torch.cat(model.autoencoder.moments(images), dim=1).half().cpu().numpy()
+            done[rows] = True
     moments[todo[~done[todo]]], done[todo] = np.nan, True
     moments.flush()
     done.flush()
@@ -425,17 +404,15 @@ def add_latents(source: Source, model: DiffDis, folder: Path, workers: int) -> N
 
 
 # ---------------------------------------------------------------- state, resume
-def make_model(args: argparse.Namespace, source: Source) -> DiffDis | Clip:
-    """A model from scratch or from --init."""
-    if args.init is not None:
-        in_turn(lambda: models.locate(args.init))
-        model = models.load(args.init, weights="raw", adapt=lambda config: make_config(config, args))
+def make_model(args: argparse.Namespace, source: Source, weights: str | Path | None, adapt: Callable
+               ) -> DiffDis | Clip:
+    """A model from these weights, or from scratch; adapt: as of `model.load`, here `settle`."""
+    if weights is not None:
+        in_turn(lambda: models.locate(weights))
+        model = models.load(weights, weights="raw", adapt=adapt).requires_grad_(True)
         model.data = args.data if args.data == model.data else None       # None: on more than that
-        return model.requires_grad_(True)
-    config = make_config((PRESETS | CLIPS)[args.preset], args)
-    if isinstance(config, Config) and config.autoencoder.kind == "kl":
-        raise ValueError(f"--preset {args.preset} needs a trained autoencoder, which training leaves as "
-                         "it is: give --init sd-v1-5, or other weights of Stable Diffusion")
+        return model
+    config = adapt((PRESETS | CLIPS)[args.preset])
     if config.text.vocab_size == TextConfig().vocab_size:      # CLIP's own size: CLIP's vocabulary
         vocabulary = in_turn(lambda: models.download("vocabulary"))
         tokenizer = Tokenizer.from_file(vocabulary, config.text.context_length)
@@ -450,14 +427,11 @@ def make_model(args: argparse.Namespace, source: Source) -> DiffDis | Clip:
 
 def run_folder(args: argparse.Namespace) -> Path:
     """--out; to resume the newest runs/DATA-PRESET with a checkpoint; else the first that is not there."""
-    if args.out:
-        return Path(args.out)
-    name = f"{Path(args.data).resolve().name}-{args.preset or 'init'}"
-    begun = [path for path in Path("runs").glob("*/checkpoint.pt")
-             if args.resume and re.fullmatch(re.escape(name) + r"(-\d+)?", path.parent.name)]
-    names = (Path(f"runs/{name}-{k}".removesuffix("-1")) for k in range(1, 10_000))
-    return (max(begun, key=lambda path: path.stat().st_mtime).parent if begun
-            else next(path for path in names if not path.exists()))
+    name = f"runs/{Path(args.data).resolve().name}-{args.preset or 'init'}"
+    runs = [Path(f"{name}-{k}".removesuffix("-1")) for k in range(1, 1000)]
+    begun = [path for run in runs if args.resume and (path := run / "checkpoint.pt").exists()]
+    return (Path(args.out) if args.out else max(begun, key=lambda path: path.stat().st_mtime).parent if begun
+            else next(run for run in runs if not run.exists()))
 
 
 def read_log(path: Path) -> list[dict]:
@@ -466,8 +440,22 @@ def read_log(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def make_loss(model: DiffDis | Clip, args: argparse.Namespace, device: torch.device, world: int) -> nn.Module:
+    bf16 = args.precision == "bf16"
+    loss = (ClipLoss(model, bf16) if isinstance(model, Clip)
+            else JointLoss(model, args.tasks, args.p_drop_image, bf16)).to(device)
+    if args.recompute:
+        model.unet.recompute_activations()
+    if args.compile:
+        loss.compile(dynamic=False)
+    # The buffers never change, and gradients need no second copy beside the buckets they are sent in.
+    return loss if world == 1 else DistributedDataParallel(
+        loss, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
+        gradient_as_bucket_view=True)
+
+
 class Trainer:
-    """Everything a run holds, so that saving and resuming are each one method."""
+    """Everything a run holds."""
 
     def __init__(self, args: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
         """All of it from the flags, or from the run's checkpoint. Raises ValueError or OSError."""
@@ -475,86 +463,65 @@ class Trainer:
         self.step, self.best, self.result, self.signal, self.is_stopped = 0, -1.0, None, 0, False
         # torchrun starts a failed run's processes again with the command they had: then they are to go on.
         args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        choose_preset(args, device)
-        self.folder = run_folder(args)
+        self.folder, adapt = run_folder(args), partial(settle, args, device, world)
         path = self.folder / "checkpoint.pt"
         checkpoint = models.read_checkpoint(path) if path.exists() else None
-        if args.resume and checkpoint is None and rank == 0:
-            print(f"nothing to resume in {self.folder}: starting at step 0")
+        if checkpoint and not args.resume:
+            raise ValueError(f"{path} is there: add --resume to go on with it, or choose another --out")
         source = in_turn(lambda: open_source(args.data, "train"))
         check_index(source, args.max_bad)
         self.source, self.val = split(source, args.data, args.val)
         torch.manual_seed(args.seed)
-        self.model = models.build(checkpoint, path) if checkpoint else make_model(args, self.source)
-        settle(args, preset_of(self.model.config), device, world)
-        self.model.tasks = tuple(task for task in TASKS
-                                 if task in args.tasks or args.init and task in self.model.tasks)
+        self.model = make_model(args, self.source, path if checkpoint else args.init, adapt)
+        self.model.tasks = args.tasks
         self.flags = {name: list(value) if isinstance(value, tuple) else value
                       for name, value in vars(args).items() if name not in FREE_ON_RESUME}
         self.flags |= {"latents": args.latents is not None, "samples": len(source)}      # wherever they lie
         freeze_unused(self.model, args.tasks, args.train_text_encoder)
-        if checkpoint:
-            self.check_resume(checkpoint)
-            self.model.load_state_dict(checkpoint["model"])
         self.model.to(device, memory_format=torch.channels_last)
-        if args.latents:
-            add_latents(source, self.model, Path(args.latents), args.workers)
-            self.source, self.val = split(source, args.data, args.val)      # again: now they have the latents
         self.optimizer = make_optimizer(self.model, args.lr, args.beta2, args.weight_decay,
                                         args.slower if args.init else None)
         self.averages = Averages(self.model, args.ema)
         if checkpoint:
-            self.optimizer.load_state_dict(checkpoint["training"]["optimizer"])
-            for name, value in checkpoint["ema"].items():
-                self.averages.values[name].copy_(value)
-            self.step, self.best = checkpoint["training"]["step"], checkpoint["training"]["best"]
-        self.loss = self.make_loss()
+            self.restore(checkpoint)
+        if args.latents:
+            add_latents(source, self.model, Path(args.latents), args.workers)
+            self.source, self.val = split(source, args.data, args.val)      # again: now they have the latents
+        self.loss, self.skips = make_loss(self.model, args, device, world), SkipReport(args.max_bad)
         self.begin(source)
 
-    def check_resume(self, checkpoint: dict) -> None:
-        """Only what was begun goes on, and only as the same run. Raises ValueError naming what differs."""
-        before = (checkpoint["training"] or {}).get("args", {})
+    def restore(self, checkpoint: dict) -> None:
+        """Go on where the run was saved. Raises ValueError, naming what differs, where it is not the same."""
+        state = checkpoint["training"] or {}
+        before = state.get("args", {})
         differ = [f"--{name.replace('_', '-')} was {before.get(name)}, is {value}"
                   for name, value in self.flags.items() if before.get(name) != value]
-        if differ or not self.args.resume:
-            raise ValueError(f"{self.folder} holds a run: " + (
-                f"it cannot go on, {'; '.join(differ[:5])}" if self.args.resume else
-                "add --resume to go on with it, or choose another --out"))
-
-    def make_loss(self) -> nn.Module:
-        args, bf16 = self.args, self.args.precision == "bf16"
-        loss = (ClipLoss(self.model, bf16) if isinstance(self.model, Clip)
-                else JointLoss(self.model, args.tasks, args.p_drop_image, bf16)).to(self.device)
-        if args.recompute:
-            self.model.unet.recompute_activations()
-        if args.compile:
-            loss.compile(dynamic=False)
-        # The buffers never change, and gradients need no second copy beside the buckets they are sent in.
-        return loss if self.world == 1 else DistributedDataParallel(
-            loss, device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=False, gradient_as_bucket_view=True)
+        if differ:
+            raise ValueError(f"the run in {self.folder} cannot go on: {'; '.join(differ[:5])}")
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, value in checkpoint["ema"].items():
+            self.averages.values[name].copy_(value)
+        self.step, self.best = state["step"], state["best"]
 
     def begin(self, source: Source) -> None:
         """The run's folder, only now that nothing can be wrong any more; of its log the lines that stay."""
-        self.start, self.skips, self.clock = self.step, SkipReport(self.args.max_bad), time.monotonic()
-        self.waited, self.worked, self.logged = 0.0, 0.0, self.step
+        self.start = self.logged = self.step
+        self.waited = self.worked = 0.0
         everybody(None)          # every rank knows the folder's name before it is taken
         if self.rank == 0:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             lines = [line for line in read_log(self.folder / "log.jsonl") if line["step"] <= self.step]
             (self.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            if self.args.data != "shapes":       # which is made as it is needed
-                print(f"data: {len(source):,} samples of {self.args.data}; left out: {dict(+source.skipped)}")
-            print(f"run: {self.folder}  seed: {self.args.seed}  device: {self.device} x {self.world}  "
-                  f"{self.args.precision}  trainable parameters: "
-                  f"{sum(p.numel() for p in self.averages.live.values()):,}  "
+            trainable = sum(parameter.numel() for parameter in self.averages.live.values())
+            print(f"data: {len(source):,} samples of {self.args.data}; left out: {dict(+source.skipped)}\n"
+                  f"run: {self.folder}  seed: {self.args.seed}  device: {self.device} x {self.world}  "
+                  f"{self.args.precision}  trainable parameters: {trainable:,}  "
                   f"step: {self.step} of {self.args.steps}", flush=True)
         if self.step == 0:
             self.save()          # what cannot be written is noticed now, not after hours
 
-    def save(self, is_best: bool = False) -> None:
-        """best.pt before checkpoint.pt: killed between the two, the run scores this step again."""
-        for name in ("best.pt", "checkpoint.pt")[not is_best:] if self.rank == 0 else ():
+    def save(self, name: str = "checkpoint.pt") -> None:
+        if self.rank == 0:
             models.save(self.folder / name, self.model, self.averages.values, {
                 "optimizer": self.optimizer.state_dict(), "step": self.step, "best": self.best,
                 "args": self.flags})
@@ -563,8 +530,7 @@ class Trainer:
     def parts(self, batch: Batch) -> list[Part]:
         """This rank's share of a batch as micro-batches on the device."""
         def move(values: Tensor) -> tuple[Tensor, ...]:
-            values = values.pin_memory() if self.device.type == "cuda" else values
-            return values.to(self.device, non_blocking=True).split(self.args.micro_batch or len(values))
+            return values.to(self.device).split(self.args.micro_batch or len(values))
         noise = {name: move(values) for name, values in (batch.drawn or {}).items()}
         return [(images, tokens, {name: values[i] for name, values in noise.items()})
                 for i, (images, tokens) in enumerate(zip(move(batch.images), move(batch.tokens)))]
@@ -582,7 +548,8 @@ class Trainer:
             backward(self.loss, parts, args.align_weight)
         self.optimizer.zero_grad(set_to_none=True)
         losses = backward(self.loss, parts, args.align_weight)
-        record = self.agree(losses, nn.utils.clip_grad_norm_(self.averages.live.values(), MAX_NORM))
+        norm = nn.utils.clip_grad_norm_(self.averages.live.values(), MAX_NORM)
+        record = self.agree(losses) | {"grad_norm": norm.item(), "logit_scale": self.model.logit_scale.item()}
         if not all(map(math.isfinite, record.values())):
             raise ValueError(f"step {self.step}: {self.not_finite(losses, batch)}; the last checkpoint is "
                              "from before it: start anew from that one with --init and a lower --lr")
@@ -594,33 +561,30 @@ class Trainer:
         self.step += 1
         return {**record, "lr": args.lr * factor}
 
-    def agree(self, losses: dict, norm: Tensor) -> dict:
-        """The step's numbers over all ranks; the one place of a step that waits for the device."""
-        means = {f"loss_{task}": losses[task].mean() for task in self.args.tasks}
-        weights = {"loss_generation": 1.0, "loss_alignment": self.args.align_weight}
-        means = {"loss": sum(weights[name] * value for name, value in means.items()), **means}
-        if "hits" in losses:
-            means["accuracy"] = losses["hits"].float().mean()
+    def agree(self, losses: dict) -> dict:
+        """The means of a step over all ranks, and whether one of them was told to stop."""
+        means = {"accuracy" if name == "hits" else f"loss_{name}": values.float().mean()
+                 for name, values in losses.items()}
+        means["loss"] = (means.get("loss_generation", 0)
+                         + self.args.align_weight * means.get("loss_alignment", 0))
         means["stop"] = torch.tensor(float(self.signal > 0), device=self.device)
         values = torch.stack(list(means.values()))
         if self.world > 1:
             dist.all_reduce(values)
-        values = torch.cat([values / self.world, torch.stack([norm, self.model.logit_scale.detach()])])
-        record = dict(zip([*means, "grad_norm", "logit_scale"], values.tolist()))
+        record = dict(zip(means, (values / self.world).tolist()))
         self.is_stopped = record.pop("stop") > 0
         return record
 
     def not_finite(self, losses: dict, batch: Batch) -> str:
         """In words, for all ranks: which task, at which timesteps, of which samples."""
-        words = []
-        for task, t in zip(TASKS, ("t_image", "t_text")):
-            for row in (~torch.isfinite(losses[task])).nonzero().flatten().tolist() if task in losses else ():
-                when = f" at timestep {int(batch.drawn[t][row])}" if batch.drawn else ""
-                words.append(f"the {task} loss of {batch.keys[row]} is not finite{when}")
+        words = [f"the {task} loss of {batch.keys[row]} is not finite"
+                 + (f" at timestep {int(batch.drawn[t][row])}" if batch.drawn else "")
+                 for task, t in zip(TASKS, ("t_image", "t_text")) if task in losses
+                 for row in torch.nonzero(~losses[task].isfinite()).flatten().tolist()]
         return ", ".join(sum(everybody(words), [])[:8]) or "the losses are finite, their gradient is not"
 
     # ------------------------------------------------------------ the loop
-    def batches(self):
+    def batches(self) -> Iterator[Batch]:
         args, config, noise = self.args, self.model.config, None
         if isinstance(self.model, DiffDis):
             shape = self.model.latent_shape(config.image_size, config.image_size)
@@ -635,63 +599,57 @@ class Trainer:
         args, batches = self.args, self.batches()
         handlers = {number: signal.signal(number, lambda number, frame: setattr(self, "signal", number))
                     for number in (signal.SIGINT, signal.SIGTERM)}
-        bar = tqdm(total=args.steps, initial=self.step, unit="step", disable=None if self.rank == 0 else True)
         try:
             while self.step < args.steps and not self.is_stopped:
-                began = time.monotonic()
+                began, best, scores = time.monotonic(), self.best, {}
                 batch = next(batches)
                 self.waited += time.monotonic() - began
                 self.skips.add(batch.skipped, batch.visited)
                 self.skips.check()
                 record = self.train_step(batch)
                 self.worked += time.monotonic() - began
-                bar.update()
-                is_best, scores = False, {}
                 if self.step % args.eval_every == 0 or self.step == args.steps:
-                    is_best, scores = self.evaluate()
+                    scores = self.evaluate()
                 if scores or self.step % LOG_EVERY == 0:
-                    self.log(record | scores, bar)
+                    self.log(record | scores)
+                if self.best > best:
+                    self.save("best.pt")       # first: killed between the two, the run scores this step again
                 if scores or self.step % args.save_every == 0 or self.is_stopped:
-                    self.save(is_best)
+                    self.save()
         finally:
             batches.close()       # its processes ignore signals: they end when told to
-            bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return self.step == args.steps
 
-    def log(self, record: dict, bar: tqdm) -> None:
-        """A line of log.jsonl: this step's numbers, and speed since the last line, over all ranks."""
+    def log(self, record: dict) -> None:
+        """This step's numbers, and speed since the last line, over all ranks: to log.jsonl, and in words."""
         waits, memory, skips = zip(*everybody(
             (self.waited / self.worked, memory_gib(self.device), self.skips.skipped)))
-        speed = (self.step - self.logged) * self.args.batch_size / self.worked
+        steps_per_s, skipped = (self.step - self.logged) / self.worked, sum(skips, start=Counter())
         self.waited, self.worked, self.logged = 0.0, 0.0, self.step
         if self.rank == 0:
-            skipped = sum(skips, start=Counter())
-            record = {"step": self.step, **record, "images_per_s": round(speed, 1),
-                      "data_wait": round(max(waits), 4), "memory_gib": round(max(memory), 2),
-                      "skipped": skipped.total(), "skipped_by_cause": dict(sorted(skipped.items()))}
+            record = {"step": self.step, **record, "data_wait": round(max(waits), 4),
+                      "images_per_s": round(steps_per_s * self.args.batch_size, 1),
+                      "memory_gib": round(max(memory), 2), "skipped": skipped.total(),
+                      "skipped_by_cause": dict(sorted(skipped.items()))}
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
-            words = {name: f"{record[name]:.4g}" for name in
-                     ("loss_generation", "loss_alignment", "images_per_s") if name in record}
-            bar.set_postfix(words)
-            if bar.disable and time.monotonic() - self.clock > SAY_EVERY:       # no terminal
-                self.clock = time.monotonic()
-                print(f"step {self.step} of {self.args.steps}:",
-                      *(f"{name} {value}" for name, value in words.items()), flush=True)
+            print(f"step {self.step} of {self.args.steps}:",
+                  *(f"{name} {record[name]:.4g}" for name in record if name.startswith(("loss_", "val_"))),
+                  f"left {(self.args.steps - self.step) / steps_per_s:.0f} s", flush=True)
 
     # ------------------------------------------------------------ held-out scores
-    def evaluate(self) -> tuple[bool, dict]:
-        """The averaged weights on held-out pairs, by all ranks; a grid of pictures -> best yet?, scores."""
-        args, scores, best = self.args, {}, self.best
+    def evaluate(self) -> dict:
+        """The averaged weights on held-out pairs, by all ranks -> scores; a grid of pictures."""
+        args, scores = self.args, {}
         reading = Reading(seed=args.seed, batch_size=min(100, args.micro_batch or 100), max_bad=1.0)
         self.averages.swap()
         if "alignment" in args.tasks:
-            names = ["top1"] if self.val.classes else ["i2t_r1", "t2i_r1"]
-            self.result = (zeroshot if self.val.classes else retrieval)(self.model, self.val, reading)
+            measure, names = (zeroshot, ["top1"]) if self.val.classes else (retrieval, ["i2t_r1", "t2i_r1"])
+            self.result = measure(self.model, self.val, reading)
             scores = {f"val_{name}": round(self.result[name], 6) for name in names}
-            self.best = max(best, sum(scores.values()) / len(scores))
+            self.best = max(self.best, sum(scores.values()) / len(scores))
         if "generation" in args.tasks:
             error = denoising_error(self.model, evenly_spaced(self.val, 100), reading)
             scores["val_denoising_error"] = round(error, 6)
@@ -701,7 +659,7 @@ class Trainer:
                 path = self.folder / "samples" / f"step_{self.step:06d}.png"
                 make_grid(images, columns=8, scale=max(1, 96 // images.shape[3])).save(path)
         self.averages.swap()
-        return self.best > best, scores
+        return scores
 
     def validate(self) -> None:
         """The run's last word: what the averaged weights can do on pairs that training never saw."""
@@ -755,8 +713,8 @@ def plot_log(log: Path, path: Path) -> None:
 
 
 # ---------------------------------------------------------------- main
-def run(argv: list[str] | None) -> None:
-    started, args = time.monotonic(), parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    started = time.monotonic()
     rank, world, device = join_ranks(args.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")       # TF32 for what stays in float32
@@ -772,18 +730,18 @@ def run(argv: list[str] | None) -> None:
         if is_done:
             trainer.validate()
         else:
-            print(f"stopped by {signal.Signals(trainer.signal or signal.SIGTERM).name} after step "
-                  f"{trainer.step} of {args.steps}; to go on, give the same command with --resume --out "
-                  f"{trainer.folder}")
+            print(f"stopped by a signal after step {trainer.step} of {args.steps}; to go on, give the same "
+                  f"command with --resume --out {trainer.folder}")
 
 
 def main(argv: list[str] | None = None) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C
     try:
-        run(argv)
+        run(parse_args(argv))
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:       # before or after the steps, which have their own way to stop
-        fail("stopped by Ctrl-C", 130)
+        fail("stopped by Ctrl-C or SIGTERM", 130)
     finally:
         # DDP holds on to the process group, and a thread of it that still cleans up while Python ends would
         # abort the process: let both go first.

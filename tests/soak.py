@@ -1,7 +1,7 @@
 """Long-running checks of training, too slow for the test suite: uneven shards on any number of ranks, and a
 job that is killed again and again.
 
-    python tests/soak.py ranks --ranks 1 2 4 8 --shards 1 3 7 16
+    python tests/soak.py ranks --ranks 1 2 4 8
     python tests/soak.py kill --steps 3000 --kill-every 60 --ranks 2 --hostile DIR
 
 ranks: the same training, from tars of very unequal sizes, must have the same losses on any number of ranks.
@@ -36,9 +36,9 @@ MAX_DIFFERENCE = 1e-4     # relative: sums in another order, which Adam's divisi
 TIMEOUT = 300             # seconds without a new line in the log: it hangs
 
 
-def write_shards(folder: Path, count: int, shards: int, seed: int) -> list[int]:
+def write_shards(folder: Path, count: int, shards: int) -> list[int]:
     """`count` captioned JPEGs of random colours in tars of very unequal sizes -> how many are in each."""
-    rng = np.random.default_rng([seed, count, shards])
+    rng = np.random.default_rng([count, shards])
     shares = rng.exponential(size=shards) ** 2
     sizes = 1 + np.floor((count - shards) * shares / shares.sum()).astype(int)
     sizes[shares.argmax()] += count - sizes.sum()
@@ -56,83 +56,30 @@ def write_shards(folder: Path, count: int, shards: int, seed: int) -> list[int]:
 
 
 def launch(ranks: int, folder: Path, *flags) -> subprocess.Popen:
-    """A run under torchrun; what it says goes to a file beside its folder."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1",
-               "--nproc_per_node", str(ranks), "--max-restarts", "1000", SMALL_RUN, *map(str, flags),
-               "--device", "cpu", "--out", str(folder)]
+    """A run, of several ranks under torchrun; what it says goes to a file beside its folder."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1",
+                "--nproc_per_node", str(ranks), "--max-restarts", "1000"] if ranks > 1 else []
+    command = [sys.executable, *torchrun, SMALL_RUN, "--device", "cpu", "--val", "8", "--batch-size", "16",
+               "--out", str(folder), *map(str, flags)]
     with folder.with_suffix(".said").open("a") as said:
         return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def ranks_of(job: subprocess.Popen) -> list[int]:
-    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(job.pid)], stdout=subprocess.PIPE)
-    return [int(line.split()[0]) for line in children.stdout.decode().splitlines() if SMALL_RUN in line]
+    """The processes that train; a rank's own children read its data."""
+    if "torch.distributed.run" not in job.args:
+        return [job.pid]
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(job.pid)], text=True,
+                            stdout=subprocess.PIPE)
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if SMALL_RUN in line]
 
 
 def log_of(folder: Path) -> list[dict]:
-    """The whole lines of a run's log; the last may just be being written."""
+    """The whole lines of a run's log, without FREE; the last may just be being written."""
     log = folder / "log.jsonl"
-    return [json.loads(line) for line in log.read_text().split("\n")[:-1]] if log.exists() else []
-
-
-def watch(job: subprocess.Popen, folder: Path, until: float = float("inf")) -> None:
-    """Wait for a job's end, or until a time. Ends the program if it hangs or fails."""
-    size, changed = -1, time.monotonic()
-    while job.poll() is None and time.monotonic() < until:
-        log = folder / "log.jsonl"
-        if log.exists() and log.stat().st_size != size:
-            size, changed = log.stat().st_size, time.monotonic()
-        if time.monotonic() - changed > TIMEOUT:
-            job.kill()
-            sys.exit(f"failed: {folder.name} hangs, nothing logged for {TIMEOUT} s")
-        time.sleep(0.05)
-    if job.returncode:
-        sys.exit(f"failed: {folder.name} ended with status {job.returncode}; it said\n"
-                 + folder.with_suffix(".said").read_text()[-3000:])
-
-
-# ---------------------------------------------------------------- ranks
-def check_ranks(args: argparse.Namespace, root: Path) -> list[str]:
-    wrong = []
-    for shards in args.shards:
-        sizes, expected = write_shards(root / f"data-{shards}", 200, shards, args.seed), None
-        for ranks in args.ranks:
-            folder = root / f"{shards}-{ranks}"
-            watch(launch(ranks, folder, "--data", root / f"data-{shards}", "--val", 8, "--steps", args.steps,
-                         "--batch-size", args.batch_size, "--workers", 1, "--seed", args.seed), folder)
-            losses = np.array([[line[name] for name in LOSSES] for line in log_of(folder)])
-            expected = losses if expected is None else expected
-            difference = np.abs(losses - expected).max() / np.abs(expected).max()
-            print(f"{shards} shards of {sizes}, {ranks} ranks: differs by {difference:.1e}", flush=True)
-            if len(losses) != args.steps or not difference <= MAX_DIFFERENCE:       # so that NaN is wrong too
-                wrong.append(f"{shards} shards, {ranks} ranks: {len(losses)} steps, {difference:.1e} off")
-    return wrong
-
-
-# ---------------------------------------------------------------- kill
-def disturb(args: argparse.Namespace, folder: Path, flags: list) -> tuple[int, int]:
-    """A run that is killed again and again until it is through -> kills of a rank, stops of the whole job."""
-    rng, kills, stops = random.Random(args.seed), 0, 0
-    job = launch(args.ranks, folder, *flags)
-    while True:
-        watch(job, folder, time.monotonic() + args.kill_every * rng.uniform(0.5, 1.5))
-        ranks = ranks_of(job)
-        if job.poll() is not None:
-            return kills, stops
-        if len(ranks) < args.ranks:         # not all there yet
-            continue
-        lines = log_of(folder)
-        print(f"after step {lines[-1]['step'] if lines else 0}: "
-              f"{'SIGTERM to the job' if kills % 3 == 2 else 'SIGKILL to a rank'}", flush=True)
-        if kills % 3 == 2:
-            job.send_signal(signal.SIGTERM)
-            job.wait(60)
-            job, stops = launch(args.ranks, folder, *flags, "--resume"), stops + 1
-            kills += 1                      # the next is a rank again
-        else:
-            os.kill(rng.choice(ranks), signal.SIGKILL)
-            kills += 1
+    lines = [json.loads(line) for line in log.read_text().split("\n")[:-1]] if log.exists() else []
+    return [{name: value for name, value in line.items() if name not in FREE} for line in lines]
 
 
 def flat(value, name: str = "") -> dict:
@@ -143,50 +90,101 @@ def flat(value, name: str = "") -> dict:
     return {name: value.numpy().tobytes() if isinstance(value, torch.Tensor) else value}
 
 
+def differences(run: Path, other: Path) -> list[str]:
+    """What logs and checkpoints of two runs do not share, bit for bit, in words."""
+    logs, words = (log_of(run), log_of(other)), []
+    if len(logs[0]) != len(logs[1]):
+        words.append(f"logs of {len(logs[0])} and {len(logs[1])} lines")
+    words += [f"step {a['step']}: {a} or {b}" for a, b in zip(*logs) if a != b][:5]
+    for path in other.glob("*.pt"):
+        a, b = (flat(torch.load(folder / path.name, weights_only=True)) for folder in (run, other))
+        words += [f"{path.name}: {key} differs" for key in a | b if key not in a or a[key] != b.get(key)]
+    return words
+
+
+def watch(job: subprocess.Popen, folder: Path, until: float = float("inf"), lines: float = float("inf")
+          ) -> None:
+    """Wait for a job's end, until a time, or for so many lines of the log. Ends the program if it hangs or
+    fails."""
+    size, changed = -1, time.monotonic()
+    while job.poll() is None and time.monotonic() < until and len(log_of(folder)) < lines:
+        log = folder / "log.jsonl"
+        if log.exists() and log.stat().st_size != size:
+            size, changed = log.stat().st_size, time.monotonic()
+        if time.monotonic() - changed > TIMEOUT:
+            job.kill()
+            sys.exit(f"failed: {folder.name} hangs, nothing logged for {TIMEOUT} s")
+        time.sleep(0.01)
+    if job.returncode:
+        sys.exit(f"failed: {folder.name} ended with status {job.returncode}; it said\n"
+                 + folder.with_suffix(".said").read_text()[-3000:])
+
+
+# ---------------------------------------------------------------- ranks
+def check_ranks(args: argparse.Namespace, root: Path) -> list[str]:
+    wrong = []
+    for shards in (1, 3, 7, 16):
+        sizes, expected = write_shards(root / f"data-{shards}", 200, shards), None
+        for ranks in args.ranks or (1, 2, 4, 8):
+            folder = root / f"{shards}-{ranks}"
+            watch(launch(ranks, folder, "--data", root / f"data-{shards}", "--steps", args.steps or 12,
+                         "--workers", 1), folder)
+            losses = np.array([[line[name] for name in LOSSES] for line in log_of(folder)])
+            expected = losses if expected is None else expected
+            difference = np.abs(losses - expected).max() / np.abs(expected).max()
+            print(f"{shards} shards of {sizes}, {ranks} ranks: differs by {difference:.1e}", flush=True)
+            if not difference <= MAX_DIFFERENCE:       # so that NaN is wrong too
+                wrong.append(f"{shards} shards, {ranks} ranks: {difference:.1e} off")
+    return wrong
+
+
+# ---------------------------------------------------------------- kill
+def disturb(count: int, kill_every: float, folder: Path, flags: list) -> int:
+    """A run of `count` ranks that is disturbed again and again until it is through -> how often it was."""
+    job, times = launch(count, folder, *flags), 0
+    while True:
+        watch(job, folder, time.monotonic() + kill_every * random.uniform(0.5, 1.5))
+        ranks = ranks_of(job)
+        if job.poll() is not None:
+            return times
+        if len(ranks) < count:         # not all there yet
+            continue
+        times += 1
+        print(f"{len(log_of(folder))} lines of the log: "
+              f"{'SIGKILL to a rank' if times % 3 else 'SIGTERM to the job'}", flush=True)
+        if times % 3:
+            os.kill(random.choice(ranks), signal.SIGKILL)
+        else:
+            job.send_signal(signal.SIGTERM)
+            job.wait(60)
+            job = launch(count, folder, *flags, "--resume")
+
+
 def check_kill(args: argparse.Namespace, root: Path) -> list[str]:
     data, whole, disturbed = root / "data", root / "whole", root / "disturbed"
-    sizes = write_shards(data, args.samples, args.shards[0], args.seed)
+    write_shards(data, 400, 9)
     for tar in sorted(args.hostile.glob("*.tar")) if args.hostile else ():
         (data / f"hostile-{tar.name}").symlink_to(tar.resolve())
-    flags = ["--data", data, "--val", 8, "--steps", args.steps, "--batch-size", args.batch_size,
-             "--workers", 1, "--seed", args.seed, "--save-every", args.save_every, "--max-bad", 0.5]
-    watch(launch(args.ranks, whole, *flags), whole)
-    kills, stops = disturb(args, disturbed, flags)
-    wrong = [] if kills else ["nothing was killed: give more --steps, or a lower --kill-every"]
-    logs = [[{k: v for k, v in line.items() if k not in FREE} for line in log_of(run)]
-            for run in (whole, disturbed)]
-    wrong += [f"step {a['step']}: {b}, expected {a}" for a, b in zip(*logs) if a != b][:5]
-    wrong += ["the logs have other lengths"] * (len(logs[0]) != len(logs[1]))
-    count = 0
-    for name in ("checkpoint.pt", "best.pt"):
-        a, b = (flat(torch.load(run / name, weights_only=True)) for run in (whole, disturbed))
-        wrong, count = wrong + [f"{name}: {k} differs" for k in a | b if a.get(k) != b.get(k)], count + len(a)
-    print(f"shards of {sizes}: {kills - stops} kills of a rank, {stops} stops of the whole job; compared "
-          f"{len(logs[0])} lines of the log, {count} values of checkpoints; "
-          f"skipped {log_of(whole)[-1]['skipped']}")
-    return wrong
+    flags = ["--data", data, "--steps", args.steps or 3000, "--save-every", 200, "--max-bad", 0.5,
+             "--workers", 1]
+    count, *_ = args.ranks or [2]
+    watch(launch(count, whole, *flags), whole)
+    times = disturb(count, args.kill_every, disturbed, flags)
+    print(f"disturbed {times} times; compared {len(log_of(whole))} lines of the log, and the checkpoints")
+    return differences(disturbed, whole) if times else ["nothing was killed: give more --steps"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("ranks", "kill"))
-    parser.add_argument("--ranks", type=int, nargs="+", help="processes that train together")
-    parser.add_argument("--shards", type=int, nargs="+", help="numbers of tars")
+    parser.add_argument("--ranks", type=int, nargs="+", help="processes that train, of kill 2 or more")
     parser.add_argument("--steps", type=int, help="gradient steps of each run")
-    parser.add_argument("--batch-size", type=int, default=16, help="pairs per step, over all ranks")
-    parser.add_argument("--samples", type=int, default=400, help="of kill, over all tars")
-    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints, of kill")
     parser.add_argument("--kill-every", type=float, default=60, help="seconds between kills, on average")
     parser.add_argument("--hostile", type=Path, help="folder of further tars, broken in all ways")
-    parser.add_argument("--seed", type=int, default=0, help="of data, training and kills")
     args = parser.parse_args()
-    is_kill = args.task == "kill"
-    args.ranks = (args.ranks or [2])[0] if is_kill else args.ranks or [1, 2, 4, 8]
-    args.shards = args.shards or ([9] if is_kill else [1, 3, 7, 16])
-    args.steps = args.steps or (3000 if is_kill else 12)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        wrong = (check_kill if is_kill else check_ranks)(args, Path(folder))
+        wrong = (check_kill if args.task == "kill" else check_ranks)(args, Path(folder))
     sys.exit("\n".join(f"failed: {words}" for words in wrong) or print("passed"))
 
 
