@@ -82,22 +82,21 @@ def test_older_folders_of_transformers(tokenizer, tmp_path, capsys) -> None:
     theirs = clip_of_transformers(tokenizer.vocab_size, heads=4)
     theirs.save_pretrained(tmp_path / "clip")
     put_vocabulary(tmp_path / "clip", tokenizer)
-    (tmp_path / "clip/model.safetensors").unlink()
-    torch.save(theirs.state_dict() | {"text_model.embeddings.position_ids": torch.arange(16)[None],
-                                      "vision_model.embeddings.position_ids": torch.arange(17)[None]},
-               tmp_path / "clip/pytorch_model.bin")
+    safetensors.save_file(theirs.state_dict() | {
+        "text_model.embeddings.position_ids": torch.arange(16)[None],
+        "vision_model.embeddings.position_ids": torch.arange(17)[None]}, tmp_path / "clip/model.safetensors")
     config = json.loads((tmp_path / "clip/config.json").read_text())
     config["vision_config_dict"] = {"num_attention_heads": config["vision_config"]["num_attention_heads"]}
     config["vision_config"]["num_attention_heads"], config["text_config_dict"] = 2, None
     (tmp_path / "clip/config.json").write_text(json.dumps(config))
     check_same(models.load(tmp_path / "clip"), theirs, tokenizer)
     said = capsys.readouterr().out
-    assert "ignored: 2 (" in said and "position_ids" in said
+    assert "ignored: 2 [" in said and "position_ids" in said
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"hidden_act": "gelu_new"}, "gelu_new.*expected quick_gelu or gelu"),
-    ({"layer_norm_eps": 1e-6}, "layer_norm_eps.*1e-06.*expected 1e-05"),
+    ({"hidden_act": "gelu_new"}, "hidden_act .gelu_new."),
+    ({"layer_norm_eps": 1e-6}, "layer_norm_eps 1e-06"),
     ({"num_attention_heads": 7}, "multiples of the 7"), ({"num_attention_heads": "4"}, "clip.*TypeError"),
     ({"num_attention_heads": 0}, "clip.*ZeroDivision")])
 def test_configurations_that_would_change_results_are_refused(tokenizer, tmp_path, changes, message) -> None:
@@ -123,13 +122,13 @@ def test_other_folders_are_refused(tokenizer, tmp_path) -> None:
     path = tmp_path / "clip/config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"text_config": config["text_config"] | {"hidden_act": "gelu"}}))
-    with pytest.raises(ValueError, match="'quick_gelu' for images and 'gelu' for texts"):
+    with pytest.raises(ValueError, match="hidden_act 'quick_gelu' and 'gelu'"):
         models.load(tmp_path / "clip")
     path.write_text(json.dumps(config | {"text_config": [1]}))
     with pytest.raises(ValueError, match="clip cannot be used"):
         models.load(tmp_path / "clip")
     path.write_text(json.dumps(config | {"model_type": "siglip"}))
-    with pytest.raises(ValueError, match="'siglip', expected 'clip'"):
+    with pytest.raises(ValueError, match="model_type 'siglip'"):
         models.load(tmp_path / "clip")
     path.write_text("[")
     with pytest.raises(ValueError, match="clip cannot be used"):
@@ -183,8 +182,8 @@ def put_open_clip(folder, tokenizer: Tokenizer, tensors: dict, name: str = "open
 
 
 @pytest.mark.parametrize("name, what", [
-    ("open_clip_pytorch_model.bin", "folder"), ("open_clip_model.safetensors", "folder"),
-    ("open_clip_model.safetensors", "file"), ("epoch_32.pt", "training"), ("half.bin", "half")])
+    ("open_clip_pytorch_model.bin", "file"), ("open_clip_model.safetensors", "file"),
+    ("epoch_32.pt", "training"), ("half.bin", "half")])
 @pytest.mark.parametrize("quick", [True, False, None])
 def test_files_of_open_clip(tokenizer, tmp_path, capsys, name: str, what: str, quick: bool | None) -> None:
     theirs = clip_of_transformers(tokenizer.vocab_size, "quick_gelu" if quick else "gelu", text_heads=4)
@@ -197,7 +196,7 @@ def test_files_of_open_clip(tokenizer, tmp_path, capsys, name: str, what: str, q
     if what == "half":
         tensors = {key: value.half() for key, value in tensors.items()}
     file = put_open_clip(tmp_path / "oc", tokenizer, tensors, name, config)
-    check_same(models.load(file.parent if what == "folder" else file), theirs, tokenizer)
+    check_same(models.load(file), theirs, tokenizer)
     assert f"loaded {len(theirs.state_dict())} tensors" in capsys.readouterr().out
 
 
@@ -236,10 +235,10 @@ def test_the_activation_is_never_guessed(tokenizer, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("part, changes, message", [
-    ("vision_cfg", {"pool_type": "avg"}, "has pool_type, which is not"),
-    ("text_cfg", {"no_causal_mask": True}, "has no_causal_mask, which is not"),
+    ("vision_cfg", {"pool_type": "avg"}, "has pool_type: expected"),
+    ("text_cfg", {"no_causal_mask": True}, "has no_causal_mask: expected"),
     ("vision_cfg", {"head_width": 0}, "ZeroDivision|by zero"), ("text_cfg", {"heads": 5}, "and 5 heads"),
-    ("preprocess_cfg", {"mean": [0.5, 0.5, 0.5]}, r"has mean \[0.5, 0.5, 0.5\], which is not")])
+    ("preprocess_cfg", {"mean": [0.5, 0.5, 0.5]}, r"has mean \[0.5, 0.5, 0.5\]")])
 def test_open_clips_that_compute_otherwise_are_refused(tokenizer, tmp_path, part, changes, message) -> None:
     config = open_clip_config(tokenizer.vocab_size)
     {**config, **config["model_cfg"]}[part].update(changes)

@@ -112,14 +112,12 @@ def test_real_names_of_stable_diffusion_v1() -> None:
     assert set(REAL_NAMES.split()) <= theirs and len(theirs) == len(ours)
 
 
-@pytest.mark.parametrize("layout", ["flat.ckpt", "nested.ckpt", "no_text_model.ckpt", "plain.safetensors"])
+@pytest.mark.parametrize("layout", ["flat.ckpt", "nested.ckpt", "plain.safetensors"])
 def test_original_layouts(whole, tmp_path, capsys, layout: str) -> None:
     tensors = original_names(whole)
     tensors |= {"betas": torch.ones(3), "sqrt_one_minus_alphas_cumprod": torch.ones(3),
                 "logvar": torch.ones(1),
                 "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
-    if layout == "no_text_model.ckpt":
-        tensors = {name.replace(".text_model.", "."): value for name, value in tensors.items()}
     if layout.endswith(".safetensors"):
         safetensors.save_file({n: value.contiguous() for n, value in tensors.items()}, tmp_path / layout)
     else:
@@ -146,16 +144,14 @@ def test_averages_of_an_original_file(whole, tmp_path) -> None:
             assert torch.equal(ema.state_dict()[name], value + 1 if name.startswith("unet.") else value), name
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_folders_that_the_libraries_write(whole, tmp_path, kind: str) -> None:
+def test_folders_that_the_libraries_write(whole, tmp_path) -> None:
     write_folder(whole, tmp_path / "folder")
-    for file in (tmp_path / "folder").rglob("*.safetensors") if kind == "bin" else ():
-        old = "pytorch_model.bin" if file.stem == "model" else f"{file.stem}.bin"
-        torch.save(safetensors.load_file(file), file.with_name(old))
-        file.unlink()
     assert same(whole, models.load(tmp_path / "folder"))
     (tmp_path / "folder/vae/config.json").rename(tmp_path / "folder/vae/diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match="vae/diffusion_pytorch_model.safetensors"):
+        models.load(tmp_path / "folder")
+    (tmp_path / "folder/vae/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="vae/diffusion_pytorch_model.safetensors.*not its .bin"):
         models.load(tmp_path / "folder")
 
 
@@ -250,8 +246,7 @@ def broken_headers(good: bytes) -> dict[str, bytes]:
 
 
 def test_damaged_safetensors_are_refused_by_name(tmp_path) -> None:
-    tensors = {"a": torch.randn(2, 3), "b": torch.arange(4), "c": torch.randn(3).bfloat16(),
-               "d": torch.zeros(0, 2)}
+    tensors = {"a": torch.randn(2, 3), "b": torch.arange(4), "c": torch.randn(3).bfloat16()}
     safetensors.save_file(tensors, tmp_path / "good.safetensors", {"made": "here"})
     read, metadata = models.read_file(tmp_path / "good.safetensors")
     assert metadata == {"made": "here"} and read.keys() == tensors.keys()
