@@ -210,62 +210,22 @@ class TwoTaskBlock(TransformerBlock):
         return torch.cat([super().self_attention(alone, None)[0], x]), query
 
 
-class DownBlock(nn.Module):
-    """Residual and dual-stream attention blocks (section 3.3) in turn, then half the side: a level of the
-    encoder half. The middle block is one more, which ends in a residual block."""
+class Level(nn.Module):
+    """Residual and attention blocks in turn, of one width: a level of the UNet, or its middle.
 
-    def __init__(self, channels: int, out: int, config: Config, blocks: int, attentions: int,
-                 downsample: bool) -> None:
-        super().__init__()
-        unet, fusion = config.unet, config.fusion if config.fusion.fusion else None
-        self.resnets = nn.ModuleList(
-            ResBlock(channels if i == 0 else out, out, 4 * unet.channels[0]) for i in range(blocks))
-        self.attentions = nn.ModuleList(
-            SpatialTransformer(out, unet.heads, config.text.width, unet.depth, fusion, TwoTaskBlock)
-            for _ in range(attentions))
-        self.downsamplers = nn.ModuleList(
-            chain(conv=nn.Conv2d(out, out, 3, stride=2, padding=1)) for _ in range(downsample))
+    inputs: channels into each residual block; attentions: how many of them an attention block follows;
+    fusion: of dual-stream blocks, through which the text query passes (section 3.3), or None.
+    """
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, query: Tensor | None, state: Tensor | None,
-                skips: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """x [B, C, H, W], emb [B, E], context [B or 1, L, D], query and state as in SpatialTransformer
-        -> x [B, out, H/2, W/2], the query's next state. Appends each stage's output to skips."""
-        for resnet, attention in zip_longest(self.resnets, self.attentions):
-            x = resnet(x, emb)
-            if attention is not None:
-                x, state = attention(x, context, query, state)
-            skips.append(x)
-        for downsample in self.downsamplers:
-            x = downsample(x)
-            skips.append(x)
-        return x, state
-
-
-class UpBlock(nn.Module):
-    """A level of the decoder half: plain Stable Diffusion, the query never comes here."""
-
-    def __init__(self, channels: int, skip_channels: list[int], out: int, config: Config, attention: bool,
-                 upsample: bool) -> None:
+    def __init__(self, config: Config, inputs: list[int], width: int, attentions: int,
+                 fusion: FusionConfig | None) -> None:
         super().__init__()
         unet = config.unet
-        self.resnets = nn.ModuleList(
-            ResBlock((channels if i == 0 else out) + skip, out, 4 * unet.channels[0])
-            for i, skip in enumerate(skip_channels))
+        self.resnets = nn.ModuleList(ResBlock(channels, width, 4 * unet.channels[0]) for channels in inputs)
         self.attentions = nn.ModuleList(
-            SpatialTransformer(out, unet.heads, config.text.width, unet.depth)
-            for _ in skip_channels if attention)
-        self.upsamplers = nn.ModuleList(
-            chain(conv=nn.Conv2d(out, out, 3, padding=1)) for _ in range(upsample))
-
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
-        """x [B, C, H, W], emb [B, E], context [B or 1, L, D] -> [B, out, 2H, 2W]; takes its skips away."""
-        for resnet, attention in zip_longest(self.resnets, self.attentions):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
-            if attention is not None:
-                x, _ = attention(x, context)
-        for upsample in self.upsamplers:        # to the size on the way down: an odd one's half was rounded
-            x = upsample(F.interpolate(x, skips[-1].shape[2:]))
-        return x
+            SpatialTransformer(width, unet.heads, config.text.width, unet.depth, fusion, TwoTaskBlock)
+            for _ in range(attentions))
+        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()       # at most one of one
 
 
 class UNet(nn.Module):
@@ -273,22 +233,32 @@ class UNet(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        unet, width, channels = config.unet, config.fusion.query_width, config.unet.channels
-        blocks, last, latent_channels = unet.res_blocks, len(channels) - 1, config.autoencoder.latent_channels
+        unet, channels, blocks = config.unet, config.unet.channels, config.unet.res_blocks
         self.fused, self.condition_timestep = config.fusion.fusion, config.condition_timestep
+        fusion, latent_channels = config.fusion if self.fused else None, config.autoencoder.latent_channels
         self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
-        self.down_blocks = nn.ModuleList(
-            DownBlock(channels[max(i - 1, 0)], c, config, blocks, blocks * unet.attention[i], i < last)
-            for i, c in enumerate(channels))
-        self.mid_block = DownBlock(channels[-1], channels[-1], config, 2, 1, downsample=False)
-        skips = [channels[0]] + [c for i, c in enumerate(channels) for _ in range(blocks + (i < last))]
-        self.up_blocks = nn.ModuleList(
-            UpBlock(channels[min(i + 1, last)], [skips.pop() for _ in range(blocks + 1)], channels[i], config,
-                    unet.attention[i], upsample=i > 0) for i in reversed(range(len(channels))))
+        self.down_blocks = nn.ModuleList()
+        before, skips = channels[0], [channels[0]]            # channels of what `encode` keeps for `decode`
+        for c, attention in zip(channels, unet.attention):
+            level = Level(config, [before] + [c] * (blocks - 1), c, blocks * attention, fusion)
+            self.down_blocks.append(level)
+            if len(self.down_blocks) < len(channels):
+                level.downsamplers.append(chain(conv=nn.Conv2d(c, c, 3, stride=2, padding=1)))
+            skips += [c] * (blocks + len(level.downsamplers))
+            before = c
+        self.mid_block = Level(config, [before, before], before, 1, fusion)
+        self.up_blocks = nn.ModuleList()
+        for c, attention in zip(channels[::-1], unet.attention[::-1]):     # the query never comes here
+            inputs = [skips.pop() + (c if i else before) for i in range(blocks + 1)]
+            level = Level(config, inputs, c, len(inputs) * attention, None)
+            self.up_blocks.append(level)
+            if skips:
+                level.upsamplers.append(chain(conv=nn.Conv2d(c, c, 3, padding=1)))
+            before = c
         self.conv_norm_out = nn.GroupNorm(32, channels[0])
         self.conv_out = nn.Conv2d(channels[0], latent_channels, 3, padding=1)
-        self.query_time_embedding = TimestepEmbedding(width, width)
+        self.query_time_embedding = TimestepEmbedding(config.fusion.query_width, config.fusion.query_width)
         self.query_head = AlignmentTransformer(channels[-1], config.fusion)
         # From scratch, every residual branch of the generation path starts at zero, as in Stable Diffusion.
         for name, parameter in self.named_parameters():
@@ -311,15 +281,26 @@ class UNet(nn.Module):
         x = self.conv_in(latents.to(self.conv_in.weight.dtype))
         skips, inside = [x], query if self.fused else None
         state = None if inside is None else torch.zeros_like(query)
-        for block in self.down_blocks:
-            x, state = block(x, emb, context, inside, state, skips)
-        x, state = self.mid_block(x, emb, context, inside, state, [])
-        return x, skips, emb, state if self.fused else query
+        for level in (*self.down_blocks, self.mid_block):
+            for resnet, attention in zip_longest(level.resnets, level.attentions):
+                x = resnet(x, emb)
+                if attention is not None:
+                    x, state = attention(x, context, inside, state)
+                skips.append(x)
+            for downsample in level.downsamplers:
+                x = downsample(x)
+                skips.append(x)
+        return x, skips[:-len(self.mid_block.resnets)], emb, state if self.fused else query
 
     def decode(self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor) -> Tensor:
-        """The decoder half: what `encode` returned -> prediction [B, C, H, W]."""
-        for block in self.up_blocks:
-            x = block(x, emb, context, skips)
+        """The decoder half: what `encode` returned -> prediction [B, C, H, W]. Takes the skips away."""
+        for level in self.up_blocks:
+            for resnet, attention in zip_longest(level.resnets, level.attentions):
+                x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
+                if attention is not None:
+                    x, _ = attention(x, context)
+            for upsample in level.upsamplers:       # to the size on the way down: an odd one's half was rounded
+                x = upsample(F.interpolate(x, skips[-1].shape[2:]))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def embed_query(self, noisy_query: Tensor, t_text: Tensor) -> tuple[Tensor, Tensor]:
@@ -375,30 +356,23 @@ class PatchAutoencoder(nn.Module):
         return F.pixel_shuffle(latents / self.config.scale, self.config.factor)
 
 
-class AutoencoderAttention(nn.Module):
-    """Single-head self-attention over pixels, pre-norm, residual."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.group_norm = nn.GroupNorm(32, channels, eps=1e-6)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)                 # [B, H·W, C]
-        q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
-        tokens = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
-        return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
-
-
 class AutoencoderMiddle(nn.Module):
+    """Residual block, single-head self-attention over pixels (pre-norm, residual), residual block."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(channels, channels, eps=1e-6) for _ in range(2))
-        self.attentions = nn.ModuleList([AutoencoderAttention(channels)])
+        self.attentions = nn.ModuleList([nn.ModuleDict({
+            "group_norm": nn.GroupNorm(32, channels, eps=1e-6),
+            **{f"to_{name}": nn.Linear(channels, channels) for name in "qkv"},
+            "to_out": nn.ModuleList([nn.Linear(channels, channels)])})])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        x, attention = self.resnets[0](x), self.attentions[0]
+        tokens = attention["group_norm"](x).flatten(2).transpose(1, 2)         # [B, H·W, C]
+        q, k, v = (attention[f"to_{name}"](tokens).unsqueeze(1) for name in "qkv")
+        tokens = attention["to_out"][0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return self.resnets[1](x + tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 def autoencoder_levels(widths: tuple[int, ...], down: bool) -> nn.Sequential:
@@ -686,19 +660,13 @@ RES_BLOCK = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "e
 # CLIP: our names are those of transformers, OpenCLIP's files have others.
 OPEN_CLIP_RULES = [
     (r"^module\.", ""),                                   # of a training checkpoint
-    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
-    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
-    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
-    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
     (r"^visual\.proj$", "visual_projection.weight"), (r"^text_projection$", "text_projection.weight"),
-    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
-    (r"^ln_final\.", "text_model.final_layer_norm."),
-    (r"(layers\.\d+\.)ln_([12])\.", r"\1layer_norm\2."), (r"(layers\.\d+\.)attn\.", r"\1self_attn."),
-    (r"(layers\.\d+\.mlp\.)c_fc\.", r"\1fc1."), (r"(layers\.\d+\.mlp\.)c_proj\.", r"\1fc2.")]
+    (r"^visual\.", "vision_model."), (r"^(?=transformer|positional|token_emb|ln_final)", "text_model."),
+    (r"conv1", "embeddings.patch_embedding"), (r"(token|class)_embedding", r"embeddings.\1_embedding"),
+    (r"positional_embedding", "embeddings.position_embedding.weight"),
+    (r"ln_pre", "pre_layrnorm"), (r"ln_post", "post_layernorm"), (r"ln_final", "final_layer_norm"),
+    (r"transformer\.resblocks", "encoder.layers"), (r"ln_([12])", r"layer_norm\1"),
+    (r"\.attn\.", ".self_attn."), (r"c_fc", "fc1"), (r"c_proj", "fc2")]
 
 
 def compvis_rules(config: Config) -> dict[str, list]:
