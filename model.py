@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +81,7 @@ class Config:
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     image_size: int = 256        # px, side of the training images
     timesteps: int = 1000        # T
-    # t_z while the image is a condition (Table 7); None: T, at which no noisy image is ever seen
-    condition_timestep: int | None = None
+    condition_timestep: int = timesteps     # t_z of a condition (Table 7): T, at which no image is ever noisy
     image_target: str = "noise"  # Eq. 4 has noise; small presets predict data
     text_target: str = "data"    # Table 2
     image_schedule: str = "linear"
@@ -92,13 +90,10 @@ class Config:
     guidance_scale: float = 7.5  # 1 + w with which images are drawn unless another is given
 
     def __post_init__(self) -> None:
-        if self.condition_timestep is None:
-            object.__setattr__(self, "condition_timestep", self.timesteps)
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma is {self.gamma}, expected a number in (0, 1]")
         if not 0 <= self.condition_timestep <= self.timesteps:
-            raise ValueError(f"condition_timestep is {self.condition_timestep}, "
-                             f"expected 0 to {self.timesteps}")
+            raise ValueError(f"condition_timestep {self.condition_timestep}, expected 0 to {self.timesteps}")
         side = self.autoencoder.factor
         if self.image_size % side or not 0 < self.image_size <= 4096:
             raise ValueError(f"image size is {self.image_size} px, expected a multiple of {side} up to 4096")
@@ -118,9 +113,7 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.text.width % self.text.heads or self.image_size % self.patch:
-            raise ValueError(f"widths {self.width} and {self.text.width} must be multiples of the "
-                             f"{self.heads} and {self.text.heads} heads, {self.image_size} px of the patch "
-                             f"{self.patch} px")
+            raise ValueError(f"{self}: widths must be multiples of heads, image_size of patch")
 
 
 def from_dict(config: type, values: dict):
@@ -131,23 +124,17 @@ def from_dict(config: type, values: dict):
                      tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def patches(factor: int, scale: float) -> AutoencoderConfig:
-    return AutoencoderConfig("patch", 3 * factor ** 2, factor, scale, ())
-
-
 # `tiny` trains on two CPU cores in minutes, `small` is for one GPU, `sd-v1` is Stable Diffusion v1.
 PRESETS = {
     "tiny": Config(
         FusionConfig(query_width=128, align_blocks=2, head_width=32),
-        UNetConfig((64, 128), (True, True), 1, 4),
-        TextConfig(1024, 24, 128, 2, 8), patches(4, 1.0), image_size=32, image_target="data",
-        guidance_scale=2.0),
+        UNetConfig((64, 128), (True, True), 1, 4), TextConfig(1024, 24, 128, 2, 8),
+        AutoencoderConfig("patch", 48, 4, 1.0, ()), image_size=32, image_target="data", guidance_scale=2.0),
     "small": Config(
-        FusionConfig(query_width=384, align_blocks=4), UNetConfig((192, 384, 576), (True, True, True), 2, 6),
-        TextConfig(8192, 48, 384, 6, 6), patches(4, 2.0), image_size=64, image_target="data",
-        guidance_scale=2.0),
-    "sd-v1": Config(FusionConfig(query_width=768)),
-}
+        FusionConfig(query_width=384, align_blocks=4),
+        UNetConfig((192, 384, 576), (True, True, True), 2, 6), TextConfig(8192, 48, 384, 6, 6),
+        AutoencoderConfig("patch", 48, 4, 2.0, ()), image_size=64, image_target="data", guidance_scale=2.0),
+    "sd-v1": Config(FusionConfig(query_width=768))}
 # What alignment is compared with (Table 1): the paper's two, and one of like size for each small preset.
 CLIPS = {"clip-tiny": ClipConfig(128, 4, 4, 4, 32, 128, PRESETS["tiny"].text),
          "clip-small": ClipConfig(384, 12, 6, 8, 64, 384, PRESETS["small"].text),
@@ -272,20 +259,22 @@ class UNet(nn.Module):
             if isinstance(module, (ResBlock, SpatialTransformer)):
                 module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
-    def encode(self, latents: Tensor, t_image: Tensor, context: Tensor, query: Tensor | None = None
-               ) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
-        """The encoder half: latents [B, C, H, W], t_image [B], context [B or 1, L, D], query [B, D] or None
-        -> middle features, the skips for the decoder half, timestep embedding, the query's last state h_e.
-        A query of fewer rows belongs to the last ones. Without fusion it comes back as it is."""
-        emb = self.time_embedding(t_image)
-        x = self.conv_in(latents.to(self.conv_in.weight.dtype))
-        skips, inside = [x], query if self.fused else None
-        state = None if inside is None else torch.zeros_like(query)
+    def encode(self, latents: Tensor, t_image: Tensor, context: Tensor, noisy_query: Tensor | None = None,
+               t_text: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
+        """The encoder half: latents [B, C, H, W], t_image [B], context [B or 1, L, D], query e_t [B, D] with
+        t_text [B], or neither -> middle features, the skips for the decoder half, timestep embedding, the
+        query's last state h_e. A query of fewer rows belongs to the last ones."""
+        emb, dtype, query, state = self.time_embedding(t_image), self.conv_in.weight.dtype, None, None
+        if noisy_query is not None:
+            query = noisy_query.to(dtype) + self.query_time_embedding(t_text)
+            state = torch.zeros_like(query)
+        x = self.conv_in(latents.to(dtype))
+        skips = [x]
         for level in (*self.down_blocks, self.mid_block):
             for resnet, attention in zip_longest(level.resnets, level.attentions):
                 x = resnet(x, emb)
                 if attention is not None:
-                    x, state = attention(x, context, inside, state)
+                    x, state = attention(x, context, query if self.fused else None, state)
                 skips.append(x)
             for downsample in level.downsamplers:
                 x = downsample(x)
@@ -299,15 +288,9 @@ class UNet(nn.Module):
                 x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
                 if attention is not None:
                     x, _ = attention(x, context)
-            for upsample in level.upsamplers:       # to the size on the way down: an odd one's half was rounded
+            for upsample in level.upsamplers:       # to the size on the way down: odd ones were rounded
                 x = upsample(F.interpolate(x, skips[-1].shape[2:]))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-    def embed_query(self, noisy_query: Tensor, t_text: Tensor) -> tuple[Tensor, Tensor]:
-        """e_t [B, D], t_text [B] -> e_t + Embed(t_e) [B, D], the timestep of its image [B]: the same for all,
-        since 0 … T-1 mean noisy images."""
-        query = noisy_query.to(self.conv_in.weight.dtype) + self.query_time_embedding(t_text)
-        return query, torch.full_like(t_text, self.condition_timestep)
 
     def denoise_image(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor) -> Tensor:
         """Φ_u (Eq. 4), the text query masked: what Stable Diffusion computes
@@ -319,8 +302,8 @@ class UNet(nn.Module):
                       null_context: Tensor) -> Tensor:
         """Φ_θ (Eq. 7): noisy_query e_t [B, D], t_text [B], the clean image as condition, null_context
         [1, L, D] -> prediction [B, D]."""
-        query, t_image = self.embed_query(noisy_query, t_text)
-        features, _, _, state = self.encode(latents, t_image, null_context, query)
+        t_image = torch.full_like(t_text, self.condition_timestep)      # for all: 0 … T-1 mean noisy images
+        features, _, _, state = self.encode(latents, t_image, null_context, noisy_query, t_text)
         return self.query_head(state, features)
 
     def denoise_both(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor, noisy_query: Tensor,
@@ -328,10 +311,10 @@ class UNet(nn.Module):
         """`denoise_image` and `denoise_query` of as many pairs each, the encoder half in one pass over all of
         them: its weights are read, and their gradients written, once. -> what the two would return."""
         count = len(noisy_latents)
-        query, t_condition = self.embed_query(noisy_query, t_text)
-        x, skips, emb, state = self.encode(
-            torch.cat([noisy_latents, latents]), torch.cat([t_image, t_condition]),
-            torch.cat([context, null_context.expand(len(latents), -1, -1)]), query)
+        images = torch.cat([noisy_latents, latents])
+        times = torch.cat([t_image, torch.full_like(t_text, self.condition_timestep)])
+        both = torch.cat([context, null_context.expand(len(latents), -1, -1)])
+        x, skips, emb, state = self.encode(images, times, both, noisy_query, t_text)
         pred = self.decode(x[:count], [skip[:count] for skip in skips], emb[:count], context)
         return pred, self.query_head(state, x[count:])
 
@@ -925,12 +908,6 @@ def describe(model: DiffDis | Clip) -> dict:
             "tokenizer": model.tokenizer.to_dict(), "data": model.data, "tasks": list(model.tasks)}
 
 
-def published(path: Path, config: Config | ClipConfig) -> dict:
-    """What `describe` would say of weights that others published."""
-    return {"network": "clip" if isinstance(config, ClipConfig) else "diffdis", "config": asdict(config),
-            "tokenizer": find_tokenizer(path, config.text.context_length).to_dict(), "foreign": True}
-
-
 def save(path: str | Path, model: DiffDis | Clip, ema: dict | None = None,
          training: dict | None = None) -> None:
     """Write a checkpoint atomically: it is complete under its name, or the old one is still there.
@@ -954,27 +931,27 @@ def read_checkpoint(path: Path) -> dict:
 def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
     """Any file or folder that `load` takes -> its description, as `describe` writes it, and its tensors under
     our names or CompVis's. Raises ValueError or FileNotFoundError."""
-    stable_diffusion = replace(PRESETS["sd-v1"], image_size=512)         # what v1 was trained at
+    config = replace(PRESETS["sd-v1"], image_size=512)         # what v1 was trained at
     if (path / "unet").is_dir():
-        return published(path, stable_diffusion), {
-            f"{part}.{name.removeprefix('text_model.')}": value for part, file in PARTS.items()
-            for name, value in read_file(path / file)[0].items()}
-    if path.is_dir():
-        return published(path, clip_config(path / "config.json")), read_file(path / "model.safetensors")[0]
-    tensors, said = read_file(path)
-    if said.get("format") == FORMAT:
-        return said, said["model"] | ((weights == "ema" and said["ema"]) or {})
-    if "diffdis" in said:                                # metadata of what `export` wrote
-        return json.loads(said["diffdis"]), tensors
-    if any(name.startswith(PREFIXES["unet"]) for name in tensors):
-        return published(path, stable_diffusion), tensors
-    if any("visual." in name for name in tensors):
-        return (published(path, clip_config(path.with_name("open_clip_config.json"))),
-                from_open_clip(tensors))
-    raise ValueError(f"{path} is no DiffDis checkpoint (format {FORMAT!r}), nor one of Stable Diffusion "
-                     f"({PREFIXES['unet']}...) or OpenCLIP (visual....): it holds "
-                     f"{', '.join([*tensors][:4]) or 'no tensor'}. Of weights under transformers' names give "
-                     "the folder, with its config.json")
+        tensors = {f"{part}.{name.removeprefix('text_model.')}": value for part, file in PARTS.items()
+                   for name, value in read_file(path / file)[0].items()}
+    elif path.is_dir():
+        config, tensors = clip_config(path / "config.json"), read_file(path / "model.safetensors")[0]
+    else:
+        tensors, said = read_file(path)
+        if said.get("format") == FORMAT:
+            return said, said["model"] | ((weights == "ema" and said["ema"]) or {})
+        if "diffdis" in said:                                  # metadata of what `export` wrote
+            return json.loads(said["diffdis"]), tensors
+        if any("visual." in name for name in tensors):
+            config, tensors = clip_config(path.with_name("open_clip_config.json")), from_open_clip(tensors)
+        elif not any(name.startswith(PREFIXES["unet"]) for name in tensors):
+            raise ValueError(f"{path} is no checkpoint of DiffDis ({FORMAT!r}), Stable Diffusion "
+                             f"({PREFIXES['unet']}...) or OpenCLIP (visual....): it holds "
+                             f"{', '.join([*tensors][:4]) or 'no tensor'}. Of weights under transformers' "
+                             "names give the folder, with its config.json")
+    return {"network": "clip" if isinstance(config, ClipConfig) else "diffdis", "config": asdict(config),
+            "tokenizer": find_tokenizer(path, config.text.context_length).to_dict(), "foreign": True}, tensors
 
 
 def build(description: dict, path: str | Path, adapt: Callable = lambda config: config) -> DiffDis | Clip:
@@ -1075,12 +1052,9 @@ def export(model: DiffDis, path: Path) -> None:
                                "data_offsets": [end, end := end + value.numel() * value.itemsize]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)       # tensors begin at a multiple of 8
-
-    def write(file: BinaryIO) -> None:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for value in tensors.values():
-            file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    write_atomically(path, write)
+    head = len(head).to_bytes(8, "little") + head
+    bodies = (value.cpu().contiguous().flatten().view(torch.uint8).numpy() for value in tensors.values())
+    write_atomically(path, lambda file: (file.write(head), file.writelines(bodies)))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from data import Shapes, Tokenizer  # noqa: E402  (the path comes first)
 from fusion import FusionConfig  # noqa: E402
-from model import Clip, ClipConfig, Config, DiffDis, TextConfig, UNetConfig, is_new, patches  # noqa: E402
+from model import (AutoencoderConfig, Clip, ClipConfig, Config, DiffDis, TextConfig,  # noqa: E402
+                   UNetConfig, is_new)
 
 
 def import_oracle(name: str) -> types.ModuleType:
@@ -55,7 +56,7 @@ def tiny_config(**changes) -> Config:
     """The built-in data's pictures, networks of some 100,000 parameters."""
     values = dict(fusion=FusionConfig(32, align_blocks=1, head_width=16),
                   unet=UNetConfig((32, 32), (True, True), 1, 2), text=TextConfig(514, 24, 32, 1, 2),
-                  autoencoder=patches(8, 2.0), image_size=32, image_target="v")
+                  autoencoder=AutoencoderConfig("patch", 192, 8, 2.0, ()), image_size=32, image_target="v")
     return Config(**{**values, **changes})
 
 

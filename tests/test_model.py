@@ -44,7 +44,7 @@ def test_what_is_no_checkpoint_of_ours_is_refused_in_one_line(model, tmp_path) -
             models.load(tmp_path / name)
         assert "\n" not in str(error.value)
     torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="no DiffDis checkpoint.*holds x"):
+    with pytest.raises(ValueError, match="no checkpoint of DiffDis.*holds x"):
         models.load(tmp_path / "other.pt")
     with pytest.raises(FileNotFoundError, match="train.py"):
         models.load(tmp_path / "none.pt")
