@@ -652,8 +652,16 @@ OPEN_CLIP_RULES = [
     (r"\.attn\.", ".self_attn."), (r"c_fc", "fc1"), (r"c_proj", "fc2")]
 
 
-def compvis_rules(config: Config) -> dict[str, list]:
-    """Part -> [(pattern in our name, CompVis's spelling)].
+def respell(name: str, rules: Iterable[tuple[str, str | Callable]]) -> str:
+    """A name after each rule in turn: a pattern, and a spelling or a function of the numbers in the match."""
+    for pattern, to in rules:
+        spelling = to if isinstance(to, str) else lambda match: to(*map(int, match.groups()))
+        name = re.sub(pattern, spelling, name)
+    return name
+
+
+def to_compvis(names: Iterable[str], config: Config) -> dict[str, str]:
+    """Our parameters' names -> {our name: CompVis's, or QUERY_PREFIX and ours}.
 
     x is a level, i a block within it; CompVis's UNet counts through flat lists, where a level has n entries.
     """
@@ -677,20 +685,8 @@ def compvis_rules(config: Config) -> dict[str, list]:
         (r"to_([qkv])", r"\1"), (r"to_out\.0", "proj_out"), (r"resnets", "block"), (r"samplers\.0", "sample"),
         (r"down_blocks", "down"), (r"up_blocks\.(\d)", lambda x: f"up.{top - x}"),     # from the finest
         (r"conv_norm_out", "norm_out"), (r"conv_shortcut", "nin_shortcut")]
-    return {"unet": unet, "autoencoder": autoencoder, "text_encoder": []}
-
-
-def respell(name: str, rules: Iterable[tuple[str, str | Callable]]) -> str:
-    """A name after each rule in turn: a pattern, and a spelling or a function of the numbers in the match."""
-    for pattern, to in rules:
-        spelling = to if isinstance(to, str) else lambda match: to(*map(int, match.groups()))
-        name = re.sub(pattern, spelling, name)
-    return name
-
-
-def to_compvis(names: Iterable[str], config: Config) -> dict[str, str]:
-    """Our parameters' names -> {our name: CompVis's, or QUERY_PREFIX and ours}."""
-    rules, spellings = compvis_rules(config), {}
+    rules = {"unet": unet, "autoencoder": autoencoder, "text_encoder": []}
+    spellings = {}
     for name in names:
         part, _, rest = name.partition(".")
         spellings[name] = (QUERY_PREFIX + name if is_new(name) else
@@ -894,11 +890,9 @@ def locate(path: str | Path) -> Path:
 
 def find_tokenizer(path: Path, length: int) -> Tokenizer:
     """CLIP's vocabulary for weights at `path`: in their folder, beside them, in the cache, or downloaded."""
-    for folder in (path, path.parent):
-        for place in (folder / "tokenizer/vocab.json", folder / "vocab.json"):
-            if place.is_file():
-                return Tokenizer.from_file(place.parent, length)
-    return Tokenizer.from_file(download("vocabulary"), length)
+    folders = [folder / name for folder in (path, path.parent) for name in ("tokenizer", "")]
+    found = [folder for folder in folders if (folder / "vocab.json").is_file()]
+    return Tokenizer.from_file(found[0] if found else download("vocabulary"), length)
 
 
 # ---------------------------------------------------------------- load, save, export
