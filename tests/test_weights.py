@@ -295,7 +295,7 @@ def offer(monkeypatch, path, name: str, body: bytes, sha256: str | None = None) 
 def test_without_a_checkpoint_stable_diffusion_comes_once(whole, tmp_path, monkeypatch, capsys) -> None:
     """Saying what, how large and where to; without a network in one line that names the ways to get one."""
     weights, vocabulary = tmp_path / "v1-5.safetensors", tmp_path / "vocabulary.txt.gz"
-    safetensors.save_file({name: value.contiguous() for name, value in original_names(whole).items()}, weights)
+    safetensors.save_file({n: value.contiguous() for n, value in original_names(whole).items()}, weights)
     offer(monkeypatch, weights, "sd-v1-5", weights.read_bytes())
     offer(monkeypatch, vocabulary, "vocabulary",
           gzip.compress("\n".join(["a header", *whole.tokenizer.merges]).encode()))
