@@ -473,7 +473,7 @@ def load_inception() -> Inception:
     """FID's network with its published weights, downloaded at first use, in eval mode. Raises OSError where
     there is no network, ValueError on other weights."""
     path, network = models.download("inception"), Inception()
-    tensors = {name: value for name, value in models.read_file(path)[0].items() if not name.startswith("fc.")}
+    tensors = {name: value for name, value in models.read_tensors(path).items() if not name.startswith("fc.")}
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:

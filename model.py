@@ -603,10 +603,9 @@ class Clip(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         initialise(self.text_model, config.text.width, config.text.layers)
         initialise(self.vision_model.encoder, config.width, config.layers)
-        for layer, width in ((self.vision_model.embeddings["position_embedding"], config.width),
-                             (self.visual_projection, config.width),
-                             (self.text_projection, config.text.width)):
-            nn.init.normal_(layer.weight, std=width ** -0.5)
+        for layer in (self.vision_model.embeddings["position_embedding"], self.visual_projection):
+            nn.init.normal_(layer.weight, std=config.width ** -0.5)
+        nn.init.normal_(self.text_projection.weight, std=config.text.width ** -0.5)
 
     @property
     def device(self) -> torch.device:
@@ -843,13 +842,18 @@ def read_torch(path: Path) -> dict:
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
     """A .safetensors file or one of torch.save's -> its tensors by name, and what else it says.
-    Raises FileNotFoundError, or ValueError."""
+    Raises FileNotFoundError or ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: of a folder the .safetensors are read, not its .bin")
     with reading(path):
         tensors, rest = read_safetensors(path) if path.suffix == ".safetensors" else (read_torch(path),) * 2
         tensors = tensors.get("state_dict", tensors)
         return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}, rest
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a published file by name. Raises as `read_file`."""
+    return read_file(path)[0]
 
 
 # ---------------------------------------------------------------- downloads
@@ -928,9 +932,9 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
     config = replace(PRESETS["sd-v1"], image_size=512)         # what v1 was trained at
     if (path / "unet").is_dir():
         tensors = {f"{part}.{name.removeprefix('text_model.')}": value for part, file in PARTS.items()
-                   for name, value in read_file(path / file)[0].items()}
+                   for name, value in read_tensors(path / file).items()}
     elif path.is_dir():
-        config, tensors = clip_config(path / "config.json"), read_file(path / "model.safetensors")[0]
+        config, tensors = clip_config(path / "config.json"), read_tensors(path / "model.safetensors")
     else:
         tensors, said = read_file(path)
         if said.get("format") == FORMAT:

@@ -37,7 +37,7 @@ def write_layouts(folder: Path, vocabulary: str) -> None:
     write_folder(model, folder / "diffusers")
     models.export(model, folder / "sd.safetensors")
     # As Stable Diffusion's files are: nothing of ours in them.
-    tensors = {name: value for name, value in models.read_file(folder / "sd.safetensors")[0].items()
+    tensors = {name: value for name, value in models.read_tensors(folder / "sd.safetensors").items()
                if not name.startswith(models.QUERY_PREFIX)}
     torch.save({"state_dict": tensors}, folder / "sd.ckpt")
     safetensors.torch.save_file(tensors, folder / "sd.whole.safetensors")

@@ -90,11 +90,22 @@ def put_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
     (folder / "merges.txt").write_text(merges, encoding="utf-8")
 
 
+def diffusers_unet(config: Config) -> torch.nn.Module:
+    """diffusers' UNet of the same size."""
+    import diffusers
+    unet, channels = config.unet, config.autoencoder.latent_channels
+    return diffusers.UNet2DConditionModel(
+        in_channels=channels, out_channels=channels, layers_per_block=unet.res_blocks,
+        block_out_channels=unet.channels, attention_head_dim=unet.heads, cross_attention_dim=config.text.width,
+        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in unet.attention],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in unet.attention[::-1]])
+
+
 def write_folder(model: DiffDis, folder: Path) -> None:
     """The folder that diffusers and transformers write of a model's Stable Diffusion part."""
     import diffusers
     import transformers
-    unet, text, vae = model.config.unet, model.config.text, model.config.autoencoder
+    text, vae = model.config.text, model.config.autoencoder
     end, levels = model.tokenizer.vocab_size - 1, len(vae.channels)
 
     def put(part: str, network: torch.nn.Module, name: str) -> None:
@@ -102,11 +113,7 @@ def write_folder(model: DiffDis, folder: Path) -> None:
         network.load_state_dict({prefix + n: value for n, value in getattr(model, part).state_dict().items()
                                  if not is_new(n)})
         network.save_pretrained(folder / name)
-    put("unet", diffusers.UNet2DConditionModel(
-        in_channels=vae.latent_channels, out_channels=vae.latent_channels, layers_per_block=unet.res_blocks,
-        block_out_channels=unet.channels, attention_head_dim=unet.heads, cross_attention_dim=text.width,
-        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in unet.attention],
-        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in unet.attention[::-1]]), "unet")
+    put("unet", diffusers_unet(model.config), "unet")
     put("autoencoder", diffusers.AutoencoderKL(
         latent_channels=vae.latent_channels, block_out_channels=vae.channels, layers_per_block=2,
         down_block_types=["DownEncoderBlock2D"] * levels,

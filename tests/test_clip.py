@@ -220,7 +220,7 @@ def test_the_activation_is_never_guessed(tokenizer, tmp_path) -> None:
 @pytest.mark.parametrize("part, changes, message", [
     ("vision_cfg", {"pool_type": "avg"}, "has pool_type: expected"),
     ("text_cfg", {"no_causal_mask": True}, "has no_causal_mask: expected"),
-    ("vision_cfg", {"head_width": 0}, "ZeroDivision|by zero"), ("text_cfg", {"heads": 5}, "multiples of heads"),
+    ("vision_cfg", {"head_width": 0}, "ZeroDivision"), ("text_cfg", {"heads": 5}, "multiples of heads"),
     ("preprocess_cfg", {"mean": [0.5, 0.5, 0.5]}, r"has mean \[0.5, 0.5, 0.5\]")])
 def test_open_clips_that_compute_otherwise_are_refused(tokenizer, tmp_path, part, changes, message) -> None:
     config = open_clip_config(tokenizer.vocab_size)
