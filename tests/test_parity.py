@@ -4,8 +4,8 @@ import torch
 from conftest import diffusers_unet, randomise
 
 from fusion import FusionConfig
-from model import (CLIPS, PRESETS, AutoencoderConfig, Clip, ClipConfig, Config, KLAutoencoder, TextConfig,
-                   TextEncoder, UNet, UNetConfig, is_new)
+from model import (CLIPS, PRESETS, AutoencoderConfig, Clip, Config, KLAutoencoder, TextConfig, TextEncoder,
+                   UNet, UNetConfig, is_new)
 
 diffusers = pytest.importorskip(
     "diffusers", reason="diffusers is the oracle: pip install -r tests/requirements.txt")
@@ -68,32 +68,13 @@ def test_text_encoder_equals_transformers() -> None:
     assert difference(query, pooled) < 1e-5, "the text query is not the output at the first end token"
 
 
-def test_sd_v1_has_stable_diffusions_parameter_counts() -> None:
+def test_networks_have_the_published_parameter_counts() -> None:
     with torch.device("meta"):
         config = PRESETS["sd-v1"]
         unet, vae, text = UNet(config), KLAutoencoder(config.autoencoder), TextEncoder(config.text)
+        clip = Clip(CLIPS["clip-vit-l14"])
     count = lambda module: sum(p.numel() for name, p in module.named_parameters() if not is_new(name))
     assert count(unet) == 859_520_964
     assert count(vae) == 83_653_863
     assert count(text) == 123_060_480
-
-
-@torch.no_grad()
-def test_clip_equals_transformers() -> None:
-    config = ClipConfig(48, 2, 4, 8, 32, 24, TextConfig(600, 16, 64, 2, 4))
-    ours = randomise(Clip(config)).eval()
-    common = dict(hidden_act="quick_gelu", projection_dim=24, num_hidden_layers=2, num_attention_heads=4)
-    theirs = transformers.CLIPModel(transformers.CLIPConfig(
-        text_config=dict(common, vocab_size=600, hidden_size=64, intermediate_size=256, eos_token_id=599,
-                         max_position_embeddings=16),
-        vision_config=dict(common, hidden_size=48, intermediate_size=192, image_size=32, patch_size=8),
-        projection_dim=24)).eval()
-    theirs.load_state_dict(ours.state_dict())
-    images, tokens = torch.randn(3, 3, 32, 32), torch.randint(0, 599, (3, 16))
-    tokens[:, -1] = 599
-    expected = theirs(input_ids=tokens, pixel_values=images)
-    assert difference(ours.encode_image(images), expected.image_embeds) < 1e-5
-    assert difference(ours.encode_tokens(tokens), expected.text_embeds) < 1e-5
-    with torch.device("meta"):
-        count = sum(p.numel() for p in Clip(CLIPS["clip-vit-l14"]).parameters())
-    assert count == 427_616_513, "CLIP ViT-L/14 as published"
+    assert sum(p.numel() for p in clip.parameters()) == 427_616_513, "CLIP ViT-L/14"
