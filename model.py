@@ -844,7 +844,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
     """A .safetensors file or one of torch.save's -> its tensors by name, and what else it says.
     Raises FileNotFoundError or ValueError."""
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: of a folder the .safetensors are read, not its .bin")
+        raise FileNotFoundError(f"no {path}, the file that is read of such a folder (its .bin is not)")
     with reading(path):
         tensors, rest = read_safetensors(path) if path.suffix == ".safetensors" else (read_torch(path),) * 2
         tensors = tensors.get("state_dict", tensors)

@@ -30,14 +30,15 @@ SCALE = models.AutoencoderConfig().scale
 
 
 def write_layouts(folder: Path, vocabulary: str) -> None:
-    """Random weights as a CompVis .ckpt and .safetensors, without the query stream, and a diffusers folder."""
+    """Random weights, without the query stream: a CompVis .ckpt and .safetensors, a diffusers folder."""
     torch.manual_seed(0)
     model = models.DiffDis(models.PRESETS["sd-v1"], Tokenizer.from_file(vocabulary)).requires_grad_(False)
     randomise(model.unet)       # its own start puts out zeros
     write_folder(model, folder / "diffusers")
     names = models.to_compvis(model.state_dict(), model.config)
-    tensors = {names[ours]: value[:, :, None, None] if "attn_1." in names[ours] and value.dim() == 2 else value
-               for ours, value in model.state_dict().items() if not models.is_new(ours)}
+    tensors = {names[ours]: value for ours, value in model.state_dict().items() if not models.is_new(ours)}
+    tensors |= {name: value[:, :, None, None] for name, value in tensors.items()
+                if "attn_1." in name and value.dim() == 2}
     torch.save({"state_dict": tensors}, folder / "sd.ckpt")
     safetensors.torch.save_file(tensors, folder / "sd.safetensors")
     (folder / "tokenizer").symlink_to((folder / "diffusers/tokenizer").resolve())
