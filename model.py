@@ -212,7 +212,7 @@ class Level(nn.Module):
         self.attentions = nn.ModuleList(
             SpatialTransformer(width, unet.heads, config.text.width, unet.depth, fusion, TwoTaskBlock)
             for _ in range(attentions))
-        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()       # at most one of one
+        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()       # of one of the two, one at most
 
 
 class UNet(nn.Module):

@@ -96,7 +96,8 @@ def diffusers_unet(config: Config) -> torch.nn.Module:
     unet, channels = config.unet, config.autoencoder.latent_channels
     return diffusers.UNet2DConditionModel(
         in_channels=channels, out_channels=channels, layers_per_block=unet.res_blocks,
-        block_out_channels=unet.channels, attention_head_dim=unet.heads, cross_attention_dim=config.text.width,
+        block_out_channels=unet.channels, attention_head_dim=unet.heads,
+        cross_attention_dim=config.text.width,
         down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in unet.attention],
         up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in unet.attention[::-1]])
 
