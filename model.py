@@ -212,7 +212,7 @@ class Level(nn.Module):
         self.attentions = nn.ModuleList(
             SpatialTransformer(width, unet.heads, config.text.width, unet.depth, fusion, TwoTaskBlock)
             for _ in range(attentions))
-        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()       # of one of the two, one at most
+        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()      # one in all, or none
 
 
 class UNet(nn.Module):
@@ -1011,10 +1011,11 @@ def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, f
     draws = isinstance(model, DiffDis)
     fresh = [name for name in missing if foreign and draws and is_new(name)]
     ignored = [name for name in unknown if foreign and NEEDLESS.match(name)]
-    if wrong := ([f"lacks {name}" for name in missing if name not in fresh]
-                 + [f"has an unknown {name}" for name in unknown if name not in ignored]):
-        raise ValueError(f"{path}: {len(wrong)} tensors do not fit the configuration and flags: it "
-                         f"{'; '.join(wrong[:4])}")
+    lacking = [name for name in missing if name not in fresh]
+    strange = [name for name in unknown if name not in ignored]
+    if lacking or strange:
+        raise ValueError(f"{path}: its tensors do not fit the configuration and flags: it lacks "
+                         f"{', '.join(lacking[:3]) or 'none'}; unknown {', '.join(strange[:3]) or 'is none'}")
     if draws:
         model.null_tokens = model.tokenizer([""])
     if fresh:                                    # the query stream starts as PyTorch starts its layers
