@@ -929,7 +929,7 @@ def read_checkpoint(path: Path) -> dict:
 def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
     """Any file or folder that `load` takes -> its description, as `describe` writes it, and its tensors under
     our names or CompVis's. Raises ValueError or FileNotFoundError."""
-    config = replace(PRESETS["sd-v1"], image_size=512)         # what v1 was trained at
+    config = None
     if (path / "unet").is_dir():
         tensors = {f"{part}.{name.removeprefix('text_model.')}": value for part, file in PARTS.items()
                    for name, value in read_tensors(path / file).items()}
@@ -948,6 +948,7 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
                              f"({PREFIXES['unet']}...) or OpenCLIP (visual....): it holds "
                              f"{', '.join([*tensors][:4]) or 'no tensor'}. Of weights under transformers' "
                              "names give the folder, with its config.json")
+    config = config or replace(PRESETS["sd-v1"], image_size=512)      # what v1 was trained at
     return {"network": "clip" if isinstance(config, ClipConfig) else "diffdis", "config": asdict(config),
             "tokenizer": find_tokenizer(path, config.text.context_length).to_dict(), "foreign": True}, tensors
 
