@@ -15,20 +15,19 @@ is named `query_...`. Read next: sample.py.
 import argparse
 import json
 import math
-import pickle
+import mmap
 import re
-import struct
 import sys
 import typing
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -82,8 +81,7 @@ class Config:
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     image_size: int = 256        # px, side of the training images
     timesteps: int = 1000        # T
-    # t_z while the image is a condition (Table 7); None: T, at which no noisy image is ever seen
-    condition_timestep: int | None = None
+    condition_timestep: int = timesteps     # t_z of a condition (Table 7): T, at which no image is ever noisy
     image_target: str = "noise"  # Eq. 4 has noise; small presets predict data
     text_target: str = "data"    # Table 2
     image_schedule: str = "linear"
@@ -92,13 +90,10 @@ class Config:
     guidance_scale: float = 7.5  # 1 + w with which images are drawn unless another is given
 
     def __post_init__(self) -> None:
-        if self.condition_timestep is None:
-            object.__setattr__(self, "condition_timestep", self.timesteps)
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma is {self.gamma}, expected a number in (0, 1]")
         if not 0 <= self.condition_timestep <= self.timesteps:
-            raise ValueError(f"condition_timestep is {self.condition_timestep}, "
-                             f"expected 0 to {self.timesteps}")
+            raise ValueError(f"condition_timestep {self.condition_timestep}, expected 0 to {self.timesteps}")
         side = self.autoencoder.factor
         if self.image_size % side or not 0 < self.image_size <= 4096:
             raise ValueError(f"image size is {self.image_size} px, expected a multiple of {side} up to 4096")
@@ -118,9 +113,7 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.text.width % self.text.heads or self.image_size % self.patch:
-            raise ValueError(f"widths {self.width} and {self.text.width} must be multiples of the "
-                             f"{self.heads} and {self.text.heads} heads, {self.image_size} px of the patch "
-                             f"{self.patch} px")
+            raise ValueError(f"{self}: widths must be multiples of heads, image_size of patch")
 
 
 def from_dict(config: type, values: dict):
@@ -131,23 +124,17 @@ def from_dict(config: type, values: dict):
                      tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def patches(factor: int, scale: float) -> AutoencoderConfig:
-    return AutoencoderConfig("patch", 3 * factor ** 2, factor, scale, ())
-
-
 # `tiny` trains on two CPU cores in minutes, `small` is for one GPU, `sd-v1` is Stable Diffusion v1.
 PRESETS = {
     "tiny": Config(
         FusionConfig(query_width=128, align_blocks=2, head_width=32),
-        UNetConfig((64, 128), (True, True), 1, 4),
-        TextConfig(1024, 24, 128, 2, 8), patches(4, 1.0), image_size=32, image_target="data",
-        guidance_scale=2.0),
+        UNetConfig((64, 128), (True, True), 1, 4), TextConfig(1024, 24, 128, 2, 8),
+        AutoencoderConfig("patch", 48, 4, 1.0, ()), image_size=32, image_target="data", guidance_scale=2.0),
     "small": Config(
-        FusionConfig(query_width=384, align_blocks=4), UNetConfig((192, 384, 576), (True, True, True), 2, 6),
-        TextConfig(8192, 48, 384, 6, 6), patches(4, 2.0), image_size=64, image_target="data",
-        guidance_scale=2.0),
-    "sd-v1": Config(FusionConfig(query_width=768)),
-}
+        FusionConfig(query_width=384, align_blocks=4),
+        UNetConfig((192, 384, 576), (True, True, True), 2, 6), TextConfig(8192, 48, 384, 6, 6),
+        AutoencoderConfig("patch", 48, 4, 2.0, ()), image_size=64, image_target="data", guidance_scale=2.0),
+    "sd-v1": Config(FusionConfig(query_width=768))}
 # What alignment is compared with (Table 1): the paper's two, and one of like size for each small preset.
 CLIPS = {"clip-tiny": ClipConfig(128, 4, 4, 4, 32, 128, PRESETS["tiny"].text),
          "clip-small": ClipConfig(384, 12, 6, 8, 64, 384, PRESETS["small"].text),
@@ -157,6 +144,11 @@ LIKE = {"tiny": "clip-tiny", "small": "clip-small", "sd-v1": "clip-vit-l14"}    
 
 
 # ---------------------------------------------------------------- shared parts
+def chain(**layers: nn.Module) -> nn.Sequential:
+    """Layers one after the other, under these names."""
+    return nn.Sequential(OrderedDict(layers))
+
+
 class TimestepEmbedding(nn.Module):
     """Timesteps [B] -> [B, out]: sinusoids (cosines first, as Stable Diffusion), linear, SiLU, linear."""
 
@@ -192,28 +184,6 @@ class ResBlock(nn.Module):
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
-class Downsample(nn.Module):
-    """Halves the side by a strided convolution; the UNet pads all around, the autoencoder right and below."""
-
-    def __init__(self, channels: int, padding: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Doubles the side, or reaches `size` (an odd one's half was rounded): nearest, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        return self.conv(F.interpolate(x, size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
-
-
 # ---------------------------------------------------------------- UNet
 class TwoTaskBlock(TransformerBlock):
     """For a batch of which only the last rows have a query: both tasks in one pass (UNet.denoise_both)."""
@@ -227,78 +197,22 @@ class TwoTaskBlock(TransformerBlock):
         return torch.cat([super().self_attention(alone, None)[0], x]), query
 
 
-def dual_stream(channels: int, config: Config) -> SpatialTransformer:
-    """An attention block of the encoder half, where the text query passes through (section 3.3)."""
-    return SpatialTransformer(channels, config.unet.heads, config.text.width, config.unet.depth,
-                              config.fusion if config.fusion.fusion else None, TwoTaskBlock)
+class Level(nn.Module):
+    """Residual and attention blocks in turn, of one width: a level of the UNet, or its middle.
 
+    inputs: channels into each residual block; attentions: how many of them an attention block follows;
+    fusion: of dual-stream blocks, through which the text query passes (section 3.3), or None.
+    """
 
-class DownBlock(nn.Module):
-    """A level of the encoder half: residual and attention blocks in turn, then half the side."""
-
-    def __init__(self, channels: int, out: int, config: Config, attention: bool, downsample: bool) -> None:
-        super().__init__()
-        blocks, time_width = config.unet.res_blocks, 4 * config.unet.channels[0]
-        self.resnets = nn.ModuleList(
-            ResBlock(channels if i == 0 else out, out, time_width) for i in range(blocks))
-        self.attentions = nn.ModuleList(dual_stream(out, config) for _ in range(blocks if attention else 0))
-        self.downsamplers = nn.ModuleList([Downsample(out, padding=1)] if downsample else [])
-
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, query: Tensor | None, state: Tensor | None,
-                skips: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """x [B, C, H, W], emb [B, E], context [B or 1, L, D], query and state as in SpatialTransformer
-        -> x [B, out, H/2, W/2], the query's next state. Appends each stage's output to skips."""
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, emb)
-            if self.attentions:
-                x, state = self.attentions[i](x, context, query, state)
-            skips.append(x)
-        for downsample in self.downsamplers:
-            x = downsample(x)
-            skips.append(x)
-        return x, state
-
-
-class MiddleBlock(nn.Module):
-    """The end of the encoder half: residual, attention, residual block."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        width, time_width = config.unet.channels[-1], 4 * config.unet.channels[0]
-        self.resnets = nn.ModuleList(ResBlock(width, width, time_width) for _ in range(2))
-        self.attentions = nn.ModuleList([dual_stream(width, config)])
-
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, query: Tensor | None,
-                state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """As in DownBlock -> x [B, C, H, W], the query's last state h_e [B, D]."""
-        x, state = self.attentions[0](self.resnets[0](x, emb), context, query, state)
-        return self.resnets[1](x, emb), state
-
-
-class UpBlock(nn.Module):
-    """A level of the decoder half: plain Stable Diffusion, the query never comes here."""
-
-    def __init__(self, channels: int, skip_channels: list[int], out: int, config: Config, attention: bool,
-                 upsample: bool) -> None:
+    def __init__(self, config: Config, inputs: list[int], width: int, attentions: int,
+                 fusion: FusionConfig | None) -> None:
         super().__init__()
         unet = config.unet
-        self.resnets = nn.ModuleList(
-            ResBlock((channels if i == 0 else out) + skip, out, 4 * unet.channels[0])
-            for i, skip in enumerate(skip_channels))
+        self.resnets = nn.ModuleList(ResBlock(channels, width, 4 * unet.channels[0]) for channels in inputs)
         self.attentions = nn.ModuleList(
-            SpatialTransformer(out, unet.heads, config.text.width, unet.depth)
-            for _ in skip_channels if attention)
-        self.upsamplers = nn.ModuleList([Upsample(out)] if upsample else [])
-
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
-        """x [B, C, H, W], emb [B, E], context [B or 1, L, D] -> [B, out, 2H, 2W]; takes its skips away."""
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
-            if self.attentions:
-                x, _ = self.attentions[i](x, context)
-        for upsample in self.upsamplers:
-            x = upsample(x, skips[-1].shape[2:])
-        return x
+            SpatialTransformer(width, unet.heads, config.text.width, unet.depth, fusion, TwoTaskBlock)
+            for _ in range(attentions))
+        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()      # one in all, or none
 
 
 class UNet(nn.Module):
@@ -306,33 +220,37 @@ class UNet(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        unet, width = config.unet, config.fusion.query_width
-        channels, last = unet.channels, len(unet.channels) - 1
+        unet, channels, blocks = config.unet, config.unet.channels, config.unet.res_blocks
         self.fused, self.condition_timestep = config.fusion.fusion, config.condition_timestep
-        latent_channels = config.autoencoder.latent_channels
+        fusion, latent_channels = config.fusion if self.fused else None, config.autoencoder.latent_channels
         self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
-        self.down_blocks = nn.ModuleList(
-            DownBlock(channels[max(i - 1, 0)], c, config, unet.attention[i], downsample=i < last)
-            for i, c in enumerate(channels))
-        self.mid_block = MiddleBlock(config)
-        skips = [channels[0]] + [
-            c for i, c in enumerate(channels) for _ in range(unet.res_blocks + (i < last))]
+        self.down_blocks = nn.ModuleList()
+        before, skips = channels[0], [channels[0]]            # channels of what `encode` keeps for `decode`
+        for c, attention in zip(channels, unet.attention):
+            level = Level(config, [before] + [c] * (blocks - 1), c, blocks * attention, fusion)
+            self.down_blocks.append(level)
+            if len(self.down_blocks) < len(channels):
+                level.downsamplers.append(chain(conv=nn.Conv2d(c, c, 3, stride=2, padding=1)))
+            skips += [c] * (blocks + len(level.downsamplers))
+            before = c
+        self.mid_block = Level(config, [before, before], before, 1, fusion)
         self.up_blocks = nn.ModuleList()
-        for i in reversed(range(len(channels))):
-            own = [skips.pop() for _ in range(unet.res_blocks + 1)]
-            self.up_blocks.append(UpBlock(channels[min(i + 1, last)], own, channels[i], config,
-                                          unet.attention[i], upsample=i > 0))
+        for c, attention in zip(channels[::-1], unet.attention[::-1]):     # the query never comes here
+            inputs = [skips.pop() + (c if i else before) for i in range(blocks + 1)]
+            level = Level(config, inputs, c, len(inputs) * attention, None)
+            self.up_blocks.append(level)
+            if skips:
+                level.upsamplers.append(chain(conv=nn.Conv2d(c, c, 3, padding=1)))
+            before = c
         self.conv_norm_out = nn.GroupNorm(32, channels[0])
         self.conv_out = nn.Conv2d(channels[0], latent_channels, 3, padding=1)
-        self.query_time_embedding = TimestepEmbedding(width, width)
+        self.query_time_embedding = TimestepEmbedding(config.fusion.query_width, config.fusion.query_width)
         self.query_head = AlignmentTransformer(channels[-1], config.fusion)
         # From scratch, every residual branch of the generation path starts at zero, as in Stable Diffusion.
-        for module in self.modules():
-            for name in {ResBlock: ["conv2"], SpatialTransformer: ["proj_out"], UNet: ["conv_out"]}.get(
-                    type(module), []):
-                for parameter in getattr(module, name).parameters():
-                    nn.init.zeros_(parameter)
+        for name, parameter in self.named_parameters():
+            if name.split(".")[-2] in ("conv2", "proj_out", "conv_out"):
+                nn.init.zeros_(parameter)
 
     def recompute_activations(self) -> None:
         """Activation checkpointing: keep what passes between blocks, compute what is inside them again in the
@@ -341,23 +259,37 @@ class UNet(nn.Module):
             if isinstance(module, (ResBlock, SpatialTransformer)):
                 module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
-    def encode(self, latents: Tensor, t_image: Tensor, context: Tensor, query: Tensor | None = None
-               ) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
-        """The encoder half: latents [B, C, H, W], t_image [B], context [B or 1, L, D], query [B, D] or None
-        -> middle features, the skips for the decoder half, timestep embedding, the query's last state.
-        A query of fewer rows belongs to the last ones."""
-        emb = self.time_embedding(t_image)
-        x = self.conv_in(latents.to(self.conv_in.weight.dtype))
-        skips, state = [x], None if query is None else torch.zeros_like(query)
-        for block in self.down_blocks:
-            x, state = block(x, emb, context, query, state, skips)
-        x, state = self.mid_block(x, emb, context, query, state)
-        return x, skips, emb, state
+    def encode(self, latents: Tensor, t_image: Tensor, context: Tensor, noisy_query: Tensor | None = None,
+               t_text: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
+        """The encoder half: latents [B, C, H, W], t_image [B], context [B or 1, L, D], query e_t [B, D] with
+        t_text [B], or neither -> middle features, the skips for the decoder half, timestep embedding, the
+        query's last state h_e. A query of fewer rows belongs to the last ones."""
+        emb, dtype, query, state = self.time_embedding(t_image), self.conv_in.weight.dtype, None, None
+        if noisy_query is not None:
+            query = noisy_query.to(dtype) + self.query_time_embedding(t_text)
+            state = torch.zeros_like(query)
+        x = self.conv_in(latents.to(dtype))
+        skips = [x]
+        for level in (*self.down_blocks, self.mid_block):
+            for resnet, attention in zip_longest(level.resnets, level.attentions):
+                x = resnet(x, emb)
+                if attention is not None:
+                    x, state = attention(x, context, query if self.fused else None, state)
+                skips.append(x)
+            for downsample in level.downsamplers:
+                x = downsample(x)
+                skips.append(x)
+        return x, skips[:-len(self.mid_block.resnets)], emb, state if self.fused else query
 
     def decode(self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor) -> Tensor:
-        """The decoder half: what `encode` returned -> prediction [B, C, H, W]."""
-        for block in self.up_blocks:
-            x = block(x, emb, context, skips)
+        """The decoder half: what `encode` returned -> prediction [B, C, H, W]. Takes the skips away."""
+        for level in self.up_blocks:
+            for resnet, attention in zip_longest(level.resnets, level.attentions):
+                x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
+                if attention is not None:
+                    x, _ = attention(x, context)
+            for upsample in level.upsamplers:       # to the size on the way down: odd ones were rounded
+                x = upsample(F.interpolate(x, skips[-1].shape[2:]))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def denoise_image(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor) -> Tensor:
@@ -370,24 +302,21 @@ class UNet(nn.Module):
                       null_context: Tensor) -> Tensor:
         """Φ_θ (Eq. 7): noisy_query e_t [B, D], t_text [B], the clean image as condition, null_context
         [1, L, D] -> prediction [B, D]."""
-        query = noisy_query.to(self.conv_in.weight.dtype) + self.query_time_embedding(t_text)
-        # The same for all: 0 … T-1 mean noisy images.
-        t_image = torch.full_like(t_text, self.condition_timestep)
-        features, _, _, state = self.encode(latents, t_image, null_context, query if self.fused else None)
-        return self.query_head(state if self.fused else query, features)
+        t_image = torch.full_like(t_text, self.condition_timestep)      # for all: 0 … T-1 mean noisy images
+        features, _, _, state = self.encode(latents, t_image, null_context, noisy_query, t_text)
+        return self.query_head(state, features)
 
     def denoise_both(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor, noisy_query: Tensor,
                      t_text: Tensor, latents: Tensor, null_context: Tensor) -> tuple[Tensor, Tensor]:
         """`denoise_image` and `denoise_query` of as many pairs each, the encoder half in one pass over all of
         them: its weights are read, and their gradients written, once. -> what the two would return."""
         count = len(noisy_latents)
-        query = noisy_query.to(self.conv_in.weight.dtype) + self.query_time_embedding(t_text)
+        images = torch.cat([noisy_latents, latents])
         times = torch.cat([t_image, torch.full_like(t_text, self.condition_timestep)])
         both = torch.cat([context, null_context.expand(len(latents), -1, -1)])
-        x, skips, emb, state = self.encode(torch.cat([noisy_latents, latents]), times, both,
-                                           query if self.fused else None)
+        x, skips, emb, state = self.encode(images, times, both, noisy_query, t_text)
         pred = self.decode(x[:count], [skip[:count] for skip in skips], emb[:count], context)
-        return pred, self.query_head(state if self.fused else query, x[count:])
+        return pred, self.query_head(state, x[count:])
 
     forward = denoise_image
 
@@ -410,78 +339,40 @@ class PatchAutoencoder(nn.Module):
         return F.pixel_shuffle(latents / self.config.scale, self.config.factor)
 
 
-class AutoencoderAttention(nn.Module):
-    """Single-head self-attention over pixels, pre-norm, residual."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.group_norm = nn.GroupNorm(32, channels, eps=1e-6)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)                 # [B, H·W, C]
-        q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
-        tokens = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
-        return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
-
-
 class AutoencoderMiddle(nn.Module):
+    """Residual block, single-head self-attention over pixels (pre-norm, residual), residual block."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(channels, channels, eps=1e-6) for _ in range(2))
-        self.attentions = nn.ModuleList([AutoencoderAttention(channels)])
+        self.attentions = nn.ModuleList([nn.ModuleDict({
+            "group_norm": nn.GroupNorm(32, channels, eps=1e-6),
+            **{f"to_{name}": nn.Linear(channels, channels) for name in "qkv"},
+            "to_out": nn.ModuleList([nn.Linear(channels, channels)])})])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        x, attention = self.resnets[0](x), self.attentions[0]
+        tokens = attention["group_norm"](x).flatten(2).transpose(1, 2)         # [B, H·W, C]
+        q, k, v = (attention[f"to_{name}"](tokens).unsqueeze(1) for name in "qkv")
+        tokens = attention["to_out"][0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return self.resnets[1](x + tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-class AutoencoderLevel(nn.Module):
-    """Residual blocks of one width, then half the side on the way down, or twice the side on the way up."""
-
-    def __init__(self, channels: int, out: int, down: bool, last: bool) -> None:
-        super().__init__()
-        self.resnets = nn.Sequential(*(
-            ResBlock(channels if i == 0 else out, out, eps=1e-6) for i in range(2 if down else 3)))
-        resample = [] if last else [Downsample(out, padding=0) if down else Upsample(out)]
-        self.add_module("downsamplers" if down else "upsamplers", nn.Sequential(*resample))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layers in self.children():
-            x = layers(x)
-        return x
-
-
-class Encoder(nn.Module):
-    def __init__(self, widths: tuple[int, ...], out: int) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down_blocks = nn.Sequential(*(
-            AutoencoderLevel(before, width, down=True, last=i == len(widths))
-            for i, (before, width) in enumerate(zip((widths[0], *widths), widths), 1)))
-        self.mid_block = AutoencoderMiddle(widths[-1])
-        self.conv_norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], out, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mid_block(self.down_blocks(self.conv_in(x)))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-class Decoder(nn.Module):
-    def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.mid_block = AutoencoderMiddle(widths[0])
-        self.up_blocks = nn.Sequential(*(
-            AutoencoderLevel(before, width, down=False, last=i == len(widths))
-            for i, (before, width) in enumerate(zip((widths[0], *widths), widths), 1)))
-        self.conv_norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up_blocks(self.mid_block(self.conv_in(x)))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+def autoencoder_levels(widths: tuple[int, ...], down: bool) -> nn.Sequential:
+    """Residual blocks of each width; between widths the side is halved on the way down, else doubled."""
+    levels = nn.Sequential()
+    for before, width in zip((widths[0], *widths), widths):
+        level = chain(resnets=nn.Sequential(*(
+            ResBlock(before if i == 0 else width, width, eps=1e-6) for i in range(2 if down else 3))))
+        levels.append(level)
+        if len(levels) == len(widths):
+            return levels
+        if down:
+            level.downsamplers = nn.Sequential(chain(
+                pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2)))
+        else:
+            level.upsamplers = nn.Sequential(chain(
+                nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(width, width, 3, padding=1)))
 
 
 class KLAutoencoder(nn.Module):
@@ -489,11 +380,21 @@ class KLAutoencoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.config, channels = config, config.latent_channels
-        self.encoder = Encoder(config.channels, 2 * channels)
+        self.config, channels, widths = config, config.latent_channels, config.channels
+        self.encoder = chain(
+            conv_in=nn.Conv2d(3, widths[0], 3, padding=1),
+            down_blocks=autoencoder_levels(widths, down=True),
+            mid_block=AutoencoderMiddle(widths[-1]),
+            conv_norm_out=nn.GroupNorm(32, widths[-1], eps=1e-6), silu=nn.SiLU(),
+            conv_out=nn.Conv2d(widths[-1], 2 * channels, 3, padding=1))
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.post_quant_conv = nn.Conv2d(channels, channels, 1)
-        self.decoder = Decoder(channels, config.channels[::-1])
+        self.decoder = chain(
+            conv_in=nn.Conv2d(channels, widths[-1], 3, padding=1),
+            mid_block=AutoencoderMiddle(widths[-1]),
+            up_blocks=autoencoder_levels(widths[::-1], down=False),
+            conv_norm_out=nn.GroupNorm(32, widths[0], eps=1e-6), silu=nn.SiLU(),
+            conv_out=nn.Conv2d(widths[0], 3, 3, padding=1))
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W] in [-1, 1] -> mean, log-variance [B, 4, H/8, W/8], before scaling."""
@@ -519,15 +420,6 @@ class ClipLayer(nn.Module):
             f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
-    def initialise(self, depth: int) -> None:
-        """CLIP's initialisation of one of `depth` layers, for training from scratch."""
-        width, residual = self.layer_norm1.normalized_shape[0], (2 * depth) ** -0.5
-        for name in ("q_proj", "k_proj", "v_proj"):
-            nn.init.normal_(self.self_attn[name].weight, std=width ** -0.5)
-        nn.init.normal_(self.self_attn["out_proj"].weight, std=width ** -0.5 * residual)
-        nn.init.normal_(self.mlp["fc1"].weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(self.mlp["fc2"].weight, std=width ** -0.5 * residual)
-
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, width] -> the same."""
         h, attn = self.layer_norm1(x), self.self_attn
@@ -540,25 +432,28 @@ class ClipLayer(nn.Module):
         return x + self.mlp["fc2"](h)
 
 
+def initialise(tower: nn.Module, width: int, depth: int) -> None:
+    """CLIP's start, for training from scratch, of token embeddings and of `depth` layers."""
+    deviation, residual = width ** -0.5, (2 * depth) ** -0.5
+    deviations = {"token_embedding": 0.02, "position_embedding": 0.01,
+                  "q_proj": deviation, "k_proj": deviation, "v_proj": deviation,
+                  "out_proj": deviation * residual, "fc1": (2 * width) ** -0.5, "fc2": deviation * residual}
+    for name, layer in tower.named_modules():
+        if (kind := name.split(".")[-1]) in deviations:
+            nn.init.normal_(layer.weight, std=deviations[kind])
+
+
 class TextEncoder(nn.Module):
     """CLIP's text transformer. One pass gives the text condition c and the text query e."""
 
     def __init__(self, config: TextConfig, activation: str = "quick_gelu") -> None:
         super().__init__()
-        self.config = config
         self.embeddings = nn.ModuleDict({
             "token_embedding": nn.Embedding(config.vocab_size, config.width),
             "position_embedding": nn.Embedding(config.context_length, config.width)})
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
-            ClipLayer(config.width, config.heads, True, activation) for _ in range(config.layers))})
+        self.encoder = chain(layers=nn.Sequential(*(
+            ClipLayer(config.width, config.heads, True, activation) for _ in range(config.layers))))
         self.final_layer_norm = nn.LayerNorm(config.width)
-
-    def initialise(self) -> None:
-        """CLIP's initialisation, for training from scratch."""
-        nn.init.normal_(self.embeddings["token_embedding"].weight, std=0.02)
-        nn.init.normal_(self.embeddings["position_embedding"].weight, std=0.01)
-        for layer in self.encoder["layers"]:
-            layer.initialise(self.config.layers)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [B, L] int64 -> context c [B, L, D]; text query e [B, D], float32, of unit norm.
@@ -568,9 +463,7 @@ class TextEncoder(nn.Module):
         """
         x = self.embeddings["token_embedding"](tokens)
         x = x + self.embeddings["position_embedding"].weight[:tokens.shape[1]]
-        for layer in self.encoder["layers"]:
-            x = layer(x)
-        context = self.final_layer_norm(x)
+        context = self.final_layer_norm(self.encoder(x))
         ends = context[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)]
         return context, F.normalize(ends.float(), dim=-1)
 
@@ -594,7 +487,7 @@ class DiffDis(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         self.register_buffer("null_tokens", tokenizer([""]), persistent=False)
         self.null_encoded: Tensor | None = None           # see null_encoded_once
-        self.text_encoder.initialise()
+        initialise(self.text_encoder, config.text.width, config.text.layers)
 
     @property
     def device(self) -> torch.device:
@@ -681,18 +574,15 @@ class ClipImageEncoder(nn.Module):
         self.embeddings.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
         # The slip in the first name is the published key's own.
         self.pre_layrnorm, self.post_layernorm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
-            ClipLayer(width, config.heads, False, config.activation) for _ in range(config.layers))})
+        self.encoder = chain(layers=nn.Sequential(*(
+            ClipLayer(width, config.heads, False, config.activation) for _ in range(config.layers))))
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, S, S], of CLIP's mean and deviation -> the class token's output [B, width]."""
         patches = self.embeddings["patch_embedding"](images).flatten(2).transpose(1, 2)       # [B, N, width]
         first = self.embeddings.class_embedding.expand(len(images), 1, -1)
         x = torch.cat([first, patches], dim=1) + self.embeddings["position_embedding"].weight
-        x = self.pre_layrnorm(x)
-        for layer in self.encoder["layers"]:
-            x = layer(x)
-        return self.post_layernorm(x[:, 0])
+        return self.post_layernorm(self.encoder(self.pre_layrnorm(x))[:, 0])
 
 
 class Clip(nn.Module):
@@ -711,13 +601,11 @@ class Clip(nn.Module):
         self.visual_projection = nn.Linear(config.width, config.embedding, bias=False)
         self.text_projection = nn.Linear(config.text.width, config.embedding, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
-        self.text_model.initialise()
-        for layer in self.vision_model.encoder["layers"]:
-            layer.initialise(config.layers)
-        for layer, width in ((self.vision_model.embeddings["position_embedding"], config.width),
-                             (self.visual_projection, config.width),
-                             (self.text_projection, config.text.width)):
-            nn.init.normal_(layer.weight, std=width ** -0.5)
+        initialise(self.text_model, config.text.width, config.text.layers)
+        initialise(self.vision_model.encoder, config.width, config.layers)
+        for layer in (self.vision_model.embeddings["position_embedding"], self.visual_projection):
+            nn.init.normal_(layer.weight, std=config.width ** -0.5)
+        nn.init.normal_(self.text_projection.weight, std=config.text.width ** -0.5)
 
     @property
     def device(self) -> torch.device:
@@ -736,31 +624,52 @@ class Clip(nn.Module):
         """tokens [B, L] -> [B, embedding], unit norm, float32."""
         return F.normalize(self.text_projection(self.text_model(tokens)[1]).float(), dim=-1)
 
-    def encode_text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Captions -> token-wise output [B, L, D], embeddings [B, embedding] of unit norm."""
-        context, ends = self.text_model(self.tokenizer(captions).to(self.device))
-        return context, F.normalize(self.text_projection(ends).float(), dim=-1)
+    def encode_text(self, captions: list[str]) -> tuple[None, Tensor]:
+        """Captions -> no text condition, embeddings [B, embedding] of unit norm."""
+        return None, self.encode_tokens(self.tokenizer(captions).to(self.device))
 
 
-# ---------------------------------------------------------------- Stable Diffusion's names
-# Our names are those of a diffusers folder. The original files (CompVis) count through flat lists instead.
-FOLDERS = {"unet": "unet", "autoencoder": "vae", "text_encoder": "text_encoder"}
+# ---------------------------------------------------------------- names in published files
+# Stable Diffusion: our names are those of a diffusers folder, the original files (CompVis) have others.
+PARTS = {"unet": "unet/diffusion_pytorch_model.safetensors",
+         "autoencoder": "vae/diffusion_pytorch_model.safetensors",
+         "text_encoder": "text_encoder/model.safetensors"}
 PREFIXES = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.",
             "text_encoder": "cond_stage_model.transformer.text_model."}
 QUERY_PREFIX = "diffdis."         # what Stable Diffusion does not have, in files we write under its names
-RES_BLOCK = r"(put_blocks\.\d+\.0|middle_block\.\d)\."
+RES_BLOCK = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+             "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+# CLIP: our names are those of transformers, OpenCLIP's files have others.
+OPEN_CLIP_RULES = [
+    (r"^module\.", ""),                                   # of a training checkpoint
+    (r"^visual\.proj$", "visual_projection.weight"), (r"^text_projection$", "text_projection.weight"),
+    (r"^visual\.", "vision_model."), (r"^(?=transformer|positional|token_emb|ln_final)", "text_model."),
+    (r"conv1", "embeddings.patch_embedding"), (r"(token|class)_embedding", r"embeddings.\1_embedding"),
+    (r"positional_embedding", "embeddings.position_embedding.weight"),
+    (r"ln_pre", "pre_layrnorm"), (r"ln_post", "post_layernorm"), (r"ln_final", "final_layer_norm"),
+    (r"transformer\.resblocks", "encoder.layers"), (r"ln_([12])", r"layer_norm\1"),
+    (r"\.attn\.", ".self_attn."), (r"c_fc", "fc1"), (r"c_proj", "fc2")]
 
 
-def compvis_rules(config: Config) -> dict[str, list]:
-    """Part -> [(pattern in our name, CompVis's spelling)], applied one after the other.
+def respell(name: str, rules: Iterable[tuple[str, str | Callable]]) -> str:
+    """A name after each rule in turn: a pattern, and a spelling or a function of the numbers in the match."""
+    for pattern, to in rules:
+        spelling = to if isinstance(to, str) else lambda match: to(*map(int, match.groups()))
+        name = re.sub(pattern, spelling, name)
+    return name
 
-    x is a level, i a block within it; a level has n entries in the flat lists.
+
+def to_compvis(names: Iterable[str], config: Config) -> dict[str, str]:
+    """Our parameters' names -> {our name: CompVis's, or QUERY_PREFIX and ours}.
+
+    x is a level, i a block within it; CompVis's UNet counts through flat lists, where a level has n entries.
     """
     n, attention = config.unet.res_blocks + 1, config.unet.attention[::-1]
     top = len(config.autoencoder.channels) - 1
     unet = [
-        (r"^time_embedding\.linear_1", "time_embed.0"), (r"^time_embedding\.linear_2", "time_embed.2"),
-        (r"^conv_in\.", "input_blocks.0.0."), (r"^conv_norm_out\.", "out.0."), (r"^conv_out\.", "out.2."),
+        *((rf"(resnets\.\d)\.{ours}", rf"\1.{theirs}") for ours, theirs in RES_BLOCK.items()),
+        (r"^time_embedding\.linear_(\d)", lambda i: f"time_embed.{2 * i - 2}"),
+        (r"^conv_in", "input_blocks.0.0"), (r"^conv_norm_out", "out.0"), (r"^conv_out", "out.2"),
         (r"^down_blocks\.(\d)\.resnets\.(\d)", lambda x, i: f"input_blocks.{1 + n * x + i}.0"),
         (r"^down_blocks\.(\d)\.attentions\.(\d)", lambda x, i: f"input_blocks.{1 + n * x + i}.1"),
         (r"^down_blocks\.(\d)\.downsamplers\.0\.conv", lambda x: f"input_blocks.{n + n * x}.0.op"),
@@ -768,34 +677,19 @@ def compvis_rules(config: Config) -> dict[str, list]:
         (r"^mid_block\.attentions\.0", "middle_block.1"),
         (r"^up_blocks\.(\d)\.resnets\.(\d)", lambda x, i: f"output_blocks.{n * x + i}.0"),
         (r"^up_blocks\.(\d)\.attentions\.(\d)", lambda x, i: f"output_blocks.{n * x + i}.1"),
-        (r"^up_blocks\.(\d)\.upsamplers\.0",
-         lambda x: f"output_blocks.{n * x + n - 1}.{2 if attention[x] else 1}"),
-        (RES_BLOCK + "norm1", r"\1.in_layers.0"), (RES_BLOCK + "conv1", r"\1.in_layers.2"),
-        (RES_BLOCK + "time_emb_proj", r"\1.emb_layers.1"),
-        (RES_BLOCK + "norm2", r"\1.out_layers.0"), (RES_BLOCK + "conv2", r"\1.out_layers.3"),
-        (RES_BLOCK + "conv_shortcut", r"\1.skip_connection")]
+        (r"^up_blocks\.(\d)\.upsamplers\.0", lambda x: f"output_blocks.{n * x + n - 1}.{1 + attention[x]}")]
     autoencoder = [
         (r"mid_block\.resnets\.(\d)", lambda i: f"mid.block_{i + 1}"),
-        (r"mid_block\.attentions\.0", "mid.attn_1"),
-        (r"attn_1\.group_norm", "attn_1.norm"), (r"attn_1\.to_([qkv])", r"attn_1.\1"),
-        (r"attn_1\.to_out\.0", "attn_1.proj_out"),
-        (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
-        (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
-        (r"up_blocks\.(\d)\.resnets", lambda x: f"up.{top - x}.block"),     # counted from the finest
-        (r"up_blocks\.(\d)\.upsamplers\.0", lambda x: f"up.{top - x}.upsample"),
+        (r"mid_block\.attentions\.0", "mid.attn_1"), (r"group_norm", "norm"),
+        (r"to_([qkv])", r"\1"), (r"to_out\.0", "proj_out"), (r"resnets", "block"), (r"samplers\.0", "sample"),
+        (r"down_blocks", "down"), (r"up_blocks\.(\d)", lambda x: f"up.{top - x}"),     # from the finest
         (r"conv_norm_out", "norm_out"), (r"conv_shortcut", "nin_shortcut")]
-    return {"unet": unet, "autoencoder": autoencoder, "text_encoder": []}
-
-
-def to_compvis(names: Iterable[str], config: Config) -> dict[str, str]:
-    """Our parameters' names -> {our name: CompVis's, or QUERY_PREFIX and ours}."""
-    rules, spellings = compvis_rules(config), {}
+    rules = {"unet": unet, "autoencoder": autoencoder, "text_encoder": []}
+    spellings = {}
     for name in names:
-        part, spelling = name.split(".", 1) if "." in name else ("", name)
-        for pattern, to in rules[part] if not is_new(name) else ():
-            new = to if isinstance(to, str) else lambda match, to=to: to(*map(int, match.groups()))
-            spelling = re.sub(pattern, new, spelling)
-        spellings[name] = QUERY_PREFIX + name if is_new(name) else PREFIXES[part] + spelling
+        part, _, rest = name.partition(".")
+        spellings[name] = (QUERY_PREFIX + name if is_new(name) else
+                           PREFIXES[part] + respell(rest, rules[part]))
     return spellings
 
 
@@ -803,46 +697,25 @@ def from_compvis(raw: dict[str, Tensor], names: Iterable[str], config: Config, w
                  ) -> dict[str, Tensor]:
     """A CompVis file's tensors under our names; those it has and we know nothing of keep theirs.
 
-    weights: "ema" prefers the UNet's averages where the file has them, "raw" what was trained last.
+    weights: "ema" prefers the UNet's averages where the file has them, "raw" leaves them aside.
     """
-    # Some files leave `text_model.` out.
-    raw = {re.sub(r"^(cond_stage_model\.transformer\.)(?!text_model\.)", r"\1text_model.", name): value
-           for name, value in raw.items()}
-    tensors = {}
+    tensors, raw = {}, dict(raw)
     for name, theirs in to_compvis(names, config).items():
         averaged = "model_ema." + theirs.removeprefix("model.").replace(".", "")
-        spellings = (averaged, theirs) if weights == "ema" else (theirs, averaged)
-        values = [raw.pop(spelling) for spelling in spellings if spelling in raw]
-        tensors |= {name: value for value in values[:1]}
+        for spelling in (theirs, averaged) if weights == "ema" else (theirs,):
+            if spelling in raw:
+                tensors[name] = raw.pop(spelling)
+                if "attn_1." in theirs:                    # written as 1×1 convolutions
+                    tensors[name] = tensors[name].squeeze()
     return raw | tensors
-
-
-# ---------------------------------------------------------------- CLIP's names and configurations
-# Our names are transformers'. OpenCLIP's files have others.
-OPEN_CLIP_RULES = [
-    (r"^module\.", ""),                                   # of a training checkpoint
-    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
-    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
-    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
-    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
-    (r"^visual\.proj$", "visual_projection.weight"), (r"^text_projection$", "text_projection.weight"),
-    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
-    (r"^ln_final\.", "text_model.final_layer_norm."),
-    (r"(layers\.\d+\.)ln_([12])\.", r"\1layer_norm\2."), (r"(layers\.\d+\.)attn\.", r"\1self_attn."),
-    (r"(layers\.\d+\.mlp\.)c_fc\.", r"\1fc1."), (r"(layers\.\d+\.mlp\.)c_proj\.", r"\1fc2.")]
 
 
 def from_open_clip(raw: dict[str, Tensor]) -> dict[str, Tensor]:
     """OpenCLIP's tensors under our names. There q, k and v have one weight and one bias, and the projections
     are [width, embedding], ours transposed."""
     tensors = {}
-    for name, value in raw.items():
-        for pattern, spelling in OPEN_CLIP_RULES:
-            name = re.sub(pattern, spelling, name)
+    for theirs, value in raw.items():
+        name = respell(theirs, OPEN_CLIP_RULES)
         if packed := re.fullmatch(r"(.*\.self_attn\.)in_proj_(weight|bias)", name):
             tensors |= {f"{packed[1]}{part}_proj.{packed[2]}": third
                         for part, third in zip("qkv", value.tensor_split(3))}
@@ -851,70 +724,61 @@ def from_open_clip(raw: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-# What transformers' CLIPModel (config.json) and OpenCLIP (open_clip_config.json) call the fields of our
-# towers, in the order of ClipConfig and TextConfig, and the value where a file leaves a field out.
-TRANSFORMERS_FIELDS = {
-    "vision_config": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-                      "patch_size": 32, "image_size": 224},
-    "text_config": {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512,
-                    "num_hidden_layers": 12, "num_attention_heads": 8}}
-OPEN_CLIP_FIELDS = {
-    "vision_cfg": {"width": 768, "layers": 12, "head_width": 64, "patch_size": 16, "image_size": 224},
-    "text_cfg": {"vocab_size": 49408, "context_length": 77, "width": 512, "layers": 12, "heads": 8}}
+# What the fields of our towers are called, in the order of ClipConfig and TextConfig, and what an absent one
+# means: in the config.json of a transformers CLIPModel, and in OpenCLIP's open_clip_config.json.
+CLIP_FIELDS = {
+    "config.json": {
+        "vision_config": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+                          "patch_size": 32, "image_size": 224},
+        "text_config": {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512,
+                        "num_hidden_layers": 12, "num_attention_heads": 8}},
+    "open_clip_config.json": {
+        "vision_cfg": {"width": 768, "layers": 12, "head_width": 64, "patch_size": 16, "image_size": 224},
+        "text_cfg": {"vocab_size": 49408, "context_length": 77, "width": 512, "layers": 12, "heads": 8}}}
 
 
-def transformers_config(path: Path) -> ClipConfig:
-    """A CLIPModel's config.json. Raises ValueError for one that our two towers would not obey."""
+def clip_config(path: Path) -> ClipConfig:
+    """A published CLIP's configuration; path: a file of one of the names in CLIP_FIELDS.
+    Raises FileNotFoundError, or ValueError naming what our two towers would not obey."""
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: expected a folder of Stable Diffusion, with a folder unet, or "
-                                "of a CLIP, with a config.json")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("model_type") != "clip":
-        raise ValueError(f"{path} says model_type {config.get('model_type')!r}, expected 'clip': a "
-                         "transformers CLIPModel. (A Stable Diffusion folder has a folder unet.)")
-    shared = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-    # Old files write a tower's fields twice; transformers too lets the second win.
-    vision, text = (shared | fields | (config.get(tower) or {}) | (config.get(f"{tower}_dict") or {})
-                    for tower, fields in TRANSFORMERS_FIELDS.items())
-    for name, allowed in (("hidden_act", ("quick_gelu", "gelu")), ("layer_norm_eps", (1e-5,))):
-        if vision[name] != text[name] or text[name] not in allowed:
-            raise ValueError(f"{path}: {name} is {vision[name]!r} for images and {text[name]!r} for texts, "
-                             f"expected {' or '.join(map(str, allowed))} for both")
-    return ClipConfig(*(vision[name] for name in TRANSFORMERS_FIELDS["vision_config"]),
-                      config.get("projection_dim", 512),
-                      TextConfig(*(text[name] for name in TRANSFORMERS_FIELDS["text_config"])),
-                      text["hidden_act"])
-
-
-def open_clip_config(path: Path) -> ClipConfig:
-    """An open_clip_config.json. Raises FileNotFoundError, or ValueError as `transformers_config`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}: a file with OpenCLIP's names does not tell whether its "
-                                "activation is quick GELU or GELU; put the model's open_clip_config.json "
-                                "beside it")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    model = config["model_cfg"]
-    vision, text = (fields | model[tower] for tower, fields in OPEN_CLIP_FIELDS.items())
-    strange = {*model, *vision, *text} - {"embed_dim", "quick_gelu", "mlp_ratio", "patch_dropout"}.union(
-        OPEN_CLIP_FIELDS, *OPEN_CLIP_FIELDS.values())
-    for name, expected in (("mean", CLIP_MEAN), ("std", CLIP_STD)):
-        if config.get("preprocess_cfg", {}).get(name, [*expected]) != [*expected]:
-            strange.add(f"{name} {config['preprocess_cfg'][name]}")
+        raise FileNotFoundError(
+            f"no {path}: a folder holds Stable Diffusion (with a folder unet) or a transformers CLIP (with "
+            "config.json); an OpenCLIP file does not tell whether its activation is quick GELU or GELU, put "
+            "the model's open_clip_config.json beside it")
+    said, fields = json.loads(path.read_text(encoding="utf-8")), CLIP_FIELDS[path.name]
+    if path.name == "config.json":
+        # Old files write a tower's fields twice; transformers too lets the second win.
+        vision, text = ({"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5} | defaults
+                        | said.get(tower, {}) | (said.get(f"{tower}_dict") or {})
+                        for tower, defaults in fields.items())
+        embedding, activation = said.get("projection_dim", 512), text["hidden_act"]
+        strange = [f"{name} {vision[name]!r} and {text[name]!r}" for name, allowed in (
+            ("hidden_act", ("quick_gelu", "gelu")), ("layer_norm_eps", (1e-5,)))
+            if vision[name] != text[name] or text[name] not in allowed]
+        strange += [f"model_type {said.get('model_type')!r}"] * (said.get("model_type") != "clip")
+    else:
+        model, pixels = said["model_cfg"], said.get("preprocess_cfg", {})
+        vision, text = (defaults | model[tower] for tower, defaults in fields.items())
+        known = {"embed_dim", "quick_gelu", "mlp_ratio", "patch_dropout"}.union(fields, *fields.values())
+        strange = [name for name in (*model, *vision, *text) if name not in known]
+        strange += [f"{name} {pixels[name]}" for name, value in (("mean", CLIP_MEAN), ("std", CLIP_STD))
+                    if pixels.get(name, [*value]) != [*value]]
+        vision["head_width"] = vision["width"] // vision["head_width"]
+        embedding, activation = model["embed_dim"], "quick_gelu" if model.get("quick_gelu") else "gelu"
     if strange:
-        raise ValueError(f"{path} has {', '.join(sorted(strange))}, which is not how this CLIP computes")
-    vision["head_width"] = vision["width"] // vision["head_width"]
-    return ClipConfig(*(vision[name] for name in OPEN_CLIP_FIELDS["vision_cfg"]), model["embed_dim"],
-                      TextConfig(*(text[name] for name in OPEN_CLIP_FIELDS["text_cfg"])),
-                      "quick_gelu" if model.get("quick_gelu") else "gelu")
+        raise ValueError(f"{path} has {', '.join(strange)}: expected OpenAI's two towers and pixels, both "
+                         "towers of quick_gelu or of gelu, layer_norm_eps 1e-05")
+    vision, text = ([values[name] for name in defaults]
+                    for values, defaults in zip((vision, text), fields.values()))
+    return ClipConfig(*vision, embedding, TextConfig(*text), activation)
 
 
 # ---------------------------------------------------------------- files; nothing in them is ever run
+FORMAT = "diffdis-1"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
 HARMLESS = ("pytorch_lightning.", "lightning.", "numpy.")      # whose objects training programs leave behind
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "open_clip_model.safetensors",
-           "diffusion_pytorch_model.bin", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 
 
 @contextmanager
@@ -925,8 +789,7 @@ def reading(path: str | Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
-            OSError, EOFError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except Exception as error:                   # of any kind: torch's, json's, of what is not where expected
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise                                # which names it already
         # Of torch's own words only the first sentence: it goes on to advise switching safety off.
@@ -940,24 +803,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     The format: 8 bytes of header length; a JSON header of name: dtype, shape, byte range; then the bytes.
     Raises ValueError, or what comes of a damaged header, where the ranges do not tile the rest of the file.
     """
-    size, tensors = path.stat().st_size, {}
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(length, size)))
-    metadata, start = dict(header.pop("__metadata__", {})), 8 + length
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        if begin != start or end > size:
-            raise ValueError(f"{path} has bytes {begin} to {end} of {size} for {name}: fetch it again")
-        # One map per tensor: as views of one map, saving a single tensor would write out the whole file.
-        dtype, values = DTYPES[entry["dtype"]], torch.empty(0)
-        if end > begin:
-            values = torch.from_numpy(np.memmap(path, np.uint8, "c", begin, end - begin))
-            values = (values if begin % dtype.itemsize == 0 else values.clone()).view(dtype)   # not aligned
-        tensors[name] = values.to(dtype).view(entry["shape"])
-        start = end
-    if start != size:
-        raise ValueError(f"{path} has {size - start} bytes that belong to no tensor: fetch it again")
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = 8 + int.from_bytes(mapped[:8], "little")
+    header, tensors = json.loads(mapped[8:start]), {}
+    metadata = header.pop("__metadata__", {})
+    begins, ends = zip(*sorted(entry["data_offsets"] for entry in header.values()))
+    if (*begins, len(mapped) - start) != (0, *ends):
+        raise ValueError(f"{path} is cut short or damaged: its tensors do not fill it; fetch it again")
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        dtype = DTYPES[entry["dtype"]]
+        values = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=start + begin)
+        values = values if values.data_ptr() % dtype.itemsize == 0 else values.clone()       # not aligned
+        tensors[name] = values.view(dtype).view(entry["shape"])
     return tensors, metadata
 
 
@@ -967,8 +826,7 @@ class Inert(dict):
     def __init__(self, *args, **kwargs) -> None:
         pass
 
-    def __setstate__(self, state) -> None:
-        pass
+    __setstate__ = __init__
 
 
 def read_torch(path: Path) -> dict:
@@ -983,7 +841,10 @@ def read_torch(path: Path) -> dict:
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """A .safetensors file or one of torch.save's -> its tensors by name, and what else it says."""
+    """A .safetensors file or one of torch.save's -> its tensors by name, and what else it says.
+    Raises FileNotFoundError or ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}, the file that is read of such a folder (its .bin is not)")
     with reading(path):
         tensors, rest = read_safetensors(path) if path.suffix == ".safetensors" else (read_torch(path),) * 2
         tensors = tensors.get("state_dict", tensors)
@@ -991,12 +852,8 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A file of published weights, or the one in a folder of them -> its tensors. Raises ValueError or
-    FileNotFoundError."""
-    files = [path / name for name in WEIGHTS if (path / name).is_file()] if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"{path} has none of {', '.join(WEIGHTS)}")
-    return read_file(files[0])[0]
+    """The tensors of a published file by name. Raises as `read_file`."""
+    return read_file(path)[0]
 
 
 # ---------------------------------------------------------------- downloads
@@ -1037,19 +894,12 @@ def locate(path: str | Path) -> Path:
 
 def find_tokenizer(path: Path, length: int) -> Tokenizer:
     """CLIP's vocabulary for weights at `path`: in their folder, beside them, in the cache, or downloaded."""
-    for folder in (path, path.parent):
-        for place in (folder / "tokenizer", folder / Path(DOWNLOADS["vocabulary"][0]).name):
-            if place.exists():
-                return Tokenizer.from_file(place, length)
-        if (folder / "vocab.json").is_file():      # transformers keeps a CLIP's in the folder itself
-            return Tokenizer.from_file(folder, length)
-    return Tokenizer.from_file(download("vocabulary"), length)
+    folders = [folder / name for folder in (path, path.parent) for name in ("tokenizer", "")]
+    found = [folder for folder in folders if (folder / "vocab.json").is_file()]
+    return Tokenizer.from_file(found[0] if found else download("vocabulary"), length)
 
 
 # ---------------------------------------------------------------- load, save, export
-FORMAT = "diffdis-1"
-
-
 def describe(model: DiffDis | Clip) -> dict:
     """What a file must remember besides tensors."""
     return {"network": "clip" if isinstance(model, Clip) else "diffdis", "config": asdict(model.config),
@@ -1070,43 +920,37 @@ def save(path: str | Path, model: DiffDis | Clip, ema: dict | None = None,
 
 def read_checkpoint(path: Path) -> dict:
     """What `save` wrote, mapped to CPU memory. Raises FileNotFoundError or ValueError."""
-    with reading(path):
-        contents = read_torch(path)
-        if contents.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a DiffDis checkpoint of format {FORMAT!r}")
-        return contents
-
-
-def published(path: Path, config: ClipConfig | None = None) -> dict:
-    """What `describe` would say of weights that others published: a CLIP's, or Stable Diffusion v1's."""
-    config = config or replace(PRESETS["sd-v1"], image_size=512)         # what v1 was trained at
-    return {"network": "clip" if isinstance(config, ClipConfig) else "diffdis", "config": asdict(config),
-            "tokenizer": find_tokenizer(path, config.text.context_length).to_dict(), "foreign": True}
+    contents = read_file(path)[1]
+    if contents.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a DiffDis checkpoint of format {FORMAT!r}")
+    return contents
 
 
 def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
     """Any file or folder that `load` takes -> its description, as `describe` writes it, and its tensors under
     our names or CompVis's. Raises ValueError or FileNotFoundError."""
+    config = None
     if (path / "unet").is_dir():
-        return published(path), {
-            f"{part}.{name.removeprefix('text_model.')}": value for part, folder in FOLDERS.items()
-            for name, value in read_tensors(path / folder).items()}
-    if path.is_dir() and not (path / "open_clip_config.json").is_file():
-        return published(path, transformers_config(path / "config.json")), read_tensors(path)
-    tensors, rest = (read_tensors(path), {}) if path.is_dir() else read_file(path)
-    if rest.get("format") == FORMAT:
-        return rest, rest["model"] | ((weights == "ema" and rest["ema"]) or {})
-    if "diffdis" in rest:                                # metadata of what `export` wrote
-        return json.loads(rest["diffdis"]), tensors
-    if any(name.startswith(PREFIXES["unet"]) for name in tensors):
-        return published(path), tensors
-    if any("visual." in name for name in tensors):
-        folder = path if path.is_dir() else path.parent
-        return published(path, open_clip_config(folder / "open_clip_config.json")), from_open_clip(tensors)
-    raise ValueError(f"{path} is no DiffDis checkpoint (format {FORMAT!r}), nor one of Stable Diffusion "
-                     f"({PREFIXES['unet']}...) or OpenCLIP (visual....): it holds "
-                     f"{', '.join([*tensors][:4]) or 'no tensor'}. Of weights under transformers' names give "
-                     "the folder, with its config.json")
+        tensors = {f"{part}.{name.removeprefix('text_model.')}": value for part, file in PARTS.items()
+                   for name, value in read_tensors(path / file).items()}
+    elif path.is_dir():
+        config, tensors = clip_config(path / "config.json"), read_tensors(path / "model.safetensors")
+    else:
+        tensors, said = read_file(path)
+        if said.get("format") == FORMAT:
+            return said, said["model"] | ((weights == "ema" and said["ema"]) or {})
+        if "diffdis" in said:                                  # metadata of what `export` wrote
+            return json.loads(said["diffdis"]), tensors
+        if any("visual." in name for name in tensors):
+            config, tensors = clip_config(path.with_name("open_clip_config.json")), from_open_clip(tensors)
+        elif not any(name.startswith(PREFIXES["unet"]) for name in tensors):
+            raise ValueError(f"{path} is no checkpoint of DiffDis ({FORMAT!r}), Stable Diffusion "
+                             f"({PREFIXES['unet']}...) or OpenCLIP (visual....): it holds "
+                             f"{', '.join([*tensors][:4]) or 'no tensor'}. Of weights under transformers' "
+                             "names give the folder, with its config.json")
+    config = config or replace(PRESETS["sd-v1"], image_size=512)      # what v1 was trained at
+    return {"network": "clip" if isinstance(config, ClipConfig) else "diffdis", "config": asdict(config),
+            "tokenizer": find_tokenizer(path, config.text.context_length).to_dict(), "foreign": True}, tensors
 
 
 def build(description: dict, path: str | Path, adapt: Callable = lambda config: config) -> DiffDis | Clip:
@@ -1114,14 +958,12 @@ def build(description: dict, path: str | Path, adapt: Callable = lambda config: 
     with reading(path):
         network, kind = (Clip, ClipConfig) if description["network"] == "clip" else (DiffDis, Config)
         config, tokenizer = from_dict(kind, description["config"]), Tokenizer(**description["tokenizer"])
-    config = adapt(config)                       # whose mistakes are the flags', not the file's
-    with reading(path):
         if tokenizer.vocab_size != config.text.vocab_size:
             raise ValueError(f"{path}: its text encoder knows {config.text.vocab_size} tokens, the tokenizer "
                              f"{tokenizer.vocab_size}: put its own vocab.json and merges.txt beside it")
-        model = network(config, tokenizer)
-        model.tasks, model.data = tuple(description.get("tasks", model.tasks)), description.get("data")
-        return model
+    model = network(adapt(config), tokenizer)    # outside: mistakes of `adapt` are the flags', not the file's
+    model.tasks, model.data = tuple(description.get("tasks", model.tasks)), description.get("data")
+    return model
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema",
@@ -1130,10 +972,10 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     """A checkpoint as a model in eval mode, averaged weights preferred.
 
     path: a file that `save` or `export` wrote; Stable Diffusion v1 as .ckpt, .safetensors (CompVis's names)
-    or a diffusers folder; a published CLIP: transformers' folder, OpenCLIP's file or folder; or one of
-    MODELS, downloaded once; weights: "ema" (if the file has them) or "raw"; dtype: of the parameters; adapt:
-    changes the configuration before the networks are built. What a Stable Diffusion file does not have, the
-    query stream, starts from random weights, and this is said.
+    or a diffusers folder; a published CLIP as transformers' folder or OpenCLIP's file; or one of MODELS,
+    downloaded once; weights: "ema" (if the file has them) or "raw"; dtype: of the parameters; adapt: changes
+    the configuration before the networks are built. What a Stable Diffusion file does not have, the query
+    stream, starts from random weights, and this is said.
     Raises FileNotFoundError or ValueError: no file, not a checkpoint, truncated, tensors that do not fit.
     """
     path = locate(path)
@@ -1149,7 +991,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
         if any(name.startswith(PREFIXES["unet"]) for name in tensors):
             tensors = from_compvis(tensors, model.state_dict(), model.config, weights)
         put_tensors(model, tensors, path, "foreign" in description)
-    model.to(device)
+    model.to(device, torch.float32)              # files may hold half precision
     for name, part in model.named_children():
         if name != "autoencoder" or dtype != torch.float16:     # there it overflows: black pictures
             part.to(dtype)
@@ -1166,31 +1008,26 @@ NEEDLESS = re.compile(
 def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, foreign: bool) -> None:
     """Make a file's tensors the model's own, without a copy. foreign: another program's may hold more, and
     Stable Diffusion's lack the query stream. Raises ValueError naming what does not fit."""
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    # Attention as 1×1 convolutions, half precision: other ways of writing the same.
-    tensors = {name: value.flatten(1) if value.dim() == 4 and len(shapes.get(name, ())) == 2 else value
-               for name, value in tensors.items()}
-    tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
     draws = isinstance(model, DiffDis)
     fresh = [name for name in missing if foreign and draws and is_new(name)]
     ignored = [name for name in unknown if foreign and NEEDLESS.match(name)]
-    if wrong := ([f"lacks {name}" for name in missing if name not in fresh]
-                 + [f"has an unknown {name}" for name in unknown if name not in ignored]):
-        raise ValueError(f"{path}: its tensors do not fit the configuration and flags: it "
-                         f"{'; '.join(wrong[:4])}" + f" and {len(wrong) - 4} more" * (len(wrong) > 4))
-    for module in model.modules():               # the query stream starts as PyTorch starts its layers
-        own = list(module.parameters(recurse=False))
-        if own and own[0].is_meta and module is not model:
-            module.to_empty(device="cpu", recurse=False).reset_parameters()
+    lacking = [name for name in missing if name not in fresh]
+    strange = [name for name in unknown if name not in ignored]
+    if lacking or strange:
+        raise ValueError(f"{path}: its tensors do not fit the configuration and flags: it lacks "
+                         f"{', '.join(lacking[:3]) or 'none'}; unknown {', '.join(strange[:3]) or 'is none'}")
     if draws:
         model.null_tokens = model.tokenizer([""])
-    if fresh:
+    if fresh:                                    # the query stream starts as PyTorch starts its layers
+        model.tasks = ("generation",)            # it is random, beside pretrained weights
         model.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
-        model.tasks = ("generation",)            # a random query stream beside pretrained weights
+        for module in model.modules():
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                module.to_empty(device="cpu", recurse=False).reset_parameters()
     if foreign:
         print(f"{path}: loaded {len(tensors) - len(ignored)} tensors; from random weights: {len(fresh)}; "
-              f"ignored: {len(ignored)} ({', '.join(ignored[:3] + ['...'] * (len(ignored) > 3)) or 'none'})")
+              f"ignored: {len(ignored)} {ignored[:3]}")
 
 
 def export(model: DiffDis, path: Path) -> None:
@@ -1210,17 +1047,14 @@ def export(model: DiffDis, path: Path) -> None:
     header: dict = {"__metadata__": {"format": "pt", "diffdis": json.dumps(describe(model))}}
     for name, value in tensors.items():
         # Attention of the autoencoder is written as 1×1 convolutions.
-        square = [1, 1] if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", names[name]) else []
+        square = [1, 1] if "attn_1." in names[name] and value.dim() == 2 else []
         header[names[name]] = {"dtype": types[value.dtype], "shape": [*value.shape, *square],
                                "data_offsets": [end, end := end + value.numel() * value.itemsize]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)       # tensors begin at a multiple of 8
-
-    def write(file: BinaryIO) -> None:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for value in tensors.values():
-            file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    write_atomically(path, write)
+    head = len(head).to_bytes(8, "little") + head
+    bodies = (value.cpu().contiguous().flatten().view(torch.uint8).numpy() for value in tensors.values())
+    write_atomically(path, lambda file: (file.write(head), file.writelines(bodies)))
 
 
 def main(argv: list[str] | None = None) -> None:

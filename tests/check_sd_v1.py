@@ -9,7 +9,6 @@ and a guided trajectory; loading is measured in processes of their own.
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -27,22 +26,22 @@ from diffusion import generator_of
 from sample import draw_images
 
 PROMPT = "a dog on a beach"
+SCALE = models.AutoencoderConfig().scale
 
 
 def write_layouts(folder: Path, vocabulary: str) -> None:
-    """Random weights as a CompVis .ckpt and .safetensors and as a diffusers folder."""
+    """Random weights, without the query stream: a CompVis .ckpt and .safetensors, a diffusers folder."""
     torch.manual_seed(0)
     model = models.DiffDis(models.PRESETS["sd-v1"], Tokenizer.from_file(vocabulary)).requires_grad_(False)
     randomise(model.unet)       # its own start puts out zeros
     write_folder(model, folder / "diffusers")
-    models.export(model, folder / "sd.safetensors")
-    # As Stable Diffusion's files are: nothing of ours in them.
-    tensors = {name: value for name, value in models.read_tensors(folder / "sd.safetensors").items()
-               if not name.startswith(models.QUERY_PREFIX)}
+    names = models.to_compvis(model.state_dict(), model.config)
+    tensors = {names[ours]: value for ours, value in model.state_dict().items() if not models.is_new(ours)}
+    tensors |= {name: value[:, :, None, None] for name, value in tensors.items()
+                if "attn_1." in name and value.dim() == 2}
     torch.save({"state_dict": tensors}, folder / "sd.ckpt")
-    safetensors.torch.save_file(tensors, folder / "sd.whole.safetensors")
-    (folder / "sd.whole.safetensors").replace(folder / "sd.safetensors")
-    (folder / "tokenizer").exists() or (folder / "tokenizer").symlink_to(folder / "diffusers/tokenizer")
+    safetensors.torch.save_file(tensors, folder / "sd.safetensors")
+    (folder / "tokenizer").symlink_to((folder / "diffusers/tokenizer").resolve())
 
 
 @torch.no_grad()
@@ -61,11 +60,10 @@ def compare(folder: Path, layout: str, steps: int) -> dict[str, float]:
     vae = diffusers.AutoencoderKL.from_pretrained(folder / "diffusers/vae").eval()
     images = torch.rand(1, 3, 256, 256, generator=generator) * 2 - 1
     mean = vae.encode(images).latent_dist.mean
-    differ("VAE encode", ours.encode_image(images) / 0.18215, mean)
-    differ("VAE decode", ours.decode_image(mean * 0.18215), vae.decode(mean).sample)
+    differ("VAE encode", ours.encode_image(images) / SCALE, mean)
+    differ("VAE decode", ours.decode_image(mean * SCALE), vae.decode(mean).sample)
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "diffusers/unet").eval()
-    latents = torch.randn(2, 4, 32, 32, generator=generator)
-    t = torch.tensor([981, 1])
+    latents, t = torch.randn(2, 4, 32, 32, generator=generator), torch.tensor([981, 1])
     differ("UNet", ours.denoise_image(latents, t, context), unet(latents, t, context).sample)
     if steps:
         scheduler = diffusers.DDIMScheduler(
@@ -75,15 +73,14 @@ def compare(folder: Path, layout: str, steps: int) -> dict[str, float]:
         z = torch.randn(4, 32, 32, generator=generator_of(0))[None]
         for t in scheduler.timesteps:
             conditional, unconditional = unet(z.repeat(2, 1, 1, 1), t, context).sample.chunk(2)
-            guided = unconditional + 7.5 * (conditional - unconditional)
-            z = scheduler.step(guided, t, z).prev_sample
-        theirs = vae.decode(z / 0.18215).sample.clamp(-1, 1)
+            z = scheduler.step(unconditional + 7.5 * (conditional - unconditional), t, z).prev_sample
+        theirs = vae.decode(z / SCALE).sample.clamp(-1, 1)
         differ(f"{steps} steps", draw_images(ours, [PROMPT], [0], steps, 7.5, (256, 256)), theirs)
     return found
 
 
 def peak(code: str) -> dict[str, float]:
-    """Seconds and peak memory (GiB) of a piece of Python that loads something, in a process of its own."""
+    """Seconds and peak memory (GiB) of a piece of Python that loads `parts`, in a process of its own."""
     wrapped = f"""
 import re, sys, time
 from pathlib import Path
@@ -93,25 +90,10 @@ memory = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").re
 base, start = memory(), time.perf_counter()
 {code}
 total = sum(float(p.sum()) for part in parts for p in part.parameters())      # so that all of it is read
-print(time.perf_counter() - start, memory() - base)"""
+count = sum(p.numel() for part in parts for p in part.parameters())
+print(time.perf_counter() - start, memory() - base, count * 4 / 2 ** 30)"""
     said = subprocess.run([sys.executable, "-c", wrapped], capture_output=True, text=True, check=True).stdout
-    seconds, memory = map(float, said.split()[-2:])
-    return {"seconds": round(seconds, 2), "peak_gib": round(memory, 3)}
-
-
-def loading(folder: Path) -> dict[str, dict[str, float]]:
-    config = str(folder / "diffusers")
-    theirs = (f"f, c = {str(folder / 'sd.safetensors')!r}, {config!r}\n"
-              "unet = diffusers.UNet2DConditionModel.from_single_file(f, config=c, subfolder='unet')\n"
-              "vae = diffusers.AutoencoderKL.from_single_file(f, config=c, subfolder='vae')\n"
-              "parts = [unet, vae]")
-    ours = f"parts = [models.load({str(folder / 'sd.safetensors')!r})]"
-    rows = {}
-    for turn in range(2):            # the second turn counts: both with a warm page cache
-        rows = {"ours, all parts": peak(ours), "diffusers, UNet and VAE": peak(theirs)}
-    for name, row in rows.items():
-        print(f"{name:28}{row['seconds']:7.2f} s   peak {row['peak_gib']:.2f} GiB", flush=True)
-    return rows
+    return dict(zip(("seconds", "peak_gib", "weights_gib"), map(float, said.split()[-3:])))
 
 
 def main() -> None:
@@ -122,18 +104,21 @@ def main() -> None:
     parser.add_argument("--json", help="also write the figures here")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    start = time.time()
-    if not (args.folder / "sd.ckpt").exists():
+    if not (args.folder / "tokenizer").exists():
         write_layouts(args.folder, args.vocabulary)
+    file, config = str(args.folder / "sd.safetensors"), str(args.folder / "diffusers")
+    single = ", ".join(f"diffusers.{name}.from_single_file({file!r}, config={config!r}, subfolder={part!r})"
+                       for name, part in (("UNet2DConditionModel", "unet"), ("AutoencoderKL", "vae")))
+    loaders = {"ours, all parts": f"parts = [models.load({file!r})]",
+               "diffusers, UNet and VAE": f"parts = [{single}]"}
+    for _ in range(2):               # the second turn counts: both with a warm page cache
+        loading = {name: peak(code) for name, code in loaders.items()}
+    for name, row in loading.items():
+        print(f"{name:28}", *(f"{value:.2f} {what}" for what, value in row.items()), flush=True)
     result = {"command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"),
-              "torch": torch.__version__, "machine": platform.machine(), "loading": loading(args.folder)}
+              "torch": torch.__version__, "machine": platform.machine(), "loading": loading}
     for layout in ("sd.safetensors", "sd.ckpt", "diffusers"):
         result[layout] = compare(args.folder, layout, args.steps if layout == "sd.safetensors" else 0)
-    result["model_gib"] = sum((args.folder / "diffusers" / f).stat().st_size for f in (
-        "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-        "text_encoder/model.safetensors")) / 2 ** 30
-    print(f"{time.time() - start:.0f} s; peak of this process "
-          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 

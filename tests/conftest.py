@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from data import Shapes, Tokenizer  # noqa: E402  (the path comes first)
 from fusion import FusionConfig  # noqa: E402
-from model import Clip, ClipConfig, Config, DiffDis, TextConfig, UNetConfig, is_new, patches  # noqa: E402
+from model import (AutoencoderConfig, Clip, ClipConfig, Config, DiffDis, TextConfig,  # noqa: E402
+                   UNetConfig, is_new)
 
 
 def import_oracle(name: str) -> types.ModuleType:
@@ -55,7 +56,7 @@ def tiny_config(**changes) -> Config:
     """The built-in data's pictures, networks of some 100,000 parameters."""
     values = dict(fusion=FusionConfig(32, align_blocks=1, head_width=16),
                   unet=UNetConfig((32, 32), (True, True), 1, 2), text=TextConfig(514, 24, 32, 1, 2),
-                  autoencoder=patches(8, 2.0), image_size=32, image_target="v")
+                  autoencoder=AutoencoderConfig("patch", 192, 8, 2.0, ()), image_size=32, image_target="v")
     return Config(**{**values, **changes})
 
 
@@ -89,11 +90,23 @@ def put_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
     (folder / "merges.txt").write_text(merges, encoding="utf-8")
 
 
+def diffusers_unet(config: Config) -> torch.nn.Module:
+    """diffusers' UNet of the same size."""
+    import diffusers
+    unet, channels = config.unet, config.autoencoder.latent_channels
+    return diffusers.UNet2DConditionModel(
+        in_channels=channels, out_channels=channels, layers_per_block=unet.res_blocks,
+        block_out_channels=unet.channels, attention_head_dim=unet.heads,
+        cross_attention_dim=config.text.width,
+        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in unet.attention],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in unet.attention[::-1]])
+
+
 def write_folder(model: DiffDis, folder: Path) -> None:
     """The folder that diffusers and transformers write of a model's Stable Diffusion part."""
     import diffusers
     import transformers
-    unet, text, vae = model.config.unet, model.config.text, model.config.autoencoder
+    text, vae = model.config.text, model.config.autoencoder
     end, levels = model.tokenizer.vocab_size - 1, len(vae.channels)
 
     def put(part: str, network: torch.nn.Module, name: str) -> None:
@@ -101,11 +114,7 @@ def write_folder(model: DiffDis, folder: Path) -> None:
         network.load_state_dict({prefix + n: value for n, value in getattr(model, part).state_dict().items()
                                  if not is_new(n)})
         network.save_pretrained(folder / name)
-    put("unet", diffusers.UNet2DConditionModel(
-        in_channels=vae.latent_channels, out_channels=vae.latent_channels, layers_per_block=unet.res_blocks,
-        block_out_channels=unet.channels, attention_head_dim=unet.heads, cross_attention_dim=text.width,
-        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in unet.attention],
-        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in unet.attention[::-1]]), "unet")
+    put("unet", diffusers_unet(model.config), "unet")
     put("autoencoder", diffusers.AutoencoderKL(
         latent_channels=vae.latent_channels, block_out_channels=vae.channels, layers_per_block=2,
         down_block_types=["DownEncoderBlock2D"] * levels,

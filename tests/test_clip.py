@@ -57,20 +57,28 @@ def check_same(ours: models.Clip, theirs, tokenizer: Tokenizer) -> None:
 
 
 # ---------------------------------------------------------------- transformers
+def put_clip(folder, tokenizer: Tokenizer, change=lambda config: None, **kinds):
+    """A folder that transformers writes, its configuration changed in place -> the model in it."""
+    theirs = clip_of_transformers(tokenizer.vocab_size, **kinds)
+    theirs.save_pretrained(folder)
+    put_vocabulary(folder, tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return theirs
+
+
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("heads, text_heads", [(2, 1), (12, 8), (3, 4)])
 def test_folders_of_transformers(tokenizer, tmp_path, capsys, activation: str, heads: int,
                                  text_heads: int) -> None:
-    theirs = clip_of_transformers(tokenizer.vocab_size, activation, heads, text_heads, width=12 * 8)
-    theirs.save_pretrained(tmp_path / "clip")
-    put_vocabulary(tmp_path / "clip", tokenizer)
-    path = tmp_path / "clip/config.json"
-    config = json.loads(path.read_text())
-    for tower, default in (("vision_config", 12), ("text_config", 8)):          # some leave defaults out
-        for name, value in (("num_attention_heads", default), ("hidden_act", "quick_gelu")):
-            if config[tower].get(name) == value:
-                del config[tower][name]
-    path.write_text(json.dumps(config))
+    def leave_defaults_out(config: dict) -> None:
+        for tower, default in (("vision_config", 12), ("text_config", 8)):
+            for name, value in (("num_attention_heads", default), ("hidden_act", "quick_gelu")):
+                if config[tower].get(name) == value:
+                    del config[tower][name]
+    theirs = put_clip(tmp_path / "clip", tokenizer, leave_defaults_out, activation=activation, heads=heads,
+                      text_heads=text_heads, width=12 * 8)
     ours = models.load(tmp_path / "clip")
     check_same(ours, theirs, tokenizer)
     assert ours.config.heads == heads and ours.config.text.heads == text_heads
@@ -79,61 +87,37 @@ def test_folders_of_transformers(tokenizer, tmp_path, capsys, activation: str, h
 
 def test_older_folders_of_transformers(tokenizer, tmp_path, capsys) -> None:
     """Position ids are among the tensors, and the configuration writes each tower twice."""
-    theirs = clip_of_transformers(tokenizer.vocab_size, heads=4)
-    theirs.save_pretrained(tmp_path / "clip")
-    put_vocabulary(tmp_path / "clip", tokenizer)
-    (tmp_path / "clip/model.safetensors").unlink()
-    torch.save(theirs.state_dict() | {"text_model.embeddings.position_ids": torch.arange(16)[None],
-                                      "vision_model.embeddings.position_ids": torch.arange(17)[None]},
-               tmp_path / "clip/pytorch_model.bin")
-    config = json.loads((tmp_path / "clip/config.json").read_text())
-    config["vision_config_dict"] = {"num_attention_heads": config["vision_config"]["num_attention_heads"]}
-    config["vision_config"]["num_attention_heads"], config["text_config_dict"] = 2, None
-    (tmp_path / "clip/config.json").write_text(json.dumps(config))
+    def twice(config: dict) -> None:
+        config["vision_config_dict"] = {"num_attention_heads": config["vision_config"]["num_attention_heads"]}
+        config["vision_config"]["num_attention_heads"], config["text_config_dict"] = 2, None
+    theirs = put_clip(tmp_path / "clip", tokenizer, twice, heads=4)
+    safetensors.save_file(theirs.state_dict() | {
+        "text_model.embeddings.position_ids": torch.arange(16)[None],
+        "vision_model.embeddings.position_ids": torch.arange(17)[None]}, tmp_path / "clip/model.safetensors")
     check_same(models.load(tmp_path / "clip"), theirs, tokenizer)
     said = capsys.readouterr().out
-    assert "ignored: 2 (" in said and "position_ids" in said
+    assert "ignored: 2" in said and "position_ids" in said
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"hidden_act": "gelu_new"}, "gelu_new.*expected quick_gelu or gelu"),
-    ({"layer_norm_eps": 1e-6}, "layer_norm_eps.*1e-06.*expected 1e-05"),
-    ({"num_attention_heads": 7}, "multiples of the 7"), ({"num_attention_heads": "4"}, "clip.*TypeError"),
-    ({"num_attention_heads": 0}, "clip.*ZeroDivision")])
-def test_configurations_that_would_change_results_are_refused(tokenizer, tmp_path, changes, message) -> None:
-    clip_of_transformers(tokenizer.vocab_size).save_pretrained(tmp_path / "clip")
-    put_vocabulary(tmp_path / "clip", tokenizer)
-    config = json.loads((tmp_path / "clip/config.json").read_text())
-    for tower in ("vision_config", "text_config"):
-        config[tower] |= changes
-    (tmp_path / "clip/config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=message):
-        models.load(tmp_path / "clip")
-
-
-def test_other_folders_are_refused(tokenizer, tmp_path) -> None:
-    theirs = clip_of_transformers(tokenizer.vocab_size)
-    theirs.save_pretrained(tmp_path / "clip")
-    put_vocabulary(tmp_path / "clip", Tokenizer(tokenizer.merges[:-1], 16))
-    size = tokenizer.vocab_size
-    with pytest.raises(ValueError, match=f"{size} tokens.*{size - 1}.*vocab.json"):
+@pytest.mark.parametrize("towers, name, value, message", [
+    ("both", "hidden_act", "gelu_new", "hidden_act 'gelu_new'"), ("text", "hidden_act", "gelu", "hidden_act"),
+    ("both", "layer_norm_eps", 1e-6, "layer_norm_eps 1e-06"),
+    ("both", "num_attention_heads", 7, "multiples of heads"),
+    ("both", "num_attention_heads", "4", "TypeError"), ("both", "num_attention_heads", 0, "ZeroDivision"),
+    ("text", "vocab_size", 559, "559 tokens.*vocab.json"), ("none", "model_type", "siglip", "'siglip'"),
+    ("none", "text_config", [1], "TypeError")])
+def test_configurations_that_would_change_results_are_refused(tokenizer, tmp_path, towers, name, value,
+                                                              message) -> None:
+    def change(config: dict) -> None:
+        for part in {"both": ("vision_config", "text_config"), "text": ("text_config",), "none": ()}[towers]:
+            config[part][name] = value
+        if towers == "none":
+            config[name] = value
+    put_clip(tmp_path / "clip", tokenizer, change)
+    with pytest.raises(ValueError, match=f"clip.*{message}"):
         models.load(tmp_path / "clip")
     with pytest.raises(ValueError, match="give the folder"):
         models.load(tmp_path / "clip/model.safetensors")
-    path = tmp_path / "clip/config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"text_config": config["text_config"] | {"hidden_act": "gelu"}}))
-    with pytest.raises(ValueError, match="'quick_gelu' for images and 'gelu' for texts"):
-        models.load(tmp_path / "clip")
-    path.write_text(json.dumps(config | {"text_config": [1]}))
-    with pytest.raises(ValueError, match="clip cannot be used"):
-        models.load(tmp_path / "clip")
-    path.write_text(json.dumps(config | {"model_type": "siglip"}))
-    with pytest.raises(ValueError, match="'siglip', expected 'clip'"):
-        models.load(tmp_path / "clip")
-    path.write_text("[")
-    with pytest.raises(ValueError, match="clip cannot be used"):
-        models.load(tmp_path / "clip")
 
 
 # ---------------------------------------------------------------- OpenCLIP
@@ -172,8 +156,8 @@ def open_clip_config(vocab_size: int, **changes) -> dict:
         **changes}, "preprocess_cfg": {"mean": list(models.CLIP_MEAN), "std": list(models.CLIP_STD)}}
 
 
-def put_open_clip(folder, tokenizer: Tokenizer, tensors: dict, name: str = "open_clip_pytorch_model.bin",
-                  config: dict | None = None):
+def put_open_clip(folder, tokenizer: Tokenizer, tensors: dict, config: dict | None = None,
+                  name: str = "open_clip_pytorch_model.bin"):
     put_vocabulary(folder, tokenizer)
     if config:
         (folder / "open_clip_config.json").write_text(json.dumps(config))
@@ -182,22 +166,20 @@ def put_open_clip(folder, tokenizer: Tokenizer, tensors: dict, name: str = "open
     return folder / name
 
 
-@pytest.mark.parametrize("name, what", [
-    ("open_clip_pytorch_model.bin", "folder"), ("open_clip_model.safetensors", "folder"),
-    ("open_clip_model.safetensors", "file"), ("epoch_32.pt", "training"), ("half.bin", "half")])
+@pytest.mark.parametrize("name", ["open_clip.bin", "open_clip.safetensors", "epoch_32.pt", "half.bin"])
 @pytest.mark.parametrize("quick", [True, False, None])
-def test_files_of_open_clip(tokenizer, tmp_path, capsys, name: str, what: str, quick: bool | None) -> None:
+def test_files_of_open_clip(tokenizer, tmp_path, capsys, name: str, quick: bool | None) -> None:
     theirs = clip_of_transformers(tokenizer.vocab_size, "quick_gelu" if quick else "gelu", text_heads=4)
     config = open_clip_config(tokenizer.vocab_size, **({} if quick is None else {"quick_gelu": quick}))
-    if what == "half":
+    if name == "half.bin":
         theirs = theirs.half().float()
     tensors = openai_names(theirs)
-    if what == "training":
-        tensors = {"epoch": 32, "state_dict": {f"module.{key}": value for key, value in tensors.items()}}
-    if what == "half":
+    if name == "half.bin":
         tensors = {key: value.half() for key, value in tensors.items()}
-    file = put_open_clip(tmp_path / "oc", tokenizer, tensors, name, config)
-    check_same(models.load(file.parent if what == "folder" else file), theirs, tokenizer)
+    if name == "epoch_32.pt":
+        tensors = {"epoch": 32, "state_dict": {f"module.{key}": value for key, value in tensors.items()}}
+    file = put_open_clip(tmp_path / "oc", tokenizer, tensors, config, name)
+    check_same(models.load(file), theirs, tokenizer)
     assert f"loaded {len(theirs.state_dict())} tensors" in capsys.readouterr().out
 
 
@@ -207,7 +189,7 @@ def test_heads_of_another_width_in_open_clip(tokenizer, tmp_path) -> None:
     config = open_clip_config(tokenizer.vocab_size)
     config["model_cfg"]["vision_cfg"]["head_width"] = 32
     del config["model_cfg"]["text_cfg"]["heads"]
-    file = put_open_clip(tmp_path / "oc", tokenizer, openai_names(theirs), config=config)
+    file = put_open_clip(tmp_path / "oc", tokenizer, openai_names(theirs), config)
     check_same(models.load(file), theirs, tokenizer)
 
 
@@ -217,7 +199,7 @@ def test_open_clip_itself_computes_the_same(tokenizer, tmp_path, quick: bool) ->
     open_clip = import_oracle("open_clip")
     config = open_clip_config(tokenizer.vocab_size, quick_gelu=quick)
     theirs = randomise(open_clip.CLIP(**config["model_cfg"])).eval()
-    file = put_open_clip(tmp_path / "oc", tokenizer, theirs.state_dict(), config=config)
+    file = put_open_clip(tmp_path / "oc", tokenizer, theirs.state_dict(), config)
     images, tokens = torch.randn(3, 3, 32, 32), tokenizer(CAPTIONS)
     ours = models.load(file)
     assert (ours.encode_image(images) - theirs.encode_image(images, normalize=True)).abs().max() < 1e-5
@@ -236,15 +218,15 @@ def test_the_activation_is_never_guessed(tokenizer, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("part, changes, message", [
-    ("vision_cfg", {"pool_type": "avg"}, "has pool_type, which is not"),
-    ("text_cfg", {"no_causal_mask": True}, "has no_causal_mask, which is not"),
-    ("vision_cfg", {"head_width": 0}, "ZeroDivision|by zero"), ("text_cfg", {"heads": 5}, "and 5 heads"),
-    ("preprocess_cfg", {"mean": [0.5, 0.5, 0.5]}, r"has mean \[0.5, 0.5, 0.5\], which is not")])
+    ("vision_cfg", {"pool_type": "avg"}, "has pool_type: expected"),
+    ("text_cfg", {"no_causal_mask": True}, "has no_causal_mask: expected"),
+    ("vision_cfg", {"head_width": 0}, "ZeroDivision"), ("text_cfg", {"heads": 5}, "multiples of heads"),
+    ("preprocess_cfg", {"mean": [0.5, 0.5, 0.5]}, r"has mean \[0.5, 0.5, 0.5\]")])
 def test_open_clips_that_compute_otherwise_are_refused(tokenizer, tmp_path, part, changes, message) -> None:
     config = open_clip_config(tokenizer.vocab_size)
     {**config, **config["model_cfg"]}[part].update(changes)
     tensors = openai_names(clip_of_transformers(tokenizer.vocab_size))
-    file = put_open_clip(tmp_path / "oc", tokenizer, tensors, config=config)
+    file = put_open_clip(tmp_path / "oc", tokenizer, tensors, config)
     with pytest.raises(ValueError, match=message):
         models.load(file)
 
@@ -252,18 +234,13 @@ def test_open_clips_that_compute_otherwise_are_refused(tokenizer, tmp_path, part
 @pytest.mark.parametrize("name, value, message", [
     ("ln_final.bias", None, "lacks text_model.final_layer_norm.bias"),
     ("logit_scale", None, "lacks logit_scale"), ("logit_bias", torch.zeros(1), "unknown logit_bias"),
-    ("visual.attnpool.q.bias", torch.zeros(1), "unknown visual.attnpool.q.bias"),
-    ("visual.conv1.weight", None, "lacks vision_model.embeddings.patch_embedding.weight"),
-    ("visual.conv1.weight", torch.zeros(3, 3), r"patch_embedding.weight.*\[3, 3\]"),
+    ("visual.attnpool.q.bias", torch.zeros(1), "unknown vision_model.attnpool.q.bias"),
     ("visual.positional_embedding", torch.zeros(19, 128), r"position_embedding.weight.*\[19, 128\]"),
     ("visual.proj", torch.zeros(24, 128), r"visual_projection.weight.*\[128, 24\]"),
-    ("text_projection", torch.zeros(3), r"text_projection.weight.*\[3\]"),
-    ("transformer.resblocks.1.attn.in_proj_bias", torch.zeros(4), r"_proj.bias.*\[2\]"),
-    ("transformer.resblocks.1.mlp.c_fc.weight", torch.zeros(200, 64), r"fc1.weight.*\[200, 64\]"),
-    ("text.ln_final.bias", torch.zeros(64), "unknown text.ln_final.bias")])
+    ("transformer.resblocks.1.attn.in_proj_bias", torch.zeros(4), r"_proj.bias.*\[2\]")])
 def test_what_does_not_fit_is_named(tokenizer, tmp_path, name: str, value, message: str) -> None:
     tensors = openai_names(clip_of_transformers(tokenizer.vocab_size)) | {name: value}
     tensors = {key: value for key, value in tensors.items() if value is not None}
-    file = put_open_clip(tmp_path / "oc", tokenizer, tensors, config=open_clip_config(tokenizer.vocab_size))
+    file = put_open_clip(tmp_path / "oc", tokenizer, tensors, open_clip_config(tokenizer.vocab_size))
     with pytest.raises(ValueError, match=message):
         models.load(file)

@@ -8,29 +8,23 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import build, tiny_config
+from conftest import tiny_config
 
 import model as models
 from model import PRESETS, Config
 from sample import draw_images
 
 
-def test_round_trip_is_bit_exact(model, tmp_path) -> None:
+def test_round_trip_is_bit_exact_and_averages_are_preferred(model, tmp_path) -> None:
     model.data = "photos"
-    models.save(tmp_path / "c.pt", model)
-    again = models.load(tmp_path / "c.pt")
-    assert again.config == model.config and again.tokenizer.merges == model.tokenizer.merges
-    assert again.data == "photos" and not again.training
+    models.save(tmp_path / "c.pt", model, {"unet.conv_in.bias": torch.full_like(model.unet.conv_in.bias, 7)})
+    ema, raw = (models.load(tmp_path / "c.pt", weights=weights) for weights in ("ema", "raw"))
+    assert raw.config == model.config and raw.tokenizer.merges == model.tokenizer.merges
+    assert raw.data == "photos" and not raw.training
     for name, value in model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
-
-
-def test_averages_are_preferred_and_raw_weights_stay_reachable(model, tmp_path) -> None:
-    ema = {"unet.conv_in.bias": torch.full_like(model.unet.conv_in.bias, 7)}
-    models.save(tmp_path / "c.pt", model, ema)
-    assert (models.load(tmp_path / "c.pt").unet.conv_in.bias == 7).all()
-    assert torch.equal(models.load(tmp_path / "c.pt", weights="raw").unet.conv_in.bias,
-                       model.unet.conv_in.bias)
+        assert torch.equal(value, raw.state_dict()[name]), name
+        expected = torch.full_like(value, 7) if name == "unet.conv_in.bias" else value
+        assert torch.equal(expected, ema.state_dict()[name]), name
 
 
 def test_what_is_no_checkpoint_of_ours_is_refused_in_one_line(model, tmp_path) -> None:
@@ -44,20 +38,10 @@ def test_what_is_no_checkpoint_of_ours_is_refused_in_one_line(model, tmp_path) -
             models.load(tmp_path / name)
         assert "\n" not in str(error.value)
     torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="no DiffDis checkpoint.*holds x"):
+    with pytest.raises(ValueError, match="no checkpoint of DiffDis.*holds x"):
         models.load(tmp_path / "other.pt")
     with pytest.raises(FileNotFoundError, match="train.py"):
         models.load(tmp_path / "none.pt")
-
-
-def test_a_checkpoint_cannot_run_code(model, tmp_path) -> None:
-    class Exploit:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-    torch.save({"format": models.FORMAT, "config": Exploit()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError):
-        models.load(tmp_path / "evil.pt")
-    assert not (tmp_path / "ran").exists()
 
 
 def test_tensors_must_fit_exactly(model, tmp_path) -> None:
@@ -125,11 +109,11 @@ def test_the_text_query_does_not_depend_on_padding_or_on_later_words(model) -> N
         "causal attention must hide what follows"
 
 
-def test_sizes_that_do_not_fit_are_refused() -> None:
+def test_sizes_that_do_not_fit_are_refused(model) -> None:
     with pytest.raises(ValueError, match="multiples of 8"):
-        build().latent_shape(44, 32)
-    assert build().latent_shape(64, 40) == (192, 8, 5)
-    image = draw_images(build(), ["a red circle"], [0], steps=2, size=(64, 40))
+        model.latent_shape(44, 32)
+    assert model.latent_shape(64, 40) == (192, 8, 5)
+    image = draw_images(model, ["a red circle"], [0], steps=2, size=(64, 40))
     assert image.shape == (1, 3, 64, 40), "half of an odd number of latents is rounded, and found again"
 
 
