@@ -599,7 +599,7 @@ def balanced_batches(data: LongTail, size: int, key: tuple[int, ...], reading: R
         source.image = partial(augmented, copy.copy(source), size, key)
     for batch in evaluation_batches(source, size, reading.batch_size, reading.workers):
         if batch.skipped:
-            raise ValueError(f"train.txt has {dict(batch.skipped)}: take those out, a class may have no other")
+            raise ValueError(f"train.txt has {dict(batch.skipped)}: take it out, a class may have no other")
         yield batch
 
 

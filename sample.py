@@ -203,7 +203,7 @@ def find_checkpoint(given: str | None, otherwise: str | None = None) -> str | Pa
         raise FileNotFoundError("no --ckpt given and no runs/*/checkpoint.pt here: train one with `python "
                                 "train.py`, or give Stable Diffusion v1 as --ckpt FILE_OR_FOLDER or sd-v1-5")
     if not given:
-        print(f"checkpoint: {path} (no --ckpt given; the newest of {len(runs)} in runs/)")
+        print(f"checkpoint: {path} (no --ckpt given; checkpoints in runs/: {len(runs)})")
     return path
 
 
@@ -217,6 +217,11 @@ def fingerprint(path: Path) -> str:
 
 # ---------------------------------------------------------------- command line
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def image_size(text: str) -> tuple[int, int]:
+    width, height = map(within(int, 1, 4096), text.lower().split("x"))
+    return width, height
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -233,7 +238,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("-n", type=positive, default=1, help="images per prompt")
     add("--best-of", type=positive, default=1, metavar="N",
         help="draw N images for each that is saved: the one from which the model reads the prompt best")
-    add("--size", type=within(int, 1, 4096), nargs=2, metavar="PX", help="width, height; else as trained")
+    add("--size", type=image_size, metavar="WIDTHxHEIGHT", help="in px; without it as trained")
     add("--out", default="sample.png", help="PNG to write; small pictures are enlarged to about 256 px")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     return parser.parse_args(argv)
