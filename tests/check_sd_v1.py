@@ -1,6 +1,6 @@
 """Stable Diffusion v1 at full size, with random weights, against diffusers and transformers: prints a table.
 
-    python tests/check_sd_v1.py --folder sd --vocabulary VOCABULARY.txt.gz --json .readme/results/sd_v1.json
+    python tests/check_sd_v1.py --folder sd --vocabulary VOCABULARY.txt.gz --json sd_v1.json
 
 Too large for the test suite (12 GB of memory, 13 GB of disk, minutes on 2 cores); the same comparisons run at
 small size in tests/test_weights.py. Writes three layouts into --folder, loads each, and compares every part

@@ -1,7 +1,7 @@
 """The tables of .readme/RESULTS.md from their raw results: means over seeds, and what they say of the paper.
 
-    python tests/tables.py tables                      of every NAME-SEED.json in a folder
-    python tests/tables.py longtail                    the same of `evaluate.py longtail`'s
+    python tests/tables.py tables                           of every NAME-SEED.json in a folder
+    python tests/tables.py .readme/results/longtail.jsonl   or of their lines in one file, each with its name
 
 A row differs from the joint run if their means are further apart than twice the standard error of their
 difference, whose standard deviation over seeds is pooled over all rows that are runs of their own; else it
@@ -37,13 +37,15 @@ PAPER = {"text-noise": (22.62 - 23.44, 29.38 - 28.64, 10.78 - 11.52),           
 BASE = "joint"
 
 
-def read(folder: Path) -> dict[str, dict[int, dict]]:
-    """NAME-SEED.json -> row -> seed -> the numbers; those of several tasks side by side."""
+def read(path: Path) -> dict[str, dict[int, dict]]:
+    """A folder of NAME-SEED.json, or a file of lines that say theirs under "file" -> row -> seed -> the
+    numbers; those of several tasks side by side."""
     rows: dict[str, dict[int, dict]] = defaultdict(dict)
-    for path in sorted(folder.glob("*-[0-9]*.json")):
-        name, seed = path.stem.rsplit("-", 1)
-        if seed.isdecimal():
-            numbers = json.loads(path.read_text())
+    runs = ([json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else
+            [{"file": file.stem, **json.loads(file.read_text())} for file in sorted(path.glob("*.json"))])
+    for numbers in runs:
+        name, _, seed = numbers["file"].rpartition("-")
+        if name and seed.isdecimal():
             tasks = [part for part in numbers.values() if isinstance(part, dict) and "task" in part]
             rows[name][int(seed)] = {key: part[key] for part in tasks for key in part} if tasks else numbers
     first = [name for name in dict.fromkeys((BASE, "generation", "alignment", *PAPER)) if name in rows]
