@@ -23,6 +23,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +48,7 @@ from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_
                        sampling_timesteps, signal_and_noise)
 from model import Clip, DiffDis, TextConfig
 from sample import (CKPT_HELP, SAMPLERS, Parser, denoise_queries, draw_images, draw_queries, fail,
-                    find_checkpoint, fingerprint, finite, natural, pick_device, positive, to_pil)
+                    find_checkpoint, fingerprint, finite, natural, pick_device, positive, share, to_pil, weight)
 from sample import best_of as favourite
 
 
@@ -808,6 +809,13 @@ def report(task: str, result: dict, name: str) -> None:
             print(f"  {key:<17} {round(value, 6) if isinstance(value, float) else value}")
 
 
+READS = ("retrieval", "zeroshot", "longtail", "fid")
+FLAGS_OF = {"text_steps": READS, "draws": READS, "template": ("zeroshot", "longtail"),
+            "loss_timesteps": ("zeroshot",), "n": DRAWS, "steps": DRAWS, "sampler": DRAWS,
+            "best_of": ("checker",), "features": ("fid",), "out": ("fid", "longtail"),
+            **dict.fromkeys(("epochs", "head_epochs", "lr_scale", "augment"), ("longtail",))}
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -820,8 +828,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     add("--batch-size", type=positive, help="images at once; without it 100, fid 16, longtail 128")
     add("--workers", type=natural, help="processes that decode images; without it 0 for shapes, else 2")
-    add("--max-bad", type=finite, default=0.05,
-        help="share of samples that may be unusable; in training none")
+    add("--max-bad", type=share, default=0.05, help="share of samples that may be unusable; in training none")
     add("--guidance-scale", type=finite, help="1 + w; without it 1 to read, the checkpoint's own to draw")
     add = parser.add_argument_group("retrieval, zeroshot, longtail").add_argument
     add("--control", choices=CONTROLS, default="none", help="break the evaluation on purpose, expect chance")
@@ -841,10 +848,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("longtail").add_argument
     add("--epochs", type=natural, default=50, help="of stage 1, which tunes the model; 0 leaves it out")
     add("--head-epochs", type=natural, default=50, help="of stage 2, which trains a head; 0 leaves it out")
-    add("--lr-scale", type=finite, default=1.0, help="times VL-LTR's learning rates; more for small networks")
+    add("--lr-scale", type=weight, default=1.0, help="times VL-LTR's learning rates; more for small networks")
     add("--augment", action=argparse.BooleanOptionalAction, default=None,
         help="RandAugment, mixup and CutMix; without it: not on shapes, whose colours they change")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    for flag, tasks in FLAGS_OF.items():
+        if getattr(args, flag) != parser.get_default(flag) and not set(tasks) & set(args.tasks):
+            warnings.warn(f"--{flag.replace('_', '-')} is for {', '.join(tasks)}: it changes nothing here")
+    return args
 
 
 def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
@@ -853,9 +864,9 @@ def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
         sampling_timesteps(args.text_steps, model.config.timesteps, "trailing")
     for task in args.tasks:
         draws = task in DRAWS or task == "zeroshot" and args.loss_timesteps
-        needed = {"generation"} if draws else {"alignment"}
-        needed |= {"alignment"} if task == "checker" and args.best_of > 1 else set()
-        if not needed <= set(model.tasks):
+        needed = ["generation" if draws else "alignment"]
+        needed += ["alignment"] if task == "checker" and args.best_of > 1 else []
+        if not set(needed) <= set(model.tasks):
             raise ValueError(f"{task} of images needs weights trained with --tasks {','.join(needed)}, these "
                              f"were for {','.join(model.tasks)}: go on from them by train.py --init")
         if args.control != "none" and task in DRAWS:

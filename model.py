@@ -140,7 +140,6 @@ CLIPS = {"clip-tiny": ClipConfig(128, 4, 4, 4, 32, 128, PRESETS["tiny"].text),
          "clip-small": ClipConfig(384, 12, 6, 8, 64, 384, PRESETS["small"].text),
          "clip-vit-b32": ClipConfig(768, 12, 12, 32, 224, 512, TextConfig(width=512, heads=8)),
          "clip-vit-l14": ClipConfig()}
-LIKE = {"tiny": "clip-tiny", "small": "clip-small", "sd-v1": "clip-vit-l14"}     # preset -> its CLIP
 
 
 # ---------------------------------------------------------------- shared parts
@@ -953,19 +952,6 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
             "tokenizer": find_tokenizer(path, config.text.context_length).to_dict(), "foreign": True}, tensors
 
 
-def build(description: dict, path: str | Path, adapt: Callable = lambda config: config) -> DiffDis | Clip:
-    """The networks that a file describes, its tensors not yet in them. Raises ValueError."""
-    with reading(path):
-        network, kind = (Clip, ClipConfig) if description["network"] == "clip" else (DiffDis, Config)
-        config, tokenizer = from_dict(kind, description["config"]), Tokenizer(**description["tokenizer"])
-        if tokenizer.vocab_size != config.text.vocab_size:
-            raise ValueError(f"{path}: its text encoder knows {config.text.vocab_size} tokens, the tokenizer "
-                             f"{tokenizer.vocab_size}: put its own vocab.json and merges.txt beside it")
-    model = network(adapt(config), tokenizer)    # outside: mistakes of `adapt` are the flags', not the file's
-    model.tasks, model.data = tuple(description.get("tasks", model.tasks)), description.get("data")
-    return model
-
-
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema",
          dtype: torch.dtype = torch.float32, adapt: Callable[[Config], Config] = lambda config: config
          ) -> DiffDis | Clip:
@@ -984,13 +970,20 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
                                 "folder of Stable Diffusion v1 or CLIP, or name one to download: "
                                 f"{', '.join(MODELS)}")
     with reading(path):
-        description, tensors = read_weights(path, weights)
+        said, tensors = read_weights(path, weights)
+        network, kind = (Clip, ClipConfig) if said["network"] == "clip" else (DiffDis, Config)
+        config, tokenizer = from_dict(kind, said["config"]), Tokenizer(**said["tokenizer"])
+        if tokenizer.vocab_size != config.text.vocab_size:
+            raise ValueError(f"{path}: its text encoder knows {config.text.vocab_size} tokens, the tokenizer "
+                             f"{tokenizer.vocab_size}: put its own vocab.json and merges.txt beside it")
+    config = adapt(config)           # whose mistakes are the flags', not the file's
     with torch.device("meta"):       # no storage: nothing is initialised only to be overwritten
-        model = build(description, path, adapt)
+        model = network(config, tokenizer)
+    model.tasks, model.data = tuple(said.get("tasks", model.tasks)), said.get("data")
     with reading(path):
         if any(name.startswith(PREFIXES["unet"]) for name in tensors):
             tensors = from_compvis(tensors, model.state_dict(), model.config, weights)
-        put_tensors(model, tensors, path, "foreign" in description)
+        put_tensors(model, tensors, path, "foreign" in said)
     model.to(device, torch.float32)              # files may hold half precision
     for name, part in model.named_children():
         if name != "autoencoder" or dtype != torch.float16:     # there it overflows: black pictures

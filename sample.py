@@ -224,6 +224,9 @@ def image_size(text: str) -> tuple[int, int]:
     return width, height
 
 
+image_size.__name__ = "WIDTHxHEIGHT"        # as argparse's message calls it
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Draw images for prompts.")
     add = parser.add_argument

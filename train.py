@@ -4,6 +4,8 @@
     python train.py --data DIR                             tars, class folders or captioned images
     torchrun --nproc_per_node=8 train.py --data cc3m       the paper's run, from Stable Diffusion v1
     python train.py --resume                               go on with the newest run of that data and preset
+What it is, top to bottom: flags and recipes; the loss, as the paper writes it; optimiser and averages; cached
+latents; `Trainer`, which holds a run, its steps, log and checkpoints.
 What it is not: the formulas (diffusion.py), the networks (model.py), the scores (evaluate.py).
 
 Nothing random here has a state: batches, timesteps and noise are functions of (seed, step, index in the
@@ -68,13 +70,16 @@ N, WHOLE, X, SHARE = ({"type": kind, "metavar": name} for kind, name in (
 SWITCH = {"action": argparse.BooleanOptionalAction}
 # Without a default a flag that is not given is None, until `settle` knows from what training starts.
 FLAGS = {"the run": (
-    ("data", {"default": "shapes"}, "shapes, cc3m, or a folder of tars, class folders or captioned images"),
-    ("preset", {"choices": (*PRESETS, *CLIPS)}, "networks, recipe; without it those of --init, else tiny"),
+    ("data", {"default": "shapes"}, "shapes, cc3m, a tar, a list, a table, or a folder of tars, class "
+     "folders or captioned images, all as in the README"),
+    ("preset", {"choices": (*PRESETS, *CLIPS)}, "networks, recipe; without it those of --init, else tiny, "
+     "of cc3m the paper's: sd-v1"),
     ("init", {"metavar": "WEIGHTS"}, "a checkpoint, Stable Diffusion v1 as .ckpt, .safetensors or folder, "
      f"or {' or '.join(models.MODELS)} to download"),
     ("out", {"metavar": "DIR"}, "folder of the run; without it runs/DATA-PRESET, numbered if taken"),
     ("resume", {"action": "store_true"}, "go on with the run in --out, else the newest of data and preset"),
-    ("tasks", {"choices": (*TASKS, ",".join(TASKS))}, "what to train; without it both, of a CLIP alignment"),
+    ("tasks", {"choices": (*TASKS, ",".join(TASKS)), "metavar": "TASKS"},
+     f"{', '.join(TASKS)} or {','.join(TASKS)}; without it both, of a CLIP alignment"),
     ("seed", {"default": 0, **WHOLE}, "of everything"),
     ("val", {"default": 500, **N}, "pairs held out of --data (shapes and cc3m have their own)"),
     ("image_size", N, "px; without it the preset's"),
@@ -435,9 +440,10 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log; the last one may have been cut short by a kill."""
+    """The lines of a log; the last one may have been cut short by a kill. Raises ValueError."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    with models.reading(path):
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def make_loss(model: DiffDis | Clip, args: argparse.Namespace, device: torch.device, world: int) -> nn.Module:
@@ -468,6 +474,8 @@ class Trainer:
         checkpoint = models.read_checkpoint(path) if path.exists() else None
         if checkpoint and not args.resume:
             raise ValueError(f"{path} is there: add --resume to go on with it, or choose another --out")
+        if args.resume and not checkpoint and rank == 0:
+            print(f"nothing to resume, {path} is not there: starting anew")
         source = in_turn(lambda: open_source(args.data, "train"))
         check_index(source, args.max_bad)
         self.source, self.val = split(source, args.data, args.val)

@@ -28,9 +28,10 @@ from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
 from data import Tokenizer  # noqa: E402
-from model import CLIPS, LIKE, PRESETS, Clip, DiffDis, UNet  # noqa: E402
+from model import CLIPS, PRESETS, Clip, DiffDis, UNet  # noqa: E402
 from sample import Parser, fail, natural, pick_device, positive  # noqa: E402
 
+LIKE = {"tiny": "clip-tiny", "small": "clip-small", "sd-v1": "clip-vit-l14"}     # preset -> its CLIP
 TASKS = {"generation": ("generation",), "alignment": ("alignment",), "joint": ("generation", "alignment")}
 
 
