@@ -48,7 +48,8 @@ from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_
                        sampling_timesteps, signal_and_noise)
 from model import Clip, DiffDis, TextConfig
 from sample import (CKPT_HELP, SAMPLERS, Parser, denoise_queries, draw_images, draw_queries, fail,
-                    find_checkpoint, fingerprint, finite, natural, pick_device, positive, share, to_pil, weight)
+                    find_checkpoint, fingerprint, finite, natural, pick_device, positive, share, to_pil,
+                    weight)
 from sample import best_of as favourite
 
 

@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import import_oracle, put_vocabulary, randomise
+from conftest import build, import_oracle, put_vocabulary, randomise, tiny_clip_config
 
 import model as models
-import sample
 from data import Shapes, Tokenizer
 
 transformers = pytest.importorskip(
@@ -54,6 +53,14 @@ def check_same(ours: models.Clip, theirs, tokenizer: Tokenizer) -> None:
     assert (ours.encode_tokens(tokens) - expected.text_embeds).abs().max() < 1e-5
     assert (ours.encode_text(CAPTIONS)[1] - expected.text_embeds).abs().max() < 1e-5
     assert torch.equal(ours.logit_scale, theirs.logit_scale)
+
+
+def test_pixels_come_with_the_mean_and_deviation_of_clips_training() -> None:
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+    pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    expected = (pixels / 255 - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)
+    read = build(tiny_clip_config()).read_batch(pixels)
+    assert torch.allclose(read, expected.permute(0, 3, 1, 2), atol=1e-5)
 
 
 # ---------------------------------------------------------------- transformers

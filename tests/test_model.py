@@ -1,26 +1,30 @@
 """Checkpoints: what is saved is what is loaded, nothing else is accepted,
 and nothing is ever half-written."""
+import copy
 import json
 import pickle
+import re
 import resource
 import signal
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import build, randomise, tiny_config
 
 import model as models
-from model import PRESETS, Config
+from data import to_float
+from model import PRESETS, AutoencoderConfig, Config, TimestepEmbedding, UNet
 from sample import draw_images
 
 
 def test_round_trip_is_bit_exact_and_averages_are_preferred(model, tmp_path) -> None:
-    model.data = "photos"
+    model.data, model.tasks = "photos", ("generation",)
     models.save(tmp_path / "c.pt", model, {"unet.conv_in.bias": torch.full_like(model.unet.conv_in.bias, 7)})
     ema, raw = (models.load(tmp_path / "c.pt", weights=weights) for weights in ("ema", "raw"))
     assert raw.config == model.config and raw.tokenizer.merges == model.tokenizer.merges
-    assert raw.data == "photos" and not raw.training
+    assert raw.data == "photos" and raw.tasks == ("generation",) and not raw.training
+    assert torch.equal(raw.null_context(), model.null_context()), "another prompt stands for none"
     for name, value in model.state_dict().items():
         assert torch.equal(value, raw.state_dict()[name]), name
         expected = torch.full_like(value, 7) if name == "unet.conv_in.bias" else value
@@ -51,6 +55,12 @@ def test_tensors_must_fit_exactly(model, tmp_path) -> None:
     checkpoint["model"]["unet.strange"] = torch.zeros(1)
     torch.save(checkpoint, tmp_path / "c.pt")
     with pytest.raises(ValueError, match="unet.conv_in.bias.*unet.strange"):
+        models.load(tmp_path / "c.pt")
+    models.save(tmp_path / "c.pt", model)
+    checkpoint = torch.load(tmp_path / "c.pt", weights_only=True)
+    del checkpoint["model"]["unet.query_head.predictor.weight"]
+    torch.save(checkpoint, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="lacks unet.query_head.predictor.weight"):     # not: drawn anew
         models.load(tmp_path / "c.pt")
 
 
@@ -94,6 +104,33 @@ def test_patches_lose_nothing_and_keep_the_scale_contract(model) -> None:
     latents = model.encode_image(images, torch.randn(2, 192, 4, 4))
     assert torch.allclose(latents.std() / images.std(), torch.tensor(2.0), atol=1e-3)
     assert torch.allclose(model.decode_image(latents), images, atol=1e-6)
+
+
+@torch.no_grad()
+def test_latents_are_drawn_from_the_posterior() -> None:
+    """Of pixels, and of stored moments."""
+    model = build(tiny_config(autoencoder=AutoencoderConfig("kl", 4, 2, 0.5, (32, 32))))
+    model.autoencoder.quant_conv.bias[4:] = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    pixels, noise = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8), torch.randn(2, 4, 16, 16)
+    mean, logvar = model.autoencoder.moments(to_float(pixels))
+    expected = 0.5 * torch.distributions.Normal(mean, logvar.exp().sqrt()).icdf(
+        torch.distributions.Normal(0, 1).cdf(noise))
+    for images in (pixels, torch.cat([mean, logvar], dim=1)):
+        assert torch.allclose(model.read_batch(images, noise), expected, atol=1e-3)
+        assert torch.allclose(model.read_batch(images), 0.5 * mean, atol=1e-6)
+
+
+@torch.no_grad()
+def test_half_precision_tells_timesteps_apart() -> None:
+    exact = randomise(TimestepEmbedding(32, 32))
+    t = torch.tensor([997, 998, 999, 1000])
+    assert torch.allclose(copy.deepcopy(exact).bfloat16()(t).float(), exact(t), atol=0.02)
+
+
+def test_from_scratch_every_residual_branch_starts_at_zero() -> None:
+    for name, parameter in UNet(tiny_config()).named_parameters():
+        if re.search(r"(conv2|proj_out|^conv_out)\.(weight|bias)$", name):
+            assert not parameter.any(), name
 
 
 @torch.no_grad()

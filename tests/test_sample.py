@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import model as models
 import sample
-from diffusion import make_alphas_cumprod
+from diffusion import make_alphas_cumprod, noise_of
 from sample import best_of, draw_images, draw_queries, make_grid
 
 
@@ -33,6 +33,9 @@ def test_guidance_of_one_needs_no_second_pass(base) -> None:
     plain, nearly, guided = (draw_images(base, ["a red circle"], [1], steps=3, guidance_scale=scale)
                              for scale in (1, 1 + 1e-6, 500))
     assert torch.allclose(plain, nearly, atol=1e-3) and not torch.allclose(plain, guided, atol=1e-3)
+    default, stated = (draw_images(base, ["a red circle"], [1], steps=3, guidance_scale=scale)
+                       for scale in (None, base.config.guidance_scale))
+    assert torch.equal(default, stated) and not torch.equal(default, plain), "the checkpoint's own scale"
 
 
 def test_guidance_extrapolates_from_the_negative_to_the_prompt(monkeypatch) -> None:
@@ -65,6 +68,36 @@ def test_queries_follow_algorithm_3(base, monkeypatch) -> None:
     assert len(starts) == 4 and torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 
+def test_queries_have_the_size_that_gamma_says(monkeypatch) -> None:
+    model, answer, seen = build(tiny_config(gamma=0.3)), torch.eye(32)[:1], []
+    monkeypatch.setattr(type(model), "denoise_query",
+                        lambda self, e_t, t, latents: seen.append((int(t), e_t)) or answer)
+    assert torch.allclose(draw_queries(model, torch.ones(1, 192, 4, 4), [0], steps=3), answer, atol=1e-5)
+    alphas = make_alphas_cumprod("cosine", 1000).float()
+    for (t, e_t), (later, after) in zip(seen, seen[1:]):
+        noise = (e_t - 0.3 * alphas[t].sqrt() * answer) / (1 - alphas[t]).sqrt()
+        expected = 0.3 * alphas[later].sqrt() * answer + (1 - alphas[later]).sqrt() * noise
+        assert torch.allclose(after, expected, atol=1e-4), f"the step from {t} to {later}"
+
+
+def test_the_queries_of_several_draws_are_averaged(base, monkeypatch) -> None:
+    answers = torch.eye(32).split(1)
+    calls = iter(answers)
+    monkeypatch.setattr(type(base), "denoise_query", lambda self, e_t, t, latents: next(calls))
+    query = draw_queries(base, torch.zeros(1, 192, 4, 4), [0], draws=2)
+    assert torch.allclose(query, F.normalize(answers[0] + answers[1], dim=-1), atol=1e-6)
+
+
+def test_a_noise_predicting_model_stops_where_stable_diffusion_stops(monkeypatch) -> None:
+    """At the first alpha (diffusers' set_alpha_to_one=False), not at 1."""
+    model, alphas = build(tiny_config(image_target="noise")), make_alphas_cumprod("linear", 1000).float()
+    monkeypatch.setattr(type(model), "denoise_image", lambda self, z, t, context: torch.ones_like(z))
+    x0 = (noise_of((192, 4, 4), [(3,)]) - (1 - alphas[1]).sqrt()) / alphas[1].sqrt()
+    expected = model.decode_image(alphas[0].sqrt() * x0 + (1 - alphas[0]).sqrt()).clamp(-1, 1)
+    image = draw_images(model, ["a red circle"], [3], steps=1, guidance_scale=1)
+    assert torch.allclose(image, expected, atol=1e-4)
+
+
 def test_the_empty_prompt_is_encoded_once(base, monkeypatch) -> None:
     calls, encode = [], type(base.text_encoder).forward
     monkeypatch.setattr(type(base.text_encoder), "forward",
@@ -83,13 +116,16 @@ def test_queries_depend_on_the_image_index_not_on_the_batch(base) -> None:
     alone = draw_queries(base, latents[2:3], [2], steps=2, draws=2)
     assert torch.allclose(together[2:3], alone, atol=1e-5)
     assert torch.allclose(together.norm(dim=1), torch.ones(4), atol=1e-5)
+    other = draw_queries(base, latents[2:3], [2], steps=2, draws=2, seed=1)
+    assert not torch.equal(alone, other), "the seed changes nothing"
 
 
 def test_best_of_keeps_the_highest_similarity(base, monkeypatch) -> None:
     read = base.encode_text(["a white cross", "a blue square", "a red circle", "a"])[1]
-    monkeypatch.setattr(sample, "draw_queries", lambda *_, **__: read)      # what is read from images 0 to 3
-    best, similarities = best_of(base, "a red circle", torch.zeros(4, 3, 32, 32))
-    assert best == 2 and similarities[2] == pytest.approx(1, abs=1e-5)
+    seen = []                                                               # what is read from images 0 to 3
+    monkeypatch.setattr(sample, "draw_queries", lambda *_, **options: seen.append(options) or read)
+    best, similarities = best_of(base, "a red circle", torch.zeros(4, 3, 32, 32), seed=5)
+    assert seen == [{"draws": 4, "seed": 5}] and best == 2 and similarities[2] == pytest.approx(1, abs=1e-5)
     images, notes = sample.draw_all(base, ["a red circle", "a blue square"], 7, n=1, best=4,
                                    size=(32, 32), steps=2)
     assert [note["seed"] for note in notes] == [9, 8]
@@ -132,6 +168,12 @@ def test_command_line(base, tmp_path, monkeypatch, capsys) -> None:
     assert said.err.count("warning") == 1 and "'a dog outdoors' is not in the grammar" in said.err
     assert ("runs/one/checkpoint.pt" in said.out and "sample.png" in said.out
             and said.out.count("similarity") == 4)
+    flags = ["a red circle", "--steps", "1", "--device", "cpu", "--size", "64x32", "--out"]
+    for name, more in (("plain.png", []), ("negative.png", ["--negative", "a blue square"])):
+        sample.main([*flags, name, *more])
+    plain, negative = map(Image.open, ("plain.png", "negative.png"))
+    assert plain.size == (256, 128) and plain.tobytes() != negative.tobytes()
+    assert negative.text["negative"] == "a blue square"
     # Too long: cut; empty: allowed.
     sample.main([" ".join(["red"] * 99), "", "--steps", "1", "--device", "cpu"])
 
@@ -146,6 +188,9 @@ def test_weights_that_are_not_finite_draw_nothing(tmp_path, monkeypatch, capsys)
                          "--out", str(tmp_path / "x.png"), *flags])
         assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+    broken.unet.query_head.predictor.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="text queries are not finite"):
+        draw_queries(broken, torch.zeros(1, 192, 4, 4), [0])
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -1,6 +1,7 @@
 """The built-in data and its checker, which must be right before anything it says about a model counts."""
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
 
 from data import (BACKGROUND, COLOURS, HELD_OUT_PAIRS, KINDS, PAIRS, RADII, RELATIONS, SHAPES, Scene, Shapes,
                   Thing, check, is_held_out, parse, render)
@@ -93,6 +94,13 @@ def test_checker_names_what_is_wrong() -> None:
                            ("a red circle below a small blue square", {"relation"})):
         verdict = check(image, caption)
         assert {name for name, right in verdict.items() if not right} == wrong | {"all"}
+
+
+def test_checker_calls_a_blurred_blob_no_shape() -> None:
+    scene = Scene((Thing("", "red", "circle"),), None, ((16, 16),))
+    for blur, is_shape in ((1, True), (2.5, False)):
+        image = np.asarray(Image.fromarray(render(scene)).filter(ImageFilter.GaussianBlur(blur)))
+        assert check(image, scene.caption())["shape"] == is_shape, "a circle still fits it best"
 
 
 def test_checker_bears_noise_and_refuses_nonsense() -> None:

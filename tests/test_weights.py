@@ -176,6 +176,8 @@ def test_export_and_load_is_bit_exact(whole, tmp_path, capsys) -> None:
     assert again.data == "photos" and again.tasks == ("generation", "alignment")
     single = safetensors.load_file(tmp_path / "out.safetensors")
     assert {name for name in single if name.startswith("diffdis.")}, "the query stream is not there"
+    for name, value in original_names(whole).items():
+        assert single[name].shape == value.shape, "CompVis's program has 1x1 convolutions there"
     models.save(tmp_path / "ours.pt", build())
     with pytest.raises(SystemExit) as stop:
         models.main(["export", str(tmp_path / "ours.pt"), str(tmp_path / "no.safetensors")])
