@@ -52,9 +52,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:        # torch.save's word for a full disk is a RuntimeError
-        part.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or "writing stopped short: is the disk full?"
         raise OSError(f"cannot write {path}: {reason}; whatever was there before is intact") from None
+    finally:
+        part.unlink(missing_ok=True)                # also after Ctrl-C
 
 
 # ---------------------------------------------------------------- tokenizer

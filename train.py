@@ -538,7 +538,8 @@ class Trainer:
     def parts(self, batch: Batch) -> list[Part]:
         """This rank's share of a batch as micro-batches on the device."""
         def move(values: Tensor) -> tuple[Tensor, ...]:
-            return values.to(self.device).split(self.args.micro_batch or len(values))
+            values = values.pin_memory() if self.device.type == "cuda" else values
+            return values.to(self.device, non_blocking=True).split(self.args.micro_batch or len(values))
         noise = {name: move(values) for name, values in (batch.drawn or {}).items()}
         return [(images, tokens, {name: values[i] for name, values in noise.items()})
                 for i, (images, tokens) in enumerate(zip(move(batch.images), move(batch.tokens)))]
@@ -557,7 +558,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses = backward(self.loss, parts, args.align_weight)
         norm = nn.utils.clip_grad_norm_(self.averages.live.values(), MAX_NORM)
-        record = self.agree(losses) | {"grad_norm": norm.item(), "logit_scale": self.model.logit_scale.item()}
+        record = self.agree(losses, {"grad_norm": norm, "logit_scale": self.model.logit_scale.detach()})
         if not all(map(math.isfinite, record.values())):
             raise ValueError(f"step {self.step}: {self.not_finite(losses, batch)}; the last checkpoint is "
                              "from before it: start anew from that one with --init and a lower --lr")
@@ -569,8 +570,9 @@ class Trainer:
         self.step += 1
         return {**record, "lr": args.lr * factor}
 
-    def agree(self, losses: dict) -> dict:
-        """The means of a step over all ranks, and whether one of them was told to stop."""
+    def agree(self, losses: dict, alike: dict[str, Tensor]) -> dict:
+        """The means of a step over all ranks, what is alike on all, and whether one of them was told to stop;
+        the one place of a step that waits for the device."""
         means = {"accuracy" if name == "hits" else f"loss_{name}": values.float().mean()
                  for name, values in losses.items()}
         means["loss"] = (means.get("loss_generation", 0)
@@ -579,7 +581,8 @@ class Trainer:
         values = torch.stack(list(means.values()))
         if self.world > 1:
             dist.all_reduce(values)
-        record = dict(zip(means, (values / self.world).tolist()))
+        values = torch.cat([values / self.world, torch.stack(list(alike.values()))])
+        record = dict(zip((*means, *alike), values.tolist()))
         self.is_stopped = record.pop("stop") > 0
         return record
 

@@ -43,7 +43,8 @@ SCRIPT_SECONDS = 150     # for the scripts that run side by side
 
 
 class Answers:
-    """Results by part and name, in a file from the first one on; and the clock."""
+    """Results by part and name, in a file from the first one on; and the clock. "took": seconds until the
+    answer was there; the scripts, which run side by side, are only waited for."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.path, self.end, self.parts = args.json, time.monotonic() + 60 * args.minutes, {}
@@ -335,7 +336,7 @@ def main() -> None:
             timer.steps, timer.clip, timer.args))
     if "draw" in parts:
         model = copy.deepcopy(timer.steps.model).requires_grad_(False).eval().to(torch.bfloat16)
-        side, steps = (512, 25) if big else (model.config.image_size, 4)
+        side, steps = (512, 20) if big else (model.config.image_size, 4)
         for batch in (1, 16) if big else (1, 4):
             answers.add("draw", f"{batch} of {side} px", 20, lambda: draw(model, batch, side, steps, device))
             for layout in (torch.contiguous_format, torch.channels_last) if big else ():

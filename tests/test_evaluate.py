@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from types import SimpleNamespace
 
@@ -441,3 +442,11 @@ def test_any_number_of_ranks_gives_the_same_scores(tmp_path) -> None:
         said.append(json.loads(outputs[0]))
     assert said[0] == said[1] == said[2]
     assert said[0][0]["n"] == 21 and said[0][0]["skipped"]["skipped"] == {"unreadable image": 2}
+
+
+def test_flags_of_tasks_that_were_not_asked_for_are_said() -> None:
+    with pytest.warns(UserWarning, match="--best-of is for checker: it changes nothing here"):
+        evaluate.parse_args(["retrieval", "--best-of", "2"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate.parse_args(["retrieval", "checker", "--best-of", "2", "--draws", "3"])

@@ -411,6 +411,16 @@ def test_only_the_log_lines_that_will_not_be_written_again_stay(small) -> None:
     assert Path("run/log.jsonl").read_text() == lines
 
 
+def test_resuming_says_that_nothing_is_there_or_which_log_is_damaged(small, capsys) -> None:
+    flags = [*SMALL, "--steps", "2", "--out", "run"]
+    train.main([*flags, "--resume"])
+    assert "nothing to resume, run/checkpoint.pt is not there" in capsys.readouterr().out
+    Path("run/log.jsonl").write_text("no JSON\n")
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, "--resume"])
+    assert stop.value.code == 2 and "run/log.jsonl cannot be used" in capsys.readouterr().err
+
+
 def test_runs_do_not_overwrite_each_other_and_a_mistake_takes_no_name(small, capsys) -> None:
     for flags in ("--data nowhere", "--image-size 33", "--data cc3m", "--init nowhere.pt"):
         fail_of(capsys, *flags.split())
