@@ -1,8 +1,7 @@
-"""The diffusion itself: schedules, noising, targets, losses, guidance, and the DDIM sampler.
+"""The diffusion itself: schedules, noising, targets, losses, guidance and samplers, as functions on tensors.
 
-What it is: the paper's Eq. 4-8 and its sampling as functions on tensors. The same lines noise and denoise
-images and text queries, so names are generic here: x0 clean, x_t noised, t timestep, shapes (B, …).
-What it is not: a network. Samplers receive a callable; nothing here knows what a UNet is.
+The same lines noise and denoise images and text queries, so names are generic here: x0 clean, x_t noised,
+t timestep, shapes (B, …). There is no network: samplers receive a callable.
 
 Notation: x_t = a x0 + s ε with a = γ √ᾱ_t and s = √(1-ᾱ_t); γ is 1 for images. Schedules are float64 tables.
 Read next: fusion.py (where text and image meet); train.py and sample.py use what is here.
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]     # (x_t, t [B]) -> (x0_pred, eps_pred)
@@ -89,26 +89,6 @@ def generation_loss(pred: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(pred.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
 
 
-class GatherWithGradient(torch.autograd.Function):
-    """All ranks' rows, in rank order.
-
-    Backward sums the gradients every rank has for my rows: without it the other ranks' losses would not
-    reach this rank's embeddings, and N ranks would not equal one large batch.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def alignment_loss(x0_pred: Tensor, text_query: Tensor, logit_scale: Tensor,
                    dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Symmetric InfoNCE between denoised and true text queries, over the batch of all ranks (Eq. 8).
@@ -121,9 +101,9 @@ def alignment_loss(x0_pred: Tensor, text_query: Tensor, logit_scale: Tensor,
     """
     ours, texts = F.normalize(x0_pred.float(), dim=-1), text_query.float()
     all_ours, all_texts, rank = ours, texts, 0
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        all_ours, all_texts = GatherWithGradient.apply(ours), GatherWithGradient.apply(texts)
-        rank = dist.get_rank()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        # With gradient: the other ranks' losses reach this rank's embeddings, so N ranks are one large batch.
+        all_ours, all_texts, rank = torch.cat(all_gather(ours)), torch.cat(all_gather(texts)), dist.get_rank()
     scale = logit_scale.exp()
     image_logits, text_logits = scale * ours @ all_texts.T, scale * texts @ all_ours.T    # [B, N·B]
     labels = torch.arange(len(ours), device=ours.device) + rank * len(ours)
