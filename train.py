@@ -1,13 +1,10 @@
 """Trains DiffDis: one network, two losses, one gradient step on both (the paper's Algorithm 1).
 
     python train.py                                        the built-in data, on two CPU cores in minutes
-    python train.py --data DIR                             tars, class folders or captioned images
+    python train.py --data DIR --resume                    go on with the newest run of that data and preset
     torchrun --nproc_per_node=8 train.py --data cc3m       the paper's run, from Stable Diffusion v1
-    python train.py --resume                               go on with the newest run of that data and preset
-What it is, top to bottom: flags and recipes; the loss, as the paper writes it; optimiser and averages; cached
-latents; `Trainer`, which holds a run, its steps, log and checkpoints.
-What it is not: the formulas (diffusion.py), the networks (model.py), the scores (evaluate.py).
 
+Top to bottom: flags and recipes; the loss, as the paper writes it; optimiser, averages; latents; a run.
 Nothing random here has a state: batches, timesteps and noise are functions of (seed, step, index in the
 global batch). So a resumed run is the run that was never stopped, and N ranks see what one rank would see.
 """
@@ -25,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import is_dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +38,8 @@ from data import (BadSample, Batch, SkipReport, Source, Tokenizer, check_index, 
                   evenly_spaced, hold_out, open_source, to_float, training_batches, usable_captions)
 from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
                        noise_of, q_sample, read_prediction, signal_and_noise)
-from evaluate import (Reading, checker, everybody, in_turn, join_ranks, over_images, rank_and_world, report,
-                      retrieval, zeroshot)
+from evaluate import (Reading, checker, denoising_errors, everybody, in_turn, join_ranks, over_images,
+                      rank_and_world, report, retrieval, zeroshot)
 from model import (CLIPS, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextConfig, is_new)
 from sample import Parser, draw_images, fail, make_grid, natural, pick_device, positive, share, weight
 
@@ -137,10 +135,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def preset_of(config: Config | ClipConfig) -> str | None:
     """The preset whose networks these are."""
-    def networks(config: Config | ClipConfig) -> list:
-        return [getattr(config, name, None) for name in ("unet", "width", "layers", "patch")]
-    names = [name for name, preset in (PRESETS | CLIPS).items() if networks(preset) == networks(config)]
-    return names[0] if names else None
+    networks = attrgetter("unet") if isinstance(config, Config) else attrgetter("width", "layers", "patch")
+    presets = PRESETS if isinstance(config, Config) else CLIPS
+    return next((name for name, preset in presets.items() if networks(preset) == networks(config)), None)
 
 
 def with_flags(config, flags: dict):
@@ -223,20 +220,15 @@ class JointLoss(nn.Module):
             table = make_alphas_cumprod(getattr(model.config, f"{name}_schedule"), model.config.timesteps)
             self.register_buffer(f"{name}_alphas", table)
 
-    @torch.no_grad()
-    def encode(self, images: Tensor, noise: Tensor) -> Tensor:
-        """z = V(x), V frozen: uint8 pixels or float16 moments -> latents. Latents stay as they are."""
-        is_raw = images.dtype in (torch.uint8, torch.float16)
-        return self.model.read_batch(images, noise).float() if is_raw else images
-
     def forward(self, images: Tensor, tokens: Tensor, noise: dict, only_reads: bool = False) -> tuple:
         """Batch.images x (or latents), tokens y, noise -> z, L_IG [B], ê_0 [B, D], e [B, D], no image [B]."""
+        is_raw = images.dtype in (torch.uint8, torch.float16)           # pixels, or moments of --latents
         model, config, unet, image_loss, x0_pred = self.model, self.model.config, self.model.unet, None, None
         draws, reads = "generation" in self.tasks and not only_reads, "alignment" in self.tasks
         t_z, t_e, eps_z, eps_e = (noise[name] for name in ("t_image", "t_text", "noise", "query_noise"))
         no_text, no_image = noise["u"][:, 0] < P_UNCOND, noise["u"][:, 1] < self.p_drop_image
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            z = self.encode(images, noise["posterior_noise"])                               # z = V(x)
+            z = model.read_batch(images, noise["posterior_noise"]).float() if is_raw else images    # z = V(x)
             c, e = model.text_encoder(tokens)                                               # c, e = T(y)
             null = model.text_encoder(model.null_tokens)[0]                                 # c masked
             c, clean = null.where(no_text[:, None, None], c), z.masked_fill(no_image[:, None, None, None], 0)
@@ -369,7 +361,7 @@ def latents_name(source: Source, model: DiffDis) -> str:
         with suppress(BadSample):
             digest.update(source.content(int(i), "image"))
     for value in model.autoencoder.state_dict().values():
-        digest.update(value.cpu().contiguous().numpy().tobytes())
+        digest.update(value.cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
 
@@ -388,10 +380,8 @@ def add_latents(source: Source, model: DiffDis, folder: Path, workers: int) -> N
         for file, dtype, shape in ((path, np.float16, (2 * channels, height, width)), (marks, bool, ())):
             np.lib.format.open_memmap(file, "w+", dtype, (len(source), *shape))
     everybody(None)
-    try:
+    with models.reading(path):
         np.load(path, "r")     # refuses a file cut short, which "r+" would fill up with zeros
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole ({error}): delete it, to make it anew") from None
     moments, done = np.load(path, "r+"), np.load(marks, "r+")
     todo = np.array_split(np.flatnonzero(~done), world)[rank]
     everybody(None)            # each has its share before any is marked as done
@@ -408,7 +398,7 @@ def add_latents(source: Source, model: DiffDis, folder: Path, workers: int) -> N
     source.moments = moments
 
 
-# ---------------------------------------------------------------- state, resume
+# ---------------------------------------------------------------- a run
 def make_model(args: argparse.Namespace, source: Source, weights: str | Path | None, adapt: Callable
                ) -> DiffDis | Clip:
     """A model from these weights, or from scratch; adapt: as of `model.load`, here `settle`."""
@@ -446,30 +436,16 @@ def read_log(path: Path) -> list[dict]:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def make_loss(model: DiffDis | Clip, args: argparse.Namespace, device: torch.device, world: int) -> nn.Module:
-    bf16 = args.precision == "bf16"
-    loss = (ClipLoss(model, bf16) if isinstance(model, Clip)
-            else JointLoss(model, args.tasks, args.p_drop_image, bf16)).to(device)
-    if args.recompute:
-        model.unet.recompute_activations()
-    if args.compile:
-        loss.compile(dynamic=False)
-    # The buffers never change, and gradients need no second copy beside the buckets they are sent in.
-    return loss if world == 1 else DistributedDataParallel(
-        loss, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
-        gradient_as_bucket_view=True)
-
-
 class Trainer:
     """Everything a run holds."""
 
     def __init__(self, args: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
         """All of it from the flags, or from the run's checkpoint. Raises ValueError or OSError."""
         self.args, self.rank, self.world, self.device = args, rank, world, device
-        self.step, self.best, self.result, self.signal, self.is_stopped = 0, -1.0, None, 0, False
+        self.step, self.result, self.signal, self.is_stopped = 0, None, 0, False
         # torchrun starts a failed run's processes again with the command they had: then they are to go on.
         args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        self.folder, adapt = run_folder(args), partial(settle, args, device, world)
+        self.folder = run_folder(args)
         path = self.folder / "checkpoint.pt"
         checkpoint = models.read_checkpoint(path) if path.exists() else None
         if checkpoint and not args.resume:
@@ -480,22 +456,23 @@ class Trainer:
         check_index(source, args.max_bad)
         self.source, self.val = split(source, args.data, args.val)
         torch.manual_seed(args.seed)
-        self.model = make_model(args, self.source, path if checkpoint else args.init, adapt)
+        self.model = make_model(args, self.source, path if checkpoint else args.init,
+                                partial(settle, args, device, world))
         self.model.tasks = args.tasks
-        self.flags = {name: list(value) if isinstance(value, tuple) else value
-                      for name, value in vars(args).items() if name not in FREE_ON_RESUME}
-        self.flags |= {"latents": args.latents is not None, "samples": len(source)}      # wherever they lie
         freeze_unused(self.model, args.tasks, args.train_text_encoder)
         self.model.to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, args.lr, args.beta2, args.weight_decay,
                                         args.slower if args.init else None)
         self.averages = Averages(self.model, args.ema)
+        self.flags = {name: list(value) if isinstance(value, tuple) else value
+                      for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+        self.flags |= {"latents": args.latents is not None, "samples": len(source)}      # wherever they lie
         if checkpoint:
             self.restore(checkpoint)
         if args.latents:
             add_latents(source, self.model, Path(args.latents), args.workers)
             self.source, self.val = split(source, args.data, args.val)      # again: now they have the latents
-        self.loss, self.skips = make_loss(self.model, args, device, world), SkipReport(args.max_bad)
+        self.loss, self.skips = self.make_loss(), SkipReport(args.max_bad)
         self.begin(source)
 
     def restore(self, checkpoint: dict) -> None:
@@ -509,7 +486,19 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for name, value in checkpoint["ema"].items():
             self.averages.values[name].copy_(value)
-        self.step, self.best = state["step"], state["best"]
+        self.step = state["step"]
+
+    def make_loss(self) -> nn.Module:
+        args, bf16 = self.args, self.args.precision == "bf16"
+        loss = (ClipLoss(self.model, bf16) if isinstance(self.model, Clip)
+                else JointLoss(self.model, args.tasks, args.p_drop_image, bf16)).to(self.device)
+        if args.recompute:
+            self.model.unet.recompute_activations()
+        if args.compile:
+            loss.compile(dynamic=False)
+        # The buffers never change, and gradients need no second copy beside the buckets they are sent in.
+        return loss if self.world == 1 else DistributedDataParallel(
+            loss, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def begin(self, source: Source) -> None:
         """The run's folder, only now that nothing can be wrong any more; of its log the lines that stay."""
@@ -528,11 +517,10 @@ class Trainer:
         if self.step == 0:
             self.save()          # what cannot be written is noticed now, not after hours
 
-    def save(self, name: str = "checkpoint.pt") -> None:
+    def save(self) -> None:
         if self.rank == 0:
-            models.save(self.folder / name, self.model, self.averages.values, {
-                "optimizer": self.optimizer.state_dict(), "step": self.step, "best": self.best,
-                "args": self.flags})
+            state = {"optimizer": self.optimizer.state_dict(), "step": self.step, "args": self.flags}
+            models.save(self.folder / "checkpoint.pt", self.model, self.averages.values, state)
 
     # ------------------------------------------------------------ one step
     def parts(self, batch: Batch) -> list[Part]:
@@ -558,7 +546,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses = backward(self.loss, parts, args.align_weight)
         norm = nn.utils.clip_grad_norm_(self.averages.live.values(), MAX_NORM)
-        record = self.agree(losses, {"grad_norm": norm, "logit_scale": self.model.logit_scale.detach()})
+        record = self.agree({**{"accuracy" if name == "hits" else f"loss_{name}": values.float().mean()
+                                for name, values in losses.items()},
+                             "grad_norm": norm, "logit_scale": self.model.logit_scale.detach()})
         if not all(map(math.isfinite, record.values())):
             raise ValueError(f"step {self.step}: {self.not_finite(losses, batch)}; the last checkpoint is "
                              "from before it: start anew from that one with --init and a lower --lr")
@@ -570,21 +560,16 @@ class Trainer:
         self.step += 1
         return {**record, "lr": args.lr * factor}
 
-    def agree(self, losses: dict, alike: dict[str, Tensor]) -> dict:
-        """The means of a step over all ranks, what is alike on all, and whether one of them was told to stop;
-        the one place of a step that waits for the device."""
-        means = {"accuracy" if name == "hits" else f"loss_{name}": values.float().mean()
-                 for name, values in losses.items()}
-        means["loss"] = (means.get("loss_generation", 0)
-                         + self.args.align_weight * means.get("loss_alignment", 0))
-        means["stop"] = torch.tensor(float(self.signal > 0), device=self.device)
-        values = torch.stack(list(means.values()))
+    def agree(self, record: dict[str, Tensor]) -> dict[str, float]:
+        """A step's numbers, their means over all ranks, and whether one of these was told to stop: the one
+        place of a step that waits for the device."""
+        values = torch.stack([*record.values(), torch.tensor(float(self.signal > 0), device=self.device)])
         if self.world > 1:
             dist.all_reduce(values)
-        values = torch.cat([values / self.world, torch.stack(list(alike.values()))])
-        record = dict(zip((*means, *alike), values.tolist()))
-        self.is_stopped = record.pop("stop") > 0
-        return record
+        *means, stop = (values / self.world).tolist()
+        self.is_stopped, record = stop > 0, dict(zip(record, means))
+        return record | {"loss": record.get("loss_generation", 0.0)
+                         + self.args.align_weight * record.get("loss_alignment", 0.0)}
 
     def not_finite(self, losses: dict, batch: Batch) -> str:
         """In words, for all ranks: which task, at which timesteps, of which samples."""
@@ -612,20 +597,17 @@ class Trainer:
                     for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while self.step < args.steps and not self.is_stopped:
-                began, best, scores = time.monotonic(), self.best, {}
+                began = time.monotonic()
                 batch = next(batches)
                 self.waited += time.monotonic() - began
                 self.skips.add(batch.skipped, batch.visited)
                 self.skips.check()
                 record = self.train_step(batch)
                 self.worked += time.monotonic() - began
-                if self.step % args.eval_every == 0 or self.step == args.steps:
-                    scores = self.evaluate()
-                if scores or self.step % LOG_EVERY == 0:
-                    self.log(record | scores)
-                if self.best > best:
-                    self.save("best.pt")       # first: killed between the two, the run scores this step again
-                if scores or self.step % args.save_every == 0 or self.is_stopped:
+                is_scored = self.step % args.eval_every == 0 or self.step == args.steps
+                if is_scored or self.step % LOG_EVERY == 0:
+                    self.log(record | (self.evaluate() if is_scored else {}))
+                if is_scored or self.step % args.save_every == 0 or self.is_stopped:
                     self.save()
         finally:
             batches.close()       # its processes ignore signals: they end when told to
@@ -660,10 +642,12 @@ class Trainer:
             measure, names = (zeroshot, ["top1"]) if self.val.classes else (retrieval, ["i2t_r1", "t2i_r1"])
             self.result = measure(self.model, self.val, reading)
             scores = {f"val_{name}": round(self.result[name], 6) for name in names}
-            self.best = max(self.best, sum(scores.values()) / len(scores))
         if "generation" in args.tasks:
-            error = denoising_error(self.model, evenly_spaced(self.val, 100), reading)
-            scores["val_denoising_error"] = round(error, 6)
+            few = evenly_spaced(self.val, 100)
+            errors = over_images(self.model, few, reading, lambda latents, places: denoising_errors(
+                self.model, latents, places, self.model.encode_text(
+                    [few.captions(place)[0] for place in places])[0], 10, args.seed))
+            scores["val_denoising_error"] = round(errors.values.mean().item(), 6)
             if self.rank == 0:       # always of the same prompts, from the same noise
                 prompts = [captions[0] for captions in usable_captions(self.val, 32)]
                 images = draw_images(self.model, prompts, list(range(len(prompts))), steps=25)
@@ -679,26 +663,6 @@ class Trainer:
         if "generation" in self.args.tasks and self.args.data == "shapes":
             self.averages.swap()
             report("checker", checker(self.model, seed=self.args.seed), "shapes")
-
-
-@torch.no_grad()
-def denoising_error(model: DiffDis, source: Source, reading: Reading, levels: int = 10) -> float:
-    """Mean squared error of ẑ_0, predicted from z_t and the image's own caption, over evenly spaced t: the
-    loss of generation (Eq. 4) with target data, whatever target was trained, on images not seen."""
-    config, device = model.config, model.device
-    alphas = make_alphas_cumprod(config.image_schedule, config.timesteps).to(device)
-
-    def values_of(latents: Tensor, places: list[int]) -> Tensor:
-        context, errors = model.encode_text([source.captions(place)[0] for place in places])[0], []
-        for j in range(levels):
-            noise = noise_of(latents.shape[1:], [(reading.seed, place, j) for place in places]).to(device)
-            t = torch.full((len(places),), (2 * j + 1) * config.timesteps // (2 * levels), device=device)
-            z_t, (a, s) = q_sample(latents, t, noise, alphas), signal_and_noise(t, latents, alphas)
-            pred = model.denoise_image(z_t, t, context)
-            z_0 = read_prediction(config.image_target, pred, z_t, a, s)[0]
-            errors.append(generation_loss(z_0, latents))
-        return torch.stack(errors).mean(dim=0)
-    return over_images(model, source, reading, values_of).values.mean().item()
 
 
 def memory_gib(device: torch.device) -> float:
