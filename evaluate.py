@@ -271,26 +271,23 @@ def pick_templates(model: DiffDis | Clip, source: Source, given: Sequence[str] |
 
 
 @torch.no_grad()
-def classify_by_loss(model: DiffDis, latents: Tensor, places: list[int], contexts: Tensor, timesteps: int,
-                     reading: Reading) -> Tensor:
-    """Diffusion Classifier (Li et al. 2023): the class under whose prompt the UNet denoises an image best.
+def denoising_errors(model: DiffDis, latents: Tensor, places: list[int], contexts: Tensor, levels: int,
+                     seed: int) -> Tensor:
+    """Generation loss (Eq. 4) of images under texts, mean over `levels` evenly spaced timesteps.
 
-    latents: clean z [B, C, h, w]; places: numbers that name the images; contexts: text conditions of the
-    classes [K, L, D]; timesteps: how many, evenly spaced -> scores [B, K]: minus the mean generation loss
-    (Eq. 4), over noise that an image's classes share.
+    latents: clean z [B, C, h, w]; places: B numbers that name the images; contexts: text conditions
+    [B, L, D] -> [B], float64. Noise is a function of (seed, place, level): an image's is the same for all
+    texts, and the text under which it is denoised best describes it best (Li et al. 2023).
     """
-    config, losses = model.config, 0
-    alphas = make_alphas_cumprod(config.image_schedule, config.timesteps).to(model.device)
-    image, label = torch.cartesian_prod(torch.arange(len(latents)), torch.arange(len(contexts))).T
-    for j in range(timesteps):
-        noise = noise_of(latents.shape[1:], [(reading.seed, place, j) for place in places]).to(model.device)
-        t = torch.full((len(latents),), (2 * j + 1) * config.timesteps // (2 * timesteps)).to(model.device)
+    config, device, losses = model.config, latents.device, []
+    alphas = make_alphas_cumprod(config.image_schedule, config.timesteps).to(device)
+    for j in range(levels):
+        t = torch.full((len(latents),), (2 * j + 1) * config.timesteps // (2 * levels), device=device)
+        noise = noise_of(latents.shape[1:], [(seed, place, j) for place in places]).to(device)
         target = make_target(config.image_target, latents, noise, *signal_and_noise(t, latents, alphas))
-        z_t = q_sample(latents, t, noise, alphas)
-        parts = [generation_loss(model.denoise_image(z_t[i], t[i], contexts[k]), target[i])
-                 for i, k in zip(image.split(reading.batch_size), label.split(reading.batch_size))]
-        losses = losses + torch.cat(parts).double().view(len(latents), len(contexts))
-    return -losses / timesteps
+        pred = model.denoise_image(q_sample(latents, t, noise, alphas), t, contexts)
+        losses.append(generation_loss(pred, target))
+    return torch.stack(losses).double().mean(dim=0)
 
 
 def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading(),
@@ -310,8 +307,14 @@ def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading()
         templates = templates[:1]
         with torch.no_grad():
             contexts = model.encode_text([fill(templates[0], name) for name in names])[0]
-        read = over_images(model, source, reading, lambda latents, places: classify_by_loss(
-            model, latents, places, contexts, loss_timesteps, reading))
+
+        def scores_of(latents: Tensor, places: list[int]) -> Tensor:
+            pairs = torch.cartesian_prod(torch.arange(len(places)), torch.arange(len(names)))
+            return -torch.cat([denoising_errors(model, latents[i], [places[row] for row in i], contexts[k],
+                                                loss_timesteps, reading.seed)
+                               for i, k in (part.T for part in pairs.split(reading.batch_size))]
+                              ).view(len(places), len(names))
+        read = over_images(model, source, reading, scores_of)
         similarity = read.values
     labels = torch.tensor(read.labels)
     hits = (similarity.topk(min(5, len(names))).indices == labels[:, None]).double()
