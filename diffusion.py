@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
+from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
 Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]     # (x_t, t [B]) -> (x0_pred, eps_pred)
@@ -102,8 +102,11 @@ def alignment_loss(x0_pred: Tensor, text_query: Tensor, logit_scale: Tensor,
     ours, texts = F.normalize(x0_pred.float(), dim=-1), text_query.float()
     all_ours, all_texts, rank = ours, texts, 0
     if dist.is_initialized() and dist.get_world_size() > 1:
-        # With gradient: the other ranks' losses reach this rank's embeddings, so N ranks are one large batch.
-        all_ours, all_texts, rank = torch.cat(all_gather(ours)), torch.cat(all_gather(texts)), dist.get_rank()
+        # A sum in which each rank has its own rows, with gradient: the other ranks' losses reach these too, and
+        # N ranks are one large batch.
+        rank, after = dist.get_rank(), dist.get_world_size() - 1 - dist.get_rank()
+        all_ours, all_texts = (all_reduce(F.pad(rows, (0, 0, rank * len(rows), after * len(rows))))
+                               for rows in (ours, texts))
     scale = logit_scale.exp()
     image_logits, text_logits = scale * ours @ all_texts.T, scale * texts @ all_ours.T    # [B, N·B]
     labels = torch.arange(len(ours), device=ours.device) + rank * len(ours)

@@ -719,7 +719,9 @@ def main(argv: list[str] | None = None) -> None:
         fail("stopped by Ctrl-C or SIGTERM", 130)
     finally:
         # DDP holds on to the process group, and a thread of it that still cleans up while Python ends would
-        # abort the process: let both go first.
+        # abort the process: let both go first. Such a thread may wait for Python's lock, which collecting
+        # keeps: give it a moment, or both wait for ever.
+        time.sleep(0.1)
         gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -391,17 +391,6 @@ def test_the_log_tells_what_an_owner_asks(small, capsys, monkeypatch) -> None:
     assert {path.name for path in Path("run/samples").iterdir()} == {"step_000002.png", "step_000004.png"}
 
 
-def test_the_best_is_kept_and_remembered(small, monkeypatch) -> None:
-    scores = iter([0.2, 0.6, 0.4])
-    monkeypatch.setattr(train, "retrieval", lambda *given: dict.fromkeys(("i2t_r1", "t2i_r1"), next(scores)))
-    trainer = small("--steps", "6", "--eval-every", "2", "--save-every", "1")
-    trainer.train()
-    best = torch.load("run/best.pt", weights_only=True)["training"]
-    assert best["step"] == 4 and best["best"] == trainer.best == 0.6
-    assert small("--steps", "6", "--eval-every", "2", "--resume").best == 0.6
-    assert not list(Path("run").glob("*.part"))
-
-
 def test_only_the_log_lines_that_will_not_be_written_again_stay(small) -> None:
     small("--save-every", "1").train()
     lines = Path("run/log.jsonl").read_text()
