@@ -697,6 +697,7 @@ def run(args: argparse.Namespace) -> None:
     trainer = Trainer(args, rank, world, device)
     is_done = trainer.train()
     if dist.is_initialized():      # from here on the first rank works alone
+        time.sleep(0.1)            # gloo's threads clean up with Python's lock, which freeing DDP would keep
         dist.destroy_process_group()
     if rank == 0:
         plot_log(trainer.folder / "log.jsonl", trainer.folder / "log.png")
@@ -719,9 +720,7 @@ def main(argv: list[str] | None = None) -> None:
         fail("stopped by Ctrl-C or SIGTERM", 130)
     finally:
         # DDP holds on to the process group, and a thread of it that still cleans up while Python ends would
-        # abort the process: let both go first. Such a thread may wait for Python's lock, which collecting
-        # keeps: give it a moment, or both wait for ever.
-        time.sleep(0.1)
+        # abort the process: let both go first.
         gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()
