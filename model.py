@@ -1,14 +1,8 @@
 """The networks: Stable Diffusion's UNet with a text query in its encoder half, and all that stands around it.
 
-What it is: the UNet first, then what only serves it (autoencoder, text encoder), then `DiffDis`, which holds
-the three with their configuration, then CLIP, with which the paper compares, and last the files: Stable
-Diffusion's and CLIP's published weights in, checkpoints in and out.
+What it is: the UNet first, then what only serves it (autoencoder, text encoder), `DiffDis`, which holds the
+three, CLIP, with which the paper compares, and last the files: published weights in, checkpoints in and out.
 What it is not: attention blocks (fusion.py), noise, losses and samplers (diffusion.py), or data (data.py).
-
-The UNet has two uses and three entry points. `denoise_image` is Stable Diffusion. `denoise_query` runs only
-the *encoder half* (down and middle blocks), with one more token, the noised text query, in every attention
-block. `denoise_both` does both for a training step, the encoder half in one pass.
-
 Parameter names are those of the diffusers and transformers folders of Stable Diffusion v1; what DiffDis adds
 is named `query_...`. Read next: sample.py.
 """
@@ -63,8 +57,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """`kl`: Stable Diffusion's autoencoder.
-    `patch`: a pixel-unshuffle, which has no weights and loses nothing."""
+    """`kl`: Stable Diffusion's autoencoder. `patch`: a pixel-unshuffle, without weights and without loss."""
     kind: str = "kl"
     latent_channels: int = 4
     factor: int = 8              # pixels per latent, along a side
@@ -328,13 +321,12 @@ class PatchAutoencoder(nn.Module):
         super().__init__()
         self.config = config
 
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 3, H, W] in [-1, 1] -> mean, log-variance [B, C, H/f, W/f], before scaling; std is 0."""
+    def moments(self, images: Tensor) -> Tensor:
+        """As KLAutoencoder's, of deviation 0."""
         mean = F.pixel_unshuffle(images, self.config.factor)
-        return mean, torch.full_like(mean, -math.inf)
+        return torch.cat([mean, torch.full_like(mean, -math.inf)], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, C, H/f, W/f] -> images [B, 3, H, W], nominally in [-1, 1]."""
         return F.pixel_shuffle(latents / self.config.scale, self.config.factor)
 
 
@@ -366,12 +358,10 @@ def autoencoder_levels(widths: tuple[int, ...], down: bool) -> nn.Sequential:
         levels.append(level)
         if len(levels) == len(widths):
             return levels
-        if down:
-            level.downsamplers = nn.Sequential(chain(
-                pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2)))
-        else:
-            level.upsamplers = nn.Sequential(chain(
-                nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(width, width, 3, padding=1)))
+        name, resize, step = (("downsamplers", nn.ZeroPad2d((0, 1, 0, 1)), dict(stride=2)) if down else
+                              ("upsamplers", nn.Upsample(scale_factor=2), dict(padding=1)))
+        level.add_module(name, nn.Sequential(chain(
+            resize=resize, conv=nn.Conv2d(width, width, 3, **step))))
 
 
 class KLAutoencoder(nn.Module):
@@ -395,14 +385,14 @@ class KLAutoencoder(nn.Module):
             conv_norm_out=nn.GroupNorm(32, widths[0], eps=1e-6), silu=nn.SiLU(),
             conv_out=nn.Conv2d(widths[0], 3, 3, padding=1))
 
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 3, H, W] in [-1, 1] -> mean, log-variance [B, 4, H/8, W/8], before scaling."""
+    def moments(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1] -> mean and log-variance [B, 2C, H/f, W/f], before scaling."""
         images = images.to(self.quant_conv.weight.dtype)
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+        return torch.cat([mean, logvar.clamp(-30, 20)], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, 4, H/8, W/8] -> images [B, 3, H, W], nominally in [-1, 1]."""
+        """Scaled latents [B, C, H/f, W/f] -> images [B, 3, H, W], nominally in [-1, 1]."""
         latents = latents.to(self.post_quant_conv.weight.dtype) / self.config.scale
         return self.decoder(self.post_quant_conv(latents))
 
@@ -485,7 +475,6 @@ class DiffDis(nn.Module):
         self.unet = UNet(config)
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         self.register_buffer("null_tokens", tokenizer([""]), persistent=False)
-        self.null_encoded: Tensor | None = None           # see null_encoded_once
         initialise(self.text_encoder, config.text.width, config.text.layers)
 
     @property
@@ -496,36 +485,19 @@ class DiffDis(nn.Module):
         """Captions -> context [B, L, D], text_query [B, D] of unit norm."""
         return self.text_encoder(self.tokenizer(captions).to(self.device))
 
-    def null_context(self) -> Tensor:
-        """The empty prompt's text condition [1, L, D]."""
-        return self.text_encoder(self.null_tokens)[0] if self.null_encoded is None else self.null_encoded
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]: the posterior's mean, scaled."""
+        return self.read_batch(self.autoencoder.moments(images))
 
-    @contextmanager
-    def null_encoded_once(self) -> Iterator[None]:
-        """Within, the empty prompt is encoded once, not in every call of `denoise_query`: a tenth of sd-v1's
-        work at batch 2. The text encoder must not change meanwhile."""
-        self.null_encoded = self.null_context()
-        try:
-            yield
-        finally:
-            self.null_encoded = None
-
-    def encode_image(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """images [B, 3, H, W] in [-1, 1]
-        -> latents: the posterior's mean, or a sample if noise is given, scaled."""
-        return self.scale_latents(*self.autoencoder.moments(images), noise)
-
-    def scale_latents(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The autoencoder's moments, each [B, C, h, w] -> latents, as `encode_image`."""
+    def read_batch(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Batch.images, uint8 pixels or the autoencoder's moments, and noise, as the latents
+        -> latents: a sample of the posterior, or without noise its mean, scaled."""
+        is_pixels = images.dtype == torch.uint8
+        moments = self.autoencoder.moments(to_float(images)) if is_pixels else images.float()
+        mean, logvar = moments.chunk(2, dim=1)
         if noise is not None:
             mean = mean + torch.exp(0.5 * logvar) * noise
         return mean * self.config.autoencoder.scale
-
-    def read_batch(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Batch.images, uint8 pixels or an autoencoder's stored moments -> latents."""
-        if images.dtype == torch.uint8:
-            return self.encode_image(to_float(images), noise)
-        return self.scale_latents(*images.float().chunk(2, dim=1), noise)
 
     def decode_image(self, latents: Tensor) -> Tensor:
         """latents -> images [B, 3, H, W], nominally in [-1, 1] (clamp before saving)."""
@@ -537,11 +509,8 @@ class DiffDis(nn.Module):
 
     def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor) -> Tensor:
         """noisy_query [B, D], t_text [B], clean latents -> the text target's prediction [B, D] (Eq. 7).
-
-        There is no argument for a text: the condition c is always the null prompt's, so the answer cannot
-        leak.
-        """
-        return self.unet.denoise_query(noisy_query, t_text, latents, self.null_context())
+        No text goes in: the condition c is always the empty prompt's, so the answer cannot leak."""
+        return self.unet.denoise_query(noisy_query, t_text, latents, self.text_encoder(self.null_tokens)[0])
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Image size in px -> (channels, height, width) of its latents. Raises ValueError."""
