@@ -370,7 +370,7 @@ class Inception:
         path, self.device = models.download("inception"), device
         if not fingerprint(path).startswith(models.DOWNLOADS["inception"][1]):
             raise ValueError(f"{path} is not FID's Inception: delete it to fetch it again")
-        self.tensors = {name: value.to(device) for name, value in models.read_tensors(path).items()}
+        self.tensors = {name: value.to(device) for name, value in models.read_file(path)[0].items()}
 
     def conv(self, x: Tensor, name: str, stride: int = 1, pads: bool = True) -> Tensor:
         """A convolution without bias, batch norm, ReLU."""

@@ -1,14 +1,8 @@
 """The networks: Stable Diffusion's UNet with a text query in its encoder half, and all that stands around it.
 
-What it is: the UNet first, then what only serves it (autoencoder, text encoder), then `DiffDis`, which holds
-the three with their configuration, then CLIP, with which the paper compares, and last the files: Stable
-Diffusion's and CLIP's published weights in, checkpoints in and out.
+What it is: the UNet first, then what only serves it (autoencoder, text encoder), `DiffDis`, which holds the
+three, CLIP, with which the paper compares, and last the files: published weights in, checkpoints in and out.
 What it is not: attention blocks (fusion.py), noise, losses and samplers (diffusion.py), or data (data.py).
-
-The UNet has two uses and three entry points. `denoise_image` is Stable Diffusion. `denoise_query` runs only
-the *encoder half* (down and middle blocks), with one more token, the noised text query, in every attention
-block. `denoise_both` does both for a training step, the encoder half in one pass.
-
 Parameter names are those of the diffusers and transformers folders of Stable Diffusion v1; what DiffDis adds
 is named `query_...`. Read next: sample.py.
 """
@@ -17,7 +11,6 @@ import json
 import math
 import mmap
 import re
-import sys
 import typing
 import zipfile
 from collections import OrderedDict
@@ -63,8 +56,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """`kl`: Stable Diffusion's autoencoder.
-    `patch`: a pixel-unshuffle, which has no weights and loses nothing."""
+    """`kl`: Stable Diffusion's autoencoder. `patch`: a pixel-unshuffle, without weights and without loss."""
     kind: str = "kl"
     latent_channels: int = 4
     factor: int = 8              # pixels per latent, along a side
@@ -328,13 +320,12 @@ class PatchAutoencoder(nn.Module):
         super().__init__()
         self.config = config
 
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 3, H, W] in [-1, 1] -> mean, log-variance [B, C, H/f, W/f], before scaling; std is 0."""
+    def moments(self, images: Tensor) -> Tensor:
+        """As KLAutoencoder's, of deviation 0."""
         mean = F.pixel_unshuffle(images, self.config.factor)
-        return mean, torch.full_like(mean, -math.inf)
+        return torch.cat([mean, torch.full_like(mean, -math.inf)], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, C, H/f, W/f] -> images [B, 3, H, W], nominally in [-1, 1]."""
         return F.pixel_shuffle(latents / self.config.scale, self.config.factor)
 
 
@@ -366,12 +357,10 @@ def autoencoder_levels(widths: tuple[int, ...], down: bool) -> nn.Sequential:
         levels.append(level)
         if len(levels) == len(widths):
             return levels
-        if down:
-            level.downsamplers = nn.Sequential(chain(
-                pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2)))
-        else:
-            level.upsamplers = nn.Sequential(chain(
-                nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(width, width, 3, padding=1)))
+        name, resize, step = (("downsamplers", nn.ZeroPad2d((0, 1, 0, 1)), dict(stride=2)) if down else
+                              ("upsamplers", nn.Upsample(scale_factor=2), dict(padding=1)))
+        level.add_module(name, nn.Sequential(chain(
+            resize=resize, conv=nn.Conv2d(width, width, 3, **step))))
 
 
 class KLAutoencoder(nn.Module):
@@ -395,14 +384,14 @@ class KLAutoencoder(nn.Module):
             conv_norm_out=nn.GroupNorm(32, widths[0], eps=1e-6), silu=nn.SiLU(),
             conv_out=nn.Conv2d(widths[0], 3, 3, padding=1))
 
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 3, H, W] in [-1, 1] -> mean, log-variance [B, 4, H/8, W/8], before scaling."""
+    def moments(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1] -> mean and log-variance [B, 2C, H/f, W/f], before scaling."""
         images = images.to(self.quant_conv.weight.dtype)
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+        return torch.cat([mean, logvar.clamp(-30, 20)], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, 4, H/8, W/8] -> images [B, 3, H, W], nominally in [-1, 1]."""
+        """Scaled latents [B, C, H/f, W/f] -> images [B, 3, H, W], nominally in [-1, 1]."""
         latents = latents.to(self.post_quant_conv.weight.dtype) / self.config.scale
         return self.decoder(self.post_quant_conv(latents))
 
@@ -485,7 +474,6 @@ class DiffDis(nn.Module):
         self.unet = UNet(config)
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         self.register_buffer("null_tokens", tokenizer([""]), persistent=False)
-        self.null_encoded: Tensor | None = None           # see null_encoded_once
         initialise(self.text_encoder, config.text.width, config.text.layers)
 
     @property
@@ -496,36 +484,19 @@ class DiffDis(nn.Module):
         """Captions -> context [B, L, D], text_query [B, D] of unit norm."""
         return self.text_encoder(self.tokenizer(captions).to(self.device))
 
-    def null_context(self) -> Tensor:
-        """The empty prompt's text condition [1, L, D]."""
-        return self.text_encoder(self.null_tokens)[0] if self.null_encoded is None else self.null_encoded
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]: the posterior's mean, scaled."""
+        return self.read_batch(self.autoencoder.moments(images))
 
-    @contextmanager
-    def null_encoded_once(self) -> Iterator[None]:
-        """Within, the empty prompt is encoded once, not in every call of `denoise_query`: a tenth of sd-v1's
-        work at batch 2. The text encoder must not change meanwhile."""
-        self.null_encoded = self.null_context()
-        try:
-            yield
-        finally:
-            self.null_encoded = None
-
-    def encode_image(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """images [B, 3, H, W] in [-1, 1]
-        -> latents: the posterior's mean, or a sample if noise is given, scaled."""
-        return self.scale_latents(*self.autoencoder.moments(images), noise)
-
-    def scale_latents(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The autoencoder's moments, each [B, C, h, w] -> latents, as `encode_image`."""
+    def read_batch(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Batch.images, uint8 pixels or the autoencoder's moments, and noise, as the latents
+        -> latents: a sample of the posterior, or without noise its mean, scaled."""
+        is_pixels = images.dtype == torch.uint8
+        moments = self.autoencoder.moments(to_float(images)) if is_pixels else images.float()
+        mean, logvar = moments.chunk(2, dim=1)
         if noise is not None:
             mean = mean + torch.exp(0.5 * logvar) * noise
         return mean * self.config.autoencoder.scale
-
-    def read_batch(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Batch.images, uint8 pixels or an autoencoder's stored moments -> latents."""
-        if images.dtype == torch.uint8:
-            return self.encode_image(to_float(images), noise)
-        return self.scale_latents(*images.float().chunk(2, dim=1), noise)
 
     def decode_image(self, latents: Tensor) -> Tensor:
         """latents -> images [B, 3, H, W], nominally in [-1, 1] (clamp before saving)."""
@@ -537,11 +508,8 @@ class DiffDis(nn.Module):
 
     def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor) -> Tensor:
         """noisy_query [B, D], t_text [B], clean latents -> the text target's prediction [B, D] (Eq. 7).
-
-        There is no argument for a text: the condition c is always the null prompt's, so the answer cannot
-        leak.
-        """
-        return self.unet.denoise_query(noisy_query, t_text, latents, self.null_context())
+        No text goes in: the condition c is always the empty prompt's, so the answer cannot leak."""
+        return self.unet.denoise_query(noisy_query, t_text, latents, self.text_encoder(self.null_tokens)[0])
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Image size in px -> (channels, height, width) of its latents. Raises ValueError."""
@@ -629,7 +597,7 @@ class Clip(nn.Module):
 
 
 # ---------------------------------------------------------------- names in published files
-# Stable Diffusion: our names are those of a diffusers folder, the original files (CompVis) have others.
+# Our names are those of a diffusers folder, Stable Diffusion's original files (CompVis) have others.
 PARTS = {"unet": "unet/diffusion_pytorch_model.safetensors",
          "autoencoder": "vae/diffusion_pytorch_model.safetensors",
          "text_encoder": "text_encoder/model.safetensors"}
@@ -638,28 +606,11 @@ PREFIXES = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.
 QUERY_PREFIX = "diffdis."         # what Stable Diffusion does not have, in files we write under its names
 RES_BLOCK = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
              "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-# CLIP: our names are those of transformers, OpenCLIP's files have others.
-OPEN_CLIP_RULES = [
-    (r"^module\.", ""),                                   # of a training checkpoint
-    (r"^visual\.proj$", "visual_projection.weight"), (r"^text_projection$", "text_projection.weight"),
-    (r"^visual\.", "vision_model."), (r"^(?=transformer|positional|token_emb|ln_final)", "text_model."),
-    (r"conv1", "embeddings.patch_embedding"), (r"(token|class)_embedding", r"embeddings.\1_embedding"),
-    (r"positional_embedding", "embeddings.position_embedding.weight"),
-    (r"ln_pre", "pre_layrnorm"), (r"ln_post", "post_layernorm"), (r"ln_final", "final_layer_norm"),
-    (r"transformer\.resblocks", "encoder.layers"), (r"ln_([12])", r"layer_norm\1"),
-    (r"\.attn\.", ".self_attn."), (r"c_fc", "fc1"), (r"c_proj", "fc2")]
-
-
-def respell(name: str, rules: Iterable[tuple[str, str | Callable]]) -> str:
-    """A name after each rule in turn: a pattern, and a spelling or a function of the numbers in the match."""
-    for pattern, to in rules:
-        spelling = to if isinstance(to, str) else lambda match: to(*map(int, match.groups()))
-        name = re.sub(pattern, spelling, name)
-    return name
 
 
 def to_compvis(names: Iterable[str], config: Config) -> dict[str, str]:
-    """Our parameters' names -> {our name: CompVis's, or QUERY_PREFIX and ours}.
+    """Our parameters' names -> {our name: CompVis's, or QUERY_PREFIX and ours}, by one rule after the other:
+    a pattern, and its new spelling or a function of the numbers in it.
 
     x is a level, i a block within it; CompVis's UNet counts through flat lists, where a level has n entries.
     """
@@ -683,93 +634,55 @@ def to_compvis(names: Iterable[str], config: Config) -> dict[str, str]:
         (r"to_([qkv])", r"\1"), (r"to_out\.0", "proj_out"), (r"resnets", "block"), (r"samplers\.0", "sample"),
         (r"down_blocks", "down"), (r"up_blocks\.(\d)", lambda x: f"up.{top - x}"),     # from the finest
         (r"conv_norm_out", "norm_out"), (r"conv_shortcut", "nin_shortcut")]
-    rules = {"unet": unet, "autoencoder": autoencoder, "text_encoder": []}
-    spellings = {}
+    rules, spellings = {"unet": unet, "autoencoder": autoencoder, "text_encoder": []}, {}
     for name in names:
         part, _, rest = name.partition(".")
-        spellings[name] = (QUERY_PREFIX + name if is_new(name) else
-                           PREFIXES[part] + respell(rest, rules[part]))
+        for pattern, to in rules.get(part, []):
+            new = to if isinstance(to, str) else lambda match: to(*map(int, match.groups()))
+            rest = re.sub(pattern, new, rest)
+        spellings[name] = QUERY_PREFIX + name if is_new(name) else PREFIXES[part] + rest
     return spellings
 
 
 def from_compvis(raw: dict[str, Tensor], names: Iterable[str], config: Config, weights: str
                  ) -> dict[str, Tensor]:
     """A CompVis file's tensors under our names; those it has and we know nothing of keep theirs.
-
-    weights: "ema" prefers the UNet's averages where the file has them, "raw" leaves them aside.
-    """
+    weights: "ema" prefers the UNet's averages where the file has them, "raw" leaves them aside."""
     tensors, raw = {}, dict(raw)
     for name, theirs in to_compvis(names, config).items():
         averaged = "model_ema." + theirs.removeprefix("model.").replace(".", "")
         for spelling in (theirs, averaged) if weights == "ema" else (theirs,):
             if spelling in raw:
-                tensors[name] = raw.pop(spelling)
-                if "attn_1." in theirs:                    # written as 1×1 convolutions
-                    tensors[name] = tensors[name].squeeze()
+                value = raw.pop(spelling)
+                tensors[name] = value.squeeze() if "attn_1." in theirs else value    # 1×1 convolutions there
     return raw | tensors
 
 
-def from_open_clip(raw: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP's tensors under our names. There q, k and v have one weight and one bias, and the projections
-    are [width, embedding], ours transposed."""
-    tensors = {}
-    for theirs, value in raw.items():
-        name = respell(theirs, OPEN_CLIP_RULES)
-        if packed := re.fullmatch(r"(.*\.self_attn\.)in_proj_(weight|bias)", name):
-            tensors |= {f"{packed[1]}{part}_proj.{packed[2]}": third
-                        for part, third in zip("qkv", value.tensor_split(3))}
-        else:
-            tensors[name] = value.T.contiguous() if name.endswith("_projection.weight") else value
-    return tensors
-
-
-# What the fields of our towers are called, in the order of ClipConfig and TextConfig, and what an absent one
-# means: in the config.json of a transformers CLIPModel, and in OpenCLIP's open_clip_config.json.
+# What a transformers CLIPModel calls the fields of ClipConfig and TextConfig, in their order, and what an
+# absent one means.
 CLIP_FIELDS = {
-    "config.json": {
-        "vision_config": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-                          "patch_size": 32, "image_size": 224},
-        "text_config": {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512,
-                        "num_hidden_layers": 12, "num_attention_heads": 8}},
-    "open_clip_config.json": {
-        "vision_cfg": {"width": 768, "layers": 12, "head_width": 64, "patch_size": 16, "image_size": 224},
-        "text_cfg": {"vocab_size": 49408, "context_length": 77, "width": 512, "layers": 12, "heads": 8}}}
+    "vision_config": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+                      "patch_size": 32, "image_size": 224},
+    "text_config": {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512,
+                    "num_hidden_layers": 12, "num_attention_heads": 8}}
 
 
 def clip_config(path: Path) -> ClipConfig:
-    """A published CLIP's configuration; path: a file of one of the names in CLIP_FIELDS.
+    """The config.json of a transformers CLIPModel.
     Raises FileNotFoundError, or ValueError naming what our two towers would not obey."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path}: a folder holds Stable Diffusion (with a folder unet) or a transformers CLIP (with "
-            "config.json); an OpenCLIP file does not tell whether its activation is quick GELU or GELU, put "
-            "the model's open_clip_config.json beside it")
-    said, fields = json.loads(path.read_text(encoding="utf-8")), CLIP_FIELDS[path.name]
-    if path.name == "config.json":
-        # Old files write a tower's fields twice; transformers too lets the second win.
-        vision, text = ({"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5} | defaults
-                        | said.get(tower, {}) | (said.get(f"{tower}_dict") or {})
-                        for tower, defaults in fields.items())
-        embedding, activation = said.get("projection_dim", 512), text["hidden_act"]
-        strange = [f"{name} {vision[name]!r} and {text[name]!r}" for name, allowed in (
-            ("hidden_act", ("quick_gelu", "gelu")), ("layer_norm_eps", (1e-5,)))
-            if vision[name] != text[name] or text[name] not in allowed]
-        strange += [f"model_type {said.get('model_type')!r}"] * (said.get("model_type") != "clip")
-    else:
-        model, pixels = said["model_cfg"], said.get("preprocess_cfg", {})
-        vision, text = (defaults | model[tower] for tower, defaults in fields.items())
-        known = {"embed_dim", "quick_gelu", "mlp_ratio", "patch_dropout"}.union(fields, *fields.values())
-        strange = [name for name in (*model, *vision, *text) if name not in known]
-        strange += [f"{name} {pixels[name]}" for name, value in (("mean", CLIP_MEAN), ("std", CLIP_STD))
-                    if pixels.get(name, [*value]) != [*value]]
-        vision["head_width"] = vision["width"] // vision["head_width"]
-        embedding, activation = model["embed_dim"], "quick_gelu" if model.get("quick_gelu") else "gelu"
-    if strange:
-        raise ValueError(f"{path} has {', '.join(strange)}: expected OpenAI's two towers and pixels, both "
-                         "towers of quick_gelu or of gelu, layer_norm_eps 1e-05")
-    vision, text = ([values[name] for name in defaults]
-                    for values, defaults in zip((vision, text), fields.values()))
-    return ClipConfig(*vision, embedding, TextConfig(*text), activation)
+        raise FileNotFoundError(f"{path} is not there: a folder holds Stable Diffusion (with a folder unet) "
+                                "or a transformers CLIP (with config.json)")
+    said = {"projection_dim": 512, "model_type": None} | json.loads(path.read_text(encoding="utf-8"))
+    # Old files write a tower's fields twice; transformers too lets the second win.
+    towers = [{"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5} | defaults | said.get(name, {})
+              | (said.get(f"{name}_dict") or {}) for name, defaults in CLIP_FIELDS.items()]
+    kinds = {(said["model_type"], tower["hidden_act"], tower["layer_norm_eps"]) for tower in towers}
+    if kinds not in ({("clip", "quick_gelu", 1e-5)}, {("clip", "gelu", 1e-5)}):
+        raise ValueError(f"{path} has (model_type, hidden_act, layer_norm_eps) {kinds}, expected both towers "
+                         "to be ('clip', 'quick_gelu' or 'gelu', 1e-05)")
+    vision, text = ([tower[name] for name in names] for tower, names in zip(towers, CLIP_FIELDS.values()))
+    return ClipConfig(*vision, said["projection_dim"], TextConfig(*text), towers[0]["hidden_act"])
 
 
 # ---------------------------------------------------------------- files; nothing in them is ever run
@@ -781,16 +694,14 @@ HARMLESS = ("pytorch_lightning.", "lightning.", "numpy.")      # whose objects t
 
 
 @contextmanager
-def reading(path: str | Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Whatever goes wrong within means that a file is damaged or another program's: a ValueError of one line
-    that names it."""
+    that begins with its path. What already begins with it passes."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except Exception as error:                   # of any kind: torch's, json's, of what is not where expected
-        if isinstance(error, ValueError) and str(error).startswith(str(path)):
-            raise                                # which names it already
+        if isinstance(error, (ValueError, FileNotFoundError)) and str(error).startswith(str(path)):
+            raise
         # Of torch's own words only the first sentence: it goes on to advise switching safety off.
         reason = " ".join(str(error).split()).split(". ")[0][:400]
         raise ValueError(f"{path} cannot be used: {type(error).__name__}: {reason}") from None
@@ -811,8 +722,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if (*begins, len(mapped) - start) != (0, *ends):
         raise ValueError(f"{path} is cut short or damaged: its tensors do not fill it; fetch it again")
     for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        dtype = DTYPES[entry["dtype"]]
+        (begin, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
         values = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=start + begin)
         values = values if values.data_ptr() % dtype.itemsize == 0 else values.clone()       # not aligned
         tensors[name] = values.view(dtype).view(entry["shape"])
@@ -821,11 +731,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 class Inert(dict):
     """What stands in for an object of another program's class in a checkpoint: it holds nothing."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        pass
-
-    __setstate__ = __init__
+    __init__ = __setstate__ = lambda self, *_, **__: None
 
 
 def read_torch(path: Path) -> dict:
@@ -841,22 +747,17 @@ def read_torch(path: Path) -> dict:
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
     """A .safetensors file or one of torch.save's -> its tensors by name, and what else it says.
-    Raises FileNotFoundError or ValueError."""
+    Raises FileNotFoundError or ValueError, which begin with the path."""
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}, the file that is read of such a folder (its .bin is not)")
+        raise FileNotFoundError(f"{path} is not there, the file that is read of such a folder (no .bin is)")
     with reading(path):
-        tensors, rest = read_safetensors(path) if path.suffix == ".safetensors" else (read_torch(path),) * 2
+        tensors, said = read_safetensors(path) if path.suffix == ".safetensors" else (read_torch(path),) * 2
         tensors = tensors.get("state_dict", tensors)
-        return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}, rest
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a published file by name. Raises as `read_file`."""
-    return read_file(path)[0]
+        return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}, said
 
 
 # ---------------------------------------------------------------- downloads
-MODELS = {"sd-v1-5": "4.3 GB", "sd-v1-4": "4.3 GB"}        # their licence: CreativeML OpenRAIL-M
+MODELS = ("sd-v1-5", "sd-v1-4")        # 4.3 GB each; their licence: CreativeML OpenRAIL-M
 DOWNLOADS = {
     "sd-v1-5": ("https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/"
                 "v1-5-pruned-emaonly.safetensors",
@@ -876,7 +777,7 @@ def download(name: str) -> Path:
     path = CACHE / url.rsplit("/", 1)[1]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {url} ({MODELS.get(name, 'small')}) to {path}")
+        print(f"downloading {url} to {path}")
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError, ValueError) as error:
@@ -891,18 +792,11 @@ def locate(path: str | Path) -> Path:
     return download(str(path)) if str(path) in MODELS else run if run.is_file() else Path(path)
 
 
-def find_tokenizer(path: Path, length: int) -> Tokenizer:
-    """CLIP's vocabulary for weights at `path`: in their folder, beside them, in the cache, or downloaded."""
-    folders = [folder / name for folder in (path, path.parent) for name in ("tokenizer", "")]
-    found = [folder for folder in folders if (folder / "vocab.json").is_file()]
-    return Tokenizer.from_file(found[0] if found else download("vocabulary"), length)
-
-
-# ---------------------------------------------------------------- load, save, export
+# ---------------------------------------------------------------- save, load, export
 def describe(model: DiffDis | Clip) -> dict:
     """What a file must remember besides tensors."""
-    return {"network": "clip" if isinstance(model, Clip) else "diffdis", "config": asdict(model.config),
-            "tokenizer": model.tokenizer.to_dict(), "data": model.data, "tasks": list(model.tasks)}
+    return {"config": asdict(model.config), "tokenizer": model.tokenizer.to_dict(), "data": model.data,
+            "tasks": list(model.tasks)}
 
 
 def save(path: str | Path, model: DiffDis | Clip, ema: dict | None = None,
@@ -912,8 +806,8 @@ def save(path: str | Path, model: DiffDis | Clip, ema: dict | None = None,
     ema: averaged parameters by name, preferred by `load`; training: what resuming needs, tensors and dicts.
     Raises OSError, naming the path, when it cannot be written.
     """
-    contents = {"format": FORMAT, **describe(model), "model": model.state_dict(), "ema": ema,
-                "training": training}
+    contents = describe(model) | {"format": FORMAT, "model": model.state_dict(), "ema": ema,
+                                  "training": training}
     write_atomically(Path(path), lambda file: torch.save(contents, file))
 
 
@@ -927,41 +821,42 @@ def read_checkpoint(path: Path) -> dict:
 
 def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
     """Any file or folder that `load` takes -> its description, as `describe` writes it, and its tensors under
-    our names or CompVis's. Raises ValueError or FileNotFoundError."""
+    our names or CompVis's."""
     config = None
-    if (path / "unet").is_dir():
-        tensors = {f"{part}.{name.removeprefix('text_model.')}": value for part, file in PARTS.items()
-                   for name, value in read_tensors(path / file).items()}
-    elif path.is_dir():
-        config, tensors = clip_config(path / "config.json"), read_tensors(path / "model.safetensors")
-    else:
+    if path.is_file():
         tensors, said = read_file(path)
-        if said.get("format") == FORMAT:
+        if said.get("format") == FORMAT:                       # what `save` wrote
             return said, said["model"] | ((weights == "ema" and said["ema"]) or {})
-        if "diffdis" in said:                                  # metadata of what `export` wrote
+        if "diffdis" in said:                                  # what `export` wrote
             return json.loads(said["diffdis"]), tensors
-        if any("visual." in name for name in tensors):
-            config, tensors = clip_config(path.with_name("open_clip_config.json")), from_open_clip(tensors)
-        elif not any(name.startswith(PREFIXES["unet"]) for name in tensors):
-            raise ValueError(f"{path} is no checkpoint of DiffDis ({FORMAT!r}), Stable Diffusion "
-                             f"({PREFIXES['unet']}...) or OpenCLIP (visual....): it holds "
-                             f"{', '.join([*tensors][:4]) or 'no tensor'}. Of weights under transformers' "
-                             "names give the folder, with its config.json")
+        if not any(name.startswith(PREFIXES["unet"]) for name in tensors):
+            raise ValueError(f"{path} is no checkpoint of DiffDis ({FORMAT!r}) or Stable Diffusion "
+                             f"({PREFIXES['unet']}...): it holds {', '.join([*tensors][:4]) or 'no tensor'}. "
+                             "Of a CLIP give transformers' folder, which tests/convert_open_clip.py makes of "
+                             "OpenCLIP's file")
+    elif (path / "unet").is_dir():
+        tensors = {f"{part}.{name.removeprefix('text_model.')}": value for part, file in PARTS.items()
+                   for name, value in read_file(path / file)[0].items()}
+    else:
+        config, tensors = clip_config(path / "config.json"), read_file(path / "model.safetensors")[0]
+    tasks = ["alignment"] if config else ["generation"]        # the query stream is random
     config = config or replace(PRESETS["sd-v1"], image_size=512)      # what v1 was trained at
-    return {"network": "clip" if isinstance(config, ClipConfig) else "diffdis", "config": asdict(config),
-            "tokenizer": find_tokenizer(path, config.text.context_length).to_dict(), "foreign": True}, tensors
+    folders = [folder / name for folder in (path, path.parent) for name in ("tokenizer", "")]
+    given = [folder for folder in folders if (folder / "vocab.json").is_file()]
+    tokenizer = Tokenizer.from_file(given[0] if given else download("vocabulary"), config.text.context_length)
+    return {"config": asdict(config), "tokenizer": tokenizer.to_dict(), "tasks": tasks, "data": None,
+            "foreign": True}, tensors
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema",
          dtype: torch.dtype = torch.float32, adapt: Callable[[Config], Config] = lambda config: config
          ) -> DiffDis | Clip:
-    """A checkpoint as a model in eval mode, averaged weights preferred.
+    """A checkpoint as a model in eval mode.
 
     path: a file that `save` or `export` wrote; Stable Diffusion v1 as .ckpt, .safetensors (CompVis's names)
-    or a diffusers folder; a published CLIP as transformers' folder or OpenCLIP's file; or one of MODELS,
-    downloaded once; weights: "ema" (if the file has them) or "raw"; dtype: of the parameters; adapt: changes
-    the configuration before the networks are built. What a Stable Diffusion file does not have, the query
-    stream, starts from random weights, and this is said.
+    or a diffusers folder, whose query stream starts from random weights; a transformers CLIP's folder; or one
+    of MODELS, downloaded once; weights: "ema", averaged ones if the file has them, or "raw"; dtype: of the
+    parameters; adapt: changes the configuration before the networks are built.
     Raises FileNotFoundError or ValueError: no file, not a checkpoint, truncated, tensors that do not fit.
     """
     path = locate(path)
@@ -971,7 +866,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
                                 f"{', '.join(MODELS)}")
     with reading(path):
         said, tensors = read_weights(path, weights)
-        network, kind = (Clip, ClipConfig) if said["network"] == "clip" else (DiffDis, Config)
+        network, kind = (DiffDis, Config) if "fusion" in said["config"] else (Clip, ClipConfig)
         config, tokenizer = from_dict(kind, said["config"]), Tokenizer(**said["tokenizer"])
         if tokenizer.vocab_size != config.text.vocab_size:
             raise ValueError(f"{path}: its text encoder knows {config.text.vocab_size} tokens, the tokenizer "
@@ -979,7 +874,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     config = adapt(config)           # whose mistakes are the flags', not the file's
     with torch.device("meta"):       # no storage: nothing is initialised only to be overwritten
         model = network(config, tokenizer)
-    model.tasks, model.data = tuple(said.get("tasks", model.tasks)), said.get("data")
+    model.tasks, model.data = tuple(said["tasks"]), said["data"]
     with reading(path):
         if any(name.startswith(PREFIXES["unet"]) for name in tensors):
             tensors = from_compvis(tensors, model.state_dict(), model.config, weights)
@@ -1000,20 +895,19 @@ NEEDLESS = re.compile(
 
 def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, foreign: bool) -> None:
     """Make a file's tensors the model's own, without a copy. foreign: another program's may hold more, and
-    Stable Diffusion's lack the query stream. Raises ValueError naming what does not fit."""
+    Stable Diffusion's lack the query stream, which starts as PyTorch starts its layers.
+    Raises ValueError naming what does not fit."""
     missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
     draws = isinstance(model, DiffDis)
     fresh = [name for name in missing if foreign and draws and is_new(name)]
     ignored = [name for name in unknown if foreign and NEEDLESS.match(name)]
-    lacking = [name for name in missing if name not in fresh]
-    strange = [name for name in unknown if name not in ignored]
+    lacking, strange = sorted({*missing} - {*fresh}), sorted({*unknown} - {*ignored})
     if lacking or strange:
         raise ValueError(f"{path}: its tensors do not fit the configuration and flags: it lacks "
                          f"{', '.join(lacking[:3]) or 'none'}; unknown {', '.join(strange[:3]) or 'is none'}")
     if draws:
         model.null_tokens = model.tokenizer([""])
-    if fresh:                                    # the query stream starts as PyTorch starts its layers
-        model.tasks = ("generation",)            # it is random, beside pretrained weights
+    if fresh:
         model.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         for module in model.modules():
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
@@ -1026,8 +920,8 @@ def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, f
 def export(model: DiffDis, path: Path) -> None:
     """Write a model for other programs, as .safetensors under CompVis's names.
 
-    Stable Diffusion's part is what they expect; the query stream stands beside it under a prefix,
-    configuration and vocabulary in the metadata, so that `load` gives the whole model back.
+    The query stream stands beside Stable Diffusion's part under a prefix, configuration and vocabulary in the
+    metadata, so that `load` gives the whole model back.
     Raises ValueError for a model that is not of Stable Diffusion v1's make.
     """
     config = model.config
@@ -1035,8 +929,8 @@ def export(model: DiffDis, path: Path) -> None:
             config.autoencoder.kind, config.image_target, config.image_schedule) != ("kl", "noise", "linear"):
         raise ValueError("exported is, as OUT.safetensors, only a DiffDis with Stable Diffusion's "
                          "autoencoder, target and schedule ('kl', 'noise', 'linear')")
-    types, end = {dtype: name for name, dtype in DTYPES.items()}, 0
     tensors, names = model.state_dict(), to_compvis(model.state_dict(), config)
+    types, end = {dtype: name for name, dtype in DTYPES.items()}, 0
     header: dict = {"__metadata__": {"format": "pt", "diffdis": json.dumps(describe(model))}}
     for name, value in tensors.items():
         # Attention of the autoencoder is written as 1×1 convolutions.
@@ -1044,10 +938,9 @@ def export(model: DiffDis, path: Path) -> None:
         header[names[name]] = {"dtype": types[value.dtype], "shape": [*value.shape, *square],
                                "data_offsets": [end, end := end + value.numel() * value.itemsize]}
     head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)       # tensors begin at a multiple of 8
-    head = len(head).to_bytes(8, "little") + head
+    head = head.ljust(-(-len(head) // 8) * 8)        # tensors begin at a multiple of 8
     bodies = (value.cpu().contiguous().flatten().view(torch.uint8).numpy() for value in tensors.values())
-    write_atomically(path, lambda file: (file.write(head), file.writelines(bodies)))
+    write_atomically(path, lambda file: file.writelines([len(head).to_bytes(8, "little"), head, *bodies]))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1059,8 +952,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         export(load(args.ckpt), args.out)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     print(f"wrote {args.out}")
 
 

@@ -15,7 +15,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -88,14 +87,15 @@ def denoise_queries(model: DiffDis, latents: Tensor, noise: Tensor, steps: int =
                     guidance_scale: float = 1.0) -> Tensor:
     """The loop of Algorithm 3, with gradient: noise [B, D] -> text queries [B, D], of unit norm but for
     rounding. latents, steps, guidance_scale: as in `draw_queries`."""
-    config = model.config
+    config, null_context = model.config, model.text_encoder(model.null_tokens)[0]     # of the empty prompt
     alphas_cumprod = make_alphas_cumprod(config.text_schedule, config.timesteps).to(model.device)
 
     def predict(e_t: Tensor, t: Tensor) -> Tensor:
-        conditional = model.denoise_query(e_t, t, latents)
+        conditional = model.unet.denoise_query(e_t, t, latents, null_context)
         if guidance_scale == 1:
             return conditional
-        return guide(conditional, model.denoise_query(e_t, t, torch.zeros_like(latents)), guidance_scale)
+        unconditional = model.unet.denoise_query(e_t, t, torch.zeros_like(latents), null_context)
+        return guide(conditional, unconditional, guidance_scale)
 
     denoise = make_denoiser(predict, config.text_target, alphas_cumprod, config.gamma, unit_norm=True)
     timesteps = sampling_timesteps(steps, config.timesteps, "trailing")
@@ -114,11 +114,10 @@ def draw_queries(model: DiffDis, latents: Tensor, indices: list[int], steps: int
     No text goes in: whatever comes out was read from the image.
     """
     total = 0
-    with model.null_encoded_once() if isinstance(model, DiffDis) else nullcontext():
-        for draw in range(draws):
-            noise = noise_of((model.config.text.width,), [(seed, index, draw) for index in indices])
-            query = denoise_queries(model, latents, noise, steps, guidance_scale)
-            total = total + F.normalize(query, dim=-1)
+    for draw in range(draws):
+        noise = noise_of((model.config.text.width,), [(seed, index, draw) for index in indices])
+        query = denoise_queries(model, latents, noise, steps, guidance_scale)
+        total = total + F.normalize(query, dim=-1)
     if not torch.isfinite(total).all():
         raise ValueError("the model's text queries are not finite: its weights are not usable")
     return F.normalize(total, dim=-1)

@@ -389,7 +389,7 @@ def add_latents(source: Source, model: DiffDis, folder: Path, workers: int) -> N
                       -(-len(todo) // 32), unit="batch", disable=None if rank == 0 else True):
         if batch.captions:          # else not one of its images is usable
             rows, images = todo[list(batch.places)], to_float(batch.images.to(model.device))
-            moments[rows] = torch.cat(model.autoencoder.moments(images), dim=1).half().cpu().numpy()
+            moments[rows] = model.autoencoder.moments(images).half().cpu().numpy()
             done[rows] = True
     moments[todo[~done[todo]]], done[todo] = np.nan, True
     moments.flush()

@@ -38,11 +38,14 @@ class Oracle(torch.nn.Module):
         self.queries = model.encode_text(texts)[1]
         self.encode_text, self.encode_image = model.encode_text, model.encode_image
         self.read_batch = model.read_batch
+        self.text_encoder, self.null_tokens = model.text_encoder, model.null_tokens
+
+    unet = property(lambda self: self)
 
     def numbers(self, latents):
         return ((self.inner.decode_image(latents)[:, 0, 0, 0] + 1) * 127.5).round().long()
 
-    def denoise_query(self, noisy_query, t_text, latents):
+    def denoise_query(self, noisy_query, t_text, latents, null_context):
         return noisy_query if self.copies else self.queries[self.numbers(latents) % len(self.queries)]
 
     def denoise_image(self, noisy_latents, t_image, context):

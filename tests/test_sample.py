@@ -53,10 +53,10 @@ def test_queries_follow_algorithm_3(base, monkeypatch) -> None:
     """Guided from the zeroed latent, on the text's schedule, with fresh noise for each draw."""
     condition, nothing, seen = torch.eye(32)[:1], torch.eye(32)[1:2], []
 
-    def network(self, e_t, t, latents):
+    def network(self, e_t, t, latents, null_context):
         seen.append((e_t, int(t)))
         return condition if latents.any() else nothing
-    monkeypatch.setattr(type(base), "denoise_query", network)
+    monkeypatch.setattr(type(base.unet), "denoise_query", network)
     query = draw_queries(base, torch.ones(1, 192, 4, 4), [0], steps=2, draws=2, guidance_scale=3.0)
     expected = F.normalize(3 * condition - 2 * nothing, dim=-1)
     assert torch.allclose(query, expected, atol=1e-5)
@@ -70,8 +70,8 @@ def test_queries_follow_algorithm_3(base, monkeypatch) -> None:
 
 def test_queries_have_the_size_that_gamma_says(monkeypatch) -> None:
     model, answer, seen = build(tiny_config(gamma=0.3)), torch.eye(32)[:1], []
-    monkeypatch.setattr(type(model), "denoise_query",
-                        lambda self, e_t, t, latents: seen.append((int(t), e_t)) or answer)
+    monkeypatch.setattr(type(model.unet), "denoise_query",
+                        lambda self, e_t, t, latents, null: seen.append((int(t), e_t)) or answer)
     assert torch.allclose(draw_queries(model, torch.ones(1, 192, 4, 4), [0], steps=3), answer, atol=1e-5)
     alphas = make_alphas_cumprod("cosine", 1000).float()
     for (t, e_t), (later, after) in zip(seen, seen[1:]):
@@ -83,7 +83,7 @@ def test_queries_have_the_size_that_gamma_says(monkeypatch) -> None:
 def test_the_queries_of_several_draws_are_averaged(base, monkeypatch) -> None:
     answers = torch.eye(32).split(1)
     calls = iter(answers)
-    monkeypatch.setattr(type(base), "denoise_query", lambda self, e_t, t, latents: next(calls))
+    monkeypatch.setattr(type(base.unet), "denoise_query", lambda self, e_t, t, latents, null: next(calls))
     query = draw_queries(base, torch.zeros(1, 192, 4, 4), [0], draws=2)
     assert torch.allclose(query, F.normalize(answers[0] + answers[1], dim=-1), atol=1e-6)
 
@@ -98,16 +98,14 @@ def test_a_noise_predicting_model_stops_where_stable_diffusion_stops(monkeypatch
     assert torch.allclose(image, expected, atol=1e-4)
 
 
-def test_the_empty_prompt_is_encoded_once(base, monkeypatch) -> None:
-    calls, encode = [], type(base.text_encoder).forward
-    monkeypatch.setattr(type(base.text_encoder), "forward",
-                        lambda self, tokens: calls.append(1) or encode(self, tokens))
-    latents = torch.randn(2, 192, 4, 4)
-    once = draw_queries(base, latents, [0, 1], steps=3, draws=2, guidance_scale=2.0)
-    assert len(calls) == 1 and base.null_encoded is None
-    monkeypatch.setattr(sample, "DiffDis", int)               # whoever is no DiffDis encodes for every call
-    assert torch.equal(once, draw_queries(base, latents, [0, 1], steps=3, draws=2, guidance_scale=2.0))
-    assert len(calls) == 1 + 12
+def test_the_condition_is_the_empty_prompt_encoded_once(base, monkeypatch) -> None:
+    empty, calls, conditions = base.encode_text([""])[0], [], []
+    base.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(type(base.unet), "denoise_query", lambda self, e_t, t, latents, null_context:
+                        conditions.append(null_context) or torch.ones_like(e_t))
+    draw_queries(base, torch.randn(2, 192, 4, 4), [0, 1], steps=3, guidance_scale=2.0)
+    assert len(calls) == 1 and len(conditions) == 6
+    assert all(torch.equal(condition, empty) for condition in conditions)
 
 
 def test_queries_depend_on_the_image_index_not_on_the_batch(base) -> None:

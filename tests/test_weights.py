@@ -301,7 +301,7 @@ def test_without_a_checkpoint_stable_diffusion_comes_once(whole, tmp_path, monke
     flags = ["a dog on a beach", "--size", "64x64", "--steps", "1", "--device", "cpu"]
     sample.main(flags)
     said = capsys.readouterr().out
-    assert "checkpoint: sd-v1-5" in said and "4.3 GB" in said and "hub/v1-5.safetensors" in said
+    assert "checkpoint: sd-v1-5" in said and "hub/v1-5.safetensors" in said
     assert Image.open("sample.png").size == (256, 256)
     weights.unlink()
     assert same(whole, models.load("sd-v1-5")), "the second time from the cache"
