@@ -47,8 +47,8 @@ from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, check_i
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        sampling_timesteps, signal_and_noise)
 from model import Clip, DiffDis, TextConfig
-from sample import (CKPT_HELP, SAMPLERS, Parser, denoise_queries, draw_images, draw_queries, fail,
-                    find_checkpoint, fingerprint, finite, natural, pick_device, positive, share, to_pil,
+from sample import (CKPT_HELP, SAMPLERS, Parser, denoise_queries, draw_images, draw_queries,
+                    errors_in_one_line, find_checkpoint, fingerprint, finite, natural, pick_device, positive, share, to_pil,
                     weight)
 from sample import best_of as favourite
 
@@ -934,6 +934,7 @@ def run(args: argparse.Namespace, device: torch.device, command: str) -> None:
         print(f"wrote {args.json}")
 
 
+@errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     command = " ".join(["python evaluate.py", *(sys.argv[1:] if argv is None else argv)])
@@ -941,10 +942,6 @@ def main(argv: list[str] | None = None) -> None:
         rank, _, device = join_ranks(args.device)
         with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
             run(args, device, command)
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        fail("stopped by Ctrl-C", 130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,12 +1,10 @@
 """Prompts to PNG, with DiffDis's own judgement of what it drew.
 
-What it is: the paper's Algorithm 2 (`draw_images`, text to image) and Algorithm 3 (`draw_queries`, image to
-text query), each a few lines around the samplers of diffusion.py; what the scripts share; and a command line:
-one model draws, and with `--best-of N` keeps of N images the one it reads the prompt from best.
-
     python sample.py "a red circle above a blue square" --best-of 4
 
-What it is not: the samplers' steps (diffusion.py), or scores over a data set (evaluate.py).
+The paper's Algorithm 2 (`draw_images`, text to image) and Algorithm 3 (`draw_queries`, image to text query),
+each a few lines around the samplers of diffusion.py; what the scripts share; and a command line: one model
+draws, and with `--best-of N` keeps of N images the one it reads the prompt from best.
 Read next: evaluate.py, which scores images against texts.
 """
 import argparse
@@ -14,7 +12,8 @@ import hashlib
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -34,14 +33,6 @@ from model import DiffDis
 
 # ---------------------------------------------------------------- Algorithm 2: text -> image
 SAMPLERS = ("ddim", "dpm++")
-
-
-def image_timesteps(model: DiffDis, steps: int) -> list[int]:
-    """The timesteps to draw an image by. Raises ValueError on an impossible number of steps."""
-    # A noise-predicting model is sampled as Stable Diffusion is, from t = 981 to 1 (in 50 steps). At T-1 its
-    # x̂0 would be its error divided by √ᾱ, a fifteenfold; v and data targets have no such trouble.
-    spacing = "leading" if model.config.image_target == "noise" else "trailing"
-    return sampling_timesteps(steps, model.config.timesteps, spacing)
 
 
 @torch.no_grad()
@@ -70,11 +61,14 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
         return guide(conditional, unconditional, scale)
 
     denoise = make_denoiser(predict, config.image_target, alphas_cumprod)
-    timesteps = image_timesteps(model, steps)
+    # A noise-predicting model is sampled as Stable Diffusion is, from t = 981 to 1 (in 50 steps) and to ᾱ_0. At
+    # T-1 its x̂0 would be its error divided by √ᾱ, a fifteenfold; v and data targets have no such trouble.
+    predicts_noise = config.image_target == "noise"
+    timesteps = sampling_timesteps(steps, config.timesteps, "leading" if predicts_noise else "trailing")
     if sampler == "dpm++":
         latents = dpm_solver(denoise, z_T, timesteps, alphas_cumprod, progress)
     else:
-        last = float(alphas_cumprod[0]) if config.image_target == "noise" else 1.0
+        last = float(alphas_cumprod[0]) if predicts_noise else 1.0
         latents = ddim(denoise, z_T, timesteps, alphas_cumprod, 1.0, last, progress)
     images = model.decode_image(latents).float()
     if not torch.isfinite(images).all():
@@ -154,9 +148,20 @@ CKPT_HELP = ("checkpoint, Stable Diffusion v1 as .ckpt, .safetensors or diffuser
 
 
 def fail(error: Exception | str, status: int = 2) -> None:
-    """End the program in one line: for a user's mistake with status 2, for Ctrl-C with 130."""
+    """End the program in one line."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(status)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Around a whole program: a user's mistake ends it with status 2, Ctrl-C with 130."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C or SIGTERM", 130)
 
 
 class Parser(argparse.ArgumentParser):
@@ -218,14 +223,6 @@ def fingerprint(path: Path) -> str:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def image_size(text: str) -> tuple[int, int]:
-    width, height = map(within(int, 1, 4096), text.lower().split("x"))
-    return width, height
-
-
-image_size.__name__ = "WIDTHxHEIGHT"        # as argparse's message calls it
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Draw images for prompts.")
     add = parser.add_argument
@@ -240,7 +237,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("-n", type=positive, default=1, help="images per prompt")
     add("--best-of", type=positive, default=1, metavar="N",
         help="draw N images for each that is saved: the one from which the model reads the prompt best")
-    add("--size", type=image_size, metavar="WIDTHxHEIGHT", help="in px; without it as trained")
+    add("--size", type=within(int, 1, 4096), nargs=2, metavar=("WIDTH", "HEIGHT"),
+        help="in px; without it as trained")
     add("--out", default="sample.png", help="PNG to write; small pictures are enlarged to about 256 px")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     return parser.parse_args(argv)
@@ -300,14 +298,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+@errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        fail("stopped by Ctrl-C", 130)
+    run(parse_args(argv))
 
 
 if __name__ == "__main__":

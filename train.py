@@ -41,7 +41,8 @@ from diffusion import (alignment_loss, generation_loss, generator_of, make_alpha
 from evaluate import (Reading, checker, denoising_errors, everybody, in_turn, join_ranks, over_images,
                       rank_and_world, report, retrieval, zeroshot)
 from model import (CLIPS, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextConfig, is_new)
-from sample import Parser, draw_images, fail, make_grid, natural, pick_device, positive, share, weight
+from sample import (Parser, draw_images, errors_in_one_line, make_grid, natural, pick_device, positive, share,
+                    weight)
 
 TASKS = ("generation", "alignment")
 # What training starts from where no flag says otherwise. sd-v1: the paper's run on CC3M; a CLIP's rate, decay
@@ -710,14 +711,11 @@ def run(args: argparse.Namespace) -> None:
                   f"command with --resume --out {trainer.folder}")
 
 
+@errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C; the steps stop in their own way
     try:
         run(parse_args(argv))
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:       # before or after the steps, which have their own way to stop
-        fail("stopped by Ctrl-C or SIGTERM", 130)
     finally:
         # DDP holds on to the process group, and a thread of it that still cleans up while Python ends would
         # abort the process: let both go first.

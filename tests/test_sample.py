@@ -166,7 +166,7 @@ def test_command_line(base, tmp_path, monkeypatch, capsys) -> None:
     assert said.err.count("warning") == 1 and "'a dog outdoors' is not in the grammar" in said.err
     assert ("runs/one/checkpoint.pt" in said.out and "sample.png" in said.out
             and said.out.count("similarity") == 4)
-    flags = ["a red circle", "--steps", "1", "--device", "cpu", "--size", "64x32", "--out"]
+    flags = ["a red circle", "--steps", "1", "--device", "cpu", "--size", "64", "32", "--out"]
     for name, more in (("plain.png", []), ("negative.png", ["--negative", "a blue square"])):
         sample.main([*flags, name, *more])
     plain, negative = map(Image.open, ("plain.png", "negative.png"))
@@ -193,7 +193,7 @@ def test_weights_that_are_not_finite_draw_nothing(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("flags, message", [
     ("--ckpt x.pt", "no checkpoint"), ("--out x.jpg", ".png"), ("--out no/where.png", "existing folder"),
-    ("--size 33x32", "multiples of 8"), ("--size 64", "--size"), ("--size 8x1600000", "4096"),
+    ("--size 33 32", "multiples of 8"), ("--size 64", "--size"), ("--size 8 1600000", "4096"),
     ("--steps 2000", "1 to 1000"), ("--device cuda", "CUDA"), ("--seed -1", "--seed"),
     ("--guidance-scale nan", "--guidance-scale")])
 def test_mistakes_end_in_one_line_and_status_2(base, tmp_path, monkeypatch, capsys, flags, message) -> None:

@@ -298,7 +298,7 @@ def test_without_a_checkpoint_stable_diffusion_comes_once(whole, tmp_path, monke
           gzip.compress("\n".join(["a header", *whole.tokenizer.merges]).encode()))
     (tmp_path / "tokenizer").rename(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
-    flags = ["a dog on a beach", "--size", "64x64", "--steps", "1", "--device", "cpu"]
+    flags = ["a dog on a beach", "--size", "64", "64", "--steps", "1", "--device", "cpu"]
     sample.main(flags)
     said = capsys.readouterr().out
     assert "checkpoint: sd-v1-5" in said and "hub/v1-5.safetensors" in said
