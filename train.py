@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import signal
 import time
 from collections import Counter
@@ -617,16 +616,14 @@ class Trainer:
         return self.step == args.steps
 
     def log(self, record: dict) -> None:
-        """This step's numbers, and speed since the last line, over all ranks: to log.jsonl, and in words."""
-        waits, memory, skips = zip(*everybody(
-            (self.waited / self.worked, memory_gib(self.device), self.skips.skipped)))
-        steps_per_s, skipped = (self.step - self.logged) / self.worked, sum(skips, start=Counter())
+        """This step's numbers, and speed since the last line: to log.jsonl, and in words."""
+        skipped = sum(everybody(self.skips.skipped), start=Counter())
+        steps_per_s, data_wait = (self.step - self.logged) / self.worked, self.waited / self.worked
         self.waited, self.worked, self.logged = 0.0, 0.0, self.step
         if self.rank == 0:
-            record = {"step": self.step, **record, "data_wait": round(max(waits), 4),
+            record = {"step": self.step, **record, "data_wait": round(data_wait, 4),
                       "images_per_s": round(steps_per_s * self.args.batch_size, 1),
-                      "memory_gib": round(max(memory), 2), "skipped": skipped.total(),
-                      "skipped_by_cause": dict(sorted(skipped.items()))}
+                      "skipped": dict(sorted(skipped.items()))}
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
             print(f"step {self.step} of {self.args.steps}:",
@@ -664,12 +661,6 @@ class Trainer:
         if "generation" in self.args.tasks and self.args.data == "shapes":
             self.averages.swap()
             report("checker", checker(self.model, seed=self.args.seed), "shapes")
-
-
-def memory_gib(device: torch.device) -> float:
-    """The most memory this process has held: of the device's, or of the machine's."""
-    return (torch.cuda.max_memory_allocated(device) / 2 ** 30 if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
 
 
 def plot_log(log: Path, path: Path) -> None:

@@ -383,9 +383,9 @@ def test_the_log_tells_what_an_owner_asks(small, capsys, monkeypatch) -> None:
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
         assert {"loss", "loss_generation", "loss_alignment", "accuracy", "logit_scale", "grad_norm", "lr",
-                "images_per_s", "data_wait", "memory_gib", "skipped", "skipped_by_cause", "val_i2t_r1",
-                "val_t2i_r1", "val_denoising_error"} <= line.keys()
-        assert 0 <= line["data_wait"] <= 1 and line["memory_gib"] > 0
+                "images_per_s", "data_wait", "skipped", "val_i2t_r1", "val_t2i_r1",
+                "val_denoising_error"} <= line.keys()
+        assert 0 <= line["data_wait"] <= 1
     assert "step 2 of 4" in capsys.readouterr().out, "progress"
     assert len(Image.open("run/log.png").convert("RGB").getcolors(100000)) > 2
     assert {path.name for path in Path("run/samples").iterdir()} == {"step_000002.png", "step_000004.png"}
