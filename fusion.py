@@ -42,15 +42,15 @@ class FusionConfig:
 class Attention(nn.Module):
     """Multi-head attention by PyTorch's fused kernel: softmax(q kᵀ / √d) v.
 
-    Without `context` it is self-attention. q, k and v have no bias, the output has one (Stable Diffusion's).
+    Without `context` it is self-attention. bias: of q, k and v, which only the autoencoder's have.
     """
 
-    def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
+    def __init__(self, width: int, heads: int, context_width: int | None = None, bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context_width or width, width, bias=False)
-        self.to_v = nn.Linear(context_width or width, width, bias=False)
+        self.to_q = nn.Linear(width, width, bias)
+        self.to_k = nn.Linear(context_width or width, width, bias)
+        self.to_v = nn.Linear(context_width or width, width, bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list: the pretrained key is `to_out.0`
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:

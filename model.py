@@ -11,12 +11,11 @@ import json
 import math
 import mmap
 import re
-import typing
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import CACHE, Tokenizer, to_float, write_atomically
-from fusion import AlignmentTransformer, FusionConfig, SpatialTransformer, TransformerBlock
+from fusion import AlignmentTransformer, Attention, FusionConfig, SpatialTransformer, TransformerBlock
 
 TARGETS = ("noise", "v", "data")       # what a network may be asked to predict; formulas in diffusion.py
 SCHEDULES = ("linear", "cosine")
@@ -109,9 +108,9 @@ class ClipConfig:
 
 
 def from_dict(config: type, values: dict):
-    """The inverse of `dataclasses.asdict` for Config and ClipConfig, also after JSON, which has lists for
-    tuples. Raises TypeError or ValueError on fields that this version does not know, or misses."""
-    kinds = typing.get_type_hints(config)
+    """The inverse of `asdict` for Config and ClipConfig, also after JSON, which has lists for tuples. Raises
+    TypeError on fields that this version does not know, or misses."""
+    kinds = {field.name: field.type for field in fields(config)}
     return config(**{name: from_dict(kinds[name], value) if is_dataclass(kinds.get(name)) else
                      tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
@@ -189,11 +188,8 @@ class TwoTaskBlock(TransformerBlock):
 
 
 class Level(nn.Module):
-    """Residual and attention blocks in turn, of one width: a level of the UNet, or its middle.
-
-    inputs: channels into each residual block; attentions: how many of them an attention block follows;
-    fusion: of dual-stream blocks, through which the text query passes (section 3.3), or None.
-    """
+    """Residual blocks with these channels into each, an attention block after the first `attentions` of them:
+    a level of the UNet, or its middle. With `fusion` the text query passes through (section 3.3)."""
 
     def __init__(self, config: Config, inputs: list[int], width: int, attentions: int,
                  fusion: FusionConfig | None) -> None:
@@ -244,17 +240,16 @@ class UNet(nn.Module):
                 nn.init.zeros_(parameter)
 
     def recompute_activations(self) -> None:
-        """Activation checkpointing: keep what passes between blocks, compute what is inside them again in the
-        backward pass. A third more work, a fraction of the memory."""
+        """Activation checkpointing: compute what is inside of blocks again in the backward pass."""
         for module in self.modules():
             if isinstance(module, (ResBlock, SpatialTransformer)):
                 module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
     def encode(self, latents: Tensor, t_image: Tensor, context: Tensor, noisy_query: Tensor | None = None,
                t_text: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
-        """The encoder half: latents [B, C, H, W], t_image [B], context [B or 1, L, D], query e_t [B, D] with
-        t_text [B], or neither -> middle features, the skips for the decoder half, timestep embedding, the
-        query's last state h_e. A query of fewer rows belongs to the last ones."""
+        """The encoder half: latents [B, C, H, W], t_image [B], context [B or 1, L, D], and e_t [B', D] with
+        t_text [B'] of the last B' rows, or neither -> middle features, skips for the decoder half, timestep
+        embedding, the query's last state h_e."""
         emb, dtype, query, state = self.time_embedding(t_image), self.conv_in.weight.dtype, None, None
         if noisy_query is not None:
             query = noisy_query.to(dtype) + self.query_time_embedding(t_text)
@@ -284,15 +279,13 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def denoise_image(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor) -> Tensor:
-        """Φ_u (Eq. 4), the text query masked: what Stable Diffusion computes
-        -> prediction, as noisy_latents."""
+        """Φ_u (Eq. 4), the text query masked: Stable Diffusion -> prediction, as noisy_latents."""
         x, skips, emb, _ = self.encode(noisy_latents, t_image, context)
         return self.decode(x, skips, emb, context)
 
     def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor,
                       null_context: Tensor) -> Tensor:
-        """Φ_θ (Eq. 7): noisy_query e_t [B, D], t_text [B], the clean image as condition, null_context
-        [1, L, D] -> prediction [B, D]."""
+        """Φ_θ (Eq. 7): e_t [B, D], t_text [B], clean latents, null_context [1, L, D] -> prediction [B, D]."""
         t_image = torch.full_like(t_text, self.condition_timestep)      # for all: 0 … T-1 mean noisy images
         features, _, _, state = self.encode(latents, t_image, null_context, noisy_query, t_text)
         return self.query_head(state, features)
@@ -335,16 +328,12 @@ class AutoencoderMiddle(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(channels, channels, eps=1e-6) for _ in range(2))
-        self.attentions = nn.ModuleList([nn.ModuleDict({
-            "group_norm": nn.GroupNorm(32, channels, eps=1e-6),
-            **{f"to_{name}": nn.Linear(channels, channels) for name in "qkv"},
-            "to_out": nn.ModuleList([nn.Linear(channels, channels)])})])
+        self.attentions = nn.ModuleList([Attention(channels, heads=1, bias=True)])
+        self.attentions[0].group_norm = nn.GroupNorm(32, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         x, attention = self.resnets[0](x), self.attentions[0]
-        tokens = attention["group_norm"](x).flatten(2).transpose(1, 2)         # [B, H·W, C]
-        q, k, v = (attention[f"to_{name}"](tokens).unsqueeze(1) for name in "qkv")
-        tokens = attention["to_out"][0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        tokens = attention(attention.group_norm(x).flatten(2).transpose(1, 2))       # [B, H·W, C]
         return self.resnets[1](x + tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
@@ -352,15 +341,14 @@ def autoencoder_levels(widths: tuple[int, ...], down: bool) -> nn.Sequential:
     """Residual blocks of each width; between widths the side is halved on the way down, else doubled."""
     levels = nn.Sequential()
     for before, width in zip((widths[0], *widths), widths):
-        level = chain(resnets=nn.Sequential(*(
-            ResBlock(before if i == 0 else width, width, eps=1e-6) for i in range(2 if down else 3))))
-        levels.append(level)
+        inputs = [before, width] if down else [before, width, width]
+        levels.append(chain(resnets=nn.Sequential(*(ResBlock(c, width, eps=1e-6) for c in inputs))))
         if len(levels) == len(widths):
             return levels
         name, resize, step = (("downsamplers", nn.ZeroPad2d((0, 1, 0, 1)), dict(stride=2)) if down else
                               ("upsamplers", nn.Upsample(scale_factor=2), dict(padding=1)))
-        level.add_module(name, nn.Sequential(chain(
-            resize=resize, conv=nn.Conv2d(width, width, 3, **step))))
+        conv = nn.Conv2d(width, width, 3, **step)
+        levels[-1].add_module(name, nn.Sequential(chain(resize=resize, conv=conv)))
 
 
 class KLAutoencoder(nn.Module):
@@ -415,8 +403,7 @@ class ClipLayer(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + attn["out_proj"](h.transpose(1, 2).flatten(2))
         h = self.mlp["fc1"](self.layer_norm2(x))
-        # quick GELU: CLIP's own, not PyTorch's
-        h = F.gelu(h) if self.activation == "gelu" else h * torch.sigmoid(1.702 * h)
+        h = F.gelu(h) if self.activation == "gelu" else h * torch.sigmoid(1.702 * h)       # CLIP's quick GELU
         return x + self.mlp["fc2"](h)
 
 
@@ -444,11 +431,8 @@ class TextEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.width)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [B, L] int64 -> context c [B, L, D]; text query e [B, D], float32, of unit norm.
-
-        e is read at the first end token, which has the largest id: padding with it (as Stable Diffusion does)
-        or with anything smaller changes nothing, because attention is causal.
-        """
+        """tokens [B, L] int64 -> context c [B, L, D]; text query e [B, D], float32, of unit norm: read at the
+        first end token, which has the largest id. Attention is causal: no padding after it changes e."""
         x = self.embeddings["token_embedding"](tokens)
         x = x + self.embeddings["position_embedding"].weight[:tokens.shape[1]]
         context = self.final_layer_norm(self.encoder(x))
@@ -468,8 +452,8 @@ class DiffDis(nn.Module):
         self.config, self.tokenizer = config, tokenizer
         self.tasks: tuple[str, ...] = ("generation", "alignment")     # what its weights were trained for
         self.data: str | None = None                      # and on, as --data has it; None: not recorded
-        self.autoencoder = (KLAutoencoder if config.autoencoder.kind == "kl" else PatchAutoencoder)(
-            config.autoencoder)
+        autoencoder = KLAutoencoder if config.autoencoder.kind == "kl" else PatchAutoencoder
+        self.autoencoder = autoencoder(config.autoencoder)
         self.text_encoder = TextEncoder(config.text)
         self.unet = UNet(config)
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
@@ -507,8 +491,8 @@ class DiffDis(nn.Module):
         return self.unet.denoise_image(noisy_latents, t_image, context)
 
     def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor) -> Tensor:
-        """noisy_query [B, D], t_text [B], clean latents -> the text target's prediction [B, D] (Eq. 7).
-        No text goes in: the condition c is always the empty prompt's, so the answer cannot leak."""
+        """noisy_query [B, D], t_text [B], clean latents -> the text target's prediction [B, D] (Eq. 7). No
+        text goes in, c is the empty prompt's: the answer cannot leak."""
         return self.unet.denoise_query(noisy_query, t_text, latents, self.text_encoder(self.null_tokens)[0])
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -539,8 +523,7 @@ class ClipImageEncoder(nn.Module):
             "patch_embedding": nn.Conv2d(3, width, config.patch, stride=config.patch, bias=False),
             "position_embedding": nn.Embedding(tokens, width)})
         self.embeddings.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
-        # The slip in the first name is the published key's own.
-        self.pre_layrnorm, self.post_layernorm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.pre_layrnorm, self.post_layernorm = nn.LayerNorm(width), nn.LayerNorm(width)   # published so
         self.encoder = chain(layers=nn.Sequential(*(
             ClipLayer(width, config.heads, False, config.activation) for _ in range(config.layers))))
 
@@ -553,10 +536,7 @@ class ClipImageEncoder(nn.Module):
 
 
 class Clip(nn.Module):
-    """Two towers and a temperature: what DiffDis's alignment is compared with (the paper's Table 1).
-
-    train.py and evaluate.py use it as they use a DiffDis that only reads.
-    """
+    """Two towers and a temperature (Table 1), used as a DiffDis that only reads."""
 
     def __init__(self, config: ClipConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
@@ -574,9 +554,7 @@ class Clip(nn.Module):
             nn.init.normal_(layer.weight, std=config.width ** -0.5)
         nn.init.normal_(self.text_projection.weight, std=config.text.width ** -0.5)
 
-    @property
-    def device(self) -> torch.device:
-        return self.logit_scale.device
+    device = DiffDis.device
 
     def read_batch(self, images: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] -> [B, 3, S, S] of CLIP's mean and deviation."""
@@ -609,24 +587,20 @@ RES_BLOCK = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "e
 
 
 def to_compvis(names: Iterable[str], config: Config) -> dict[str, str]:
-    """Our parameters' names -> {our name: CompVis's, or QUERY_PREFIX and ours}, by one rule after the other:
-    a pattern, and its new spelling or a function of the numbers in it.
-
-    x is a level, i a block within it; CompVis's UNet counts through flat lists, where a level has n entries.
-    """
+    """Our parameters' names -> {our name: CompVis's, or QUERY_PREFIX and ours}, by one rule after another: a
+    pattern, and its new spelling or a function of the numbers in it, of level x and block i in the level.
+    CompVis's UNet counts through flat lists, where a level has n entries."""
     n, attention = config.unet.res_blocks + 1, config.unet.attention[::-1]
     top = len(config.autoencoder.channels) - 1
     unet = [
         *((rf"(resnets\.\d)\.{ours}", rf"\1.{theirs}") for ours, theirs in RES_BLOCK.items()),
         (r"^time_embedding\.linear_(\d)", lambda i: f"time_embed.{2 * i - 2}"),
         (r"^conv_in", "input_blocks.0.0"), (r"^conv_norm_out", "out.0"), (r"^conv_out", "out.2"),
-        (r"^down_blocks\.(\d)\.resnets\.(\d)", lambda x, i: f"input_blocks.{1 + n * x + i}.0"),
-        (r"^down_blocks\.(\d)\.attentions\.(\d)", lambda x, i: f"input_blocks.{1 + n * x + i}.1"),
+        (r"resnets\.(\d)", r"\1.0"), (r"attentions\.(\d)", r"\1.1"),
+        (r"^down_blocks\.(\d)\.(\d)", lambda x, i: f"input_blocks.{1 + n * x + i}"),
         (r"^down_blocks\.(\d)\.downsamplers\.0\.conv", lambda x: f"input_blocks.{n + n * x}.0.op"),
-        (r"^mid_block\.resnets\.(\d)", lambda i: f"middle_block.{2 * i}"),
-        (r"^mid_block\.attentions\.0", "middle_block.1"),
-        (r"^up_blocks\.(\d)\.resnets\.(\d)", lambda x, i: f"output_blocks.{n * x + i}.0"),
-        (r"^up_blocks\.(\d)\.attentions\.(\d)", lambda x, i: f"output_blocks.{n * x + i}.1"),
+        (r"^mid_block\.(\d)\.(\d)", lambda i, j: f"middle_block.{2 * i + j}"),
+        (r"^up_blocks\.(\d)\.(\d)", lambda x, i: f"output_blocks.{n * x + i}"),
         (r"^up_blocks\.(\d)\.upsamplers\.0", lambda x: f"output_blocks.{n * x + n - 1}.{1 + attention[x]}")]
     autoencoder = [
         (r"mid_block\.resnets\.(\d)", lambda i: f"mid.block_{i + 1}"),
@@ -644,12 +618,11 @@ def to_compvis(names: Iterable[str], config: Config) -> dict[str, str]:
     return spellings
 
 
-def from_compvis(raw: dict[str, Tensor], names: Iterable[str], config: Config, weights: str
-                 ) -> dict[str, Tensor]:
-    """A CompVis file's tensors under our names; those it has and we know nothing of keep theirs.
-    weights: "ema" prefers the UNet's averages where the file has them, "raw" leaves them aside."""
+def from_compvis(raw: dict[str, Tensor], model: DiffDis, weights: str) -> dict[str, Tensor]:
+    """A CompVis file's tensors under our names; whatever else there is keeps its name. weights: "ema" prefers
+    the UNet's averages where the file has them, "raw" leaves them aside."""
     tensors, raw = {}, dict(raw)
-    for name, theirs in to_compvis(names, config).items():
+    for name, theirs in to_compvis(model.state_dict(), model.config).items():
         averaged = "model_ema." + theirs.removeprefix("model.").replace(".", "")
         for spelling in (theirs, averaged) if weights == "ema" else (theirs,):
             if spelling in raw:
@@ -658,8 +631,7 @@ def from_compvis(raw: dict[str, Tensor], names: Iterable[str], config: Config, w
     return raw | tensors
 
 
-# What a transformers CLIPModel calls the fields of ClipConfig and TextConfig, in their order, and what an
-# absent one means.
+# transformers' names of the fields of ClipConfig and TextConfig, in order, and what an absent one means.
 CLIP_FIELDS = {
     "vision_config": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
                       "patch_size": 32, "image_size": 224},
@@ -668,11 +640,7 @@ CLIP_FIELDS = {
 
 
 def clip_config(path: Path) -> ClipConfig:
-    """The config.json of a transformers CLIPModel.
-    Raises FileNotFoundError, or ValueError naming what our two towers would not obey."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: a folder holds Stable Diffusion (with a folder unet) "
-                                "or a transformers CLIP (with config.json)")
+    """The config.json of a transformers CLIPModel. Raises ValueError on what our towers would not obey."""
     said = {"projection_dim": 512, "model_type": None} | json.loads(path.read_text(encoding="utf-8"))
     # Old files write a tower's fields twice; transformers too lets the second win.
     towers = [{"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5} | defaults | said.get(name, {})
@@ -688,8 +656,7 @@ def clip_config(path: Path) -> ClipConfig:
 # ---------------------------------------------------------------- files; nothing in them is ever run
 FORMAT = "diffdis-1"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool}
+          "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
 HARMLESS = ("pytorch_lightning.", "lightning.", "numpy.")      # whose objects training programs leave behind
 
 
@@ -700,7 +667,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:                   # of any kind: torch's, json's, of what is not where expected
-        if isinstance(error, (ValueError, FileNotFoundError)) and str(error).startswith(str(path)):
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
         # Of torch's own words only the first sentence: it goes on to advise switching safety off.
         reason = " ".join(str(error).split()).split(". ")[0][:400]
@@ -708,11 +675,8 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A .safetensors file -> tensors mapped from the file (read when touched), metadata.
-
-    The format: 8 bytes of header length; a JSON header of name: dtype, shape, byte range; then the bytes.
-    Raises ValueError, or what comes of a damaged header, where the ranges do not tile the rest of the file.
-    """
+    """A .safetensors file (8 bytes of header length; a JSON header of name: dtype, shape, byte range; then
+    bytes, which the ranges must tile) -> tensors mapped from the file (read when touched), metadata."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     start = 8 + int.from_bytes(mapped[:8], "little")
@@ -724,8 +688,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, entry in header.items():
         (begin, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
         values = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=start + begin)
-        values = values if values.data_ptr() % dtype.itemsize == 0 else values.clone()       # not aligned
-        tensors[name] = values.view(dtype).view(entry["shape"])
+        is_aligned = values.data_ptr() % dtype.itemsize == 0
+        tensors[name] = (values if is_aligned else values.clone()).view(dtype).view(entry["shape"])
     return tensors, metadata
 
 
@@ -746,10 +710,7 @@ def read_torch(path: Path) -> dict:
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """A .safetensors file or one of torch.save's -> its tensors by name, and what else it says.
-    Raises FileNotFoundError or ValueError, which begin with the path."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there, the file that is read of such a folder (no .bin is)")
+    """A .safetensors file or torch.save's -> its tensors by name, what else it says. Raises ValueError."""
     with reading(path):
         tensors, said = read_safetensors(path) if path.suffix == ".safetensors" else (read_torch(path),) * 2
         tensors = tensors.get("state_dict", tensors)
@@ -757,18 +718,15 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 # ---------------------------------------------------------------- downloads
-MODELS = ("sd-v1-5", "sd-v1-4")        # 4.3 GB each; their licence: CreativeML OpenRAIL-M
+MODELS = ("sd-v1-5",)        # 4.3 GB; licence: CreativeML OpenRAIL-M
 DOWNLOADS = {
     "sd-v1-5": ("https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/"
                 "v1-5-pruned-emaonly.safetensors",
                 "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa"),
-    "sd-v1-4": ("https://huggingface.co/CompVis/stable-diffusion-v-1-4-original/resolve/main/sd-v1-4.ckpt",
-                "fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556"),
     "vocabulary": ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
                    "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
-    # Of this one only the beginning of the sha256 is published, in its name.
     "inception": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                  "pt_inception-2015-12-05-6726825d.pth", "6726825d")}
+                  "pt_inception-2015-12-05-6726825d.pth", "6726825d")}       # all that is published of it
 
 
 def download(name: str) -> Path:
@@ -781,8 +739,8 @@ def download(name: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError, ValueError) as error:
-            raise OSError(f"could not download {url} ({error}): try again, put the file at {path} yourself, "
-                          "train a model with `python train.py`, or give another as --ckpt") from None
+            raise OSError(f"could not download {url} ({error}): put the file at {path} yourself, train a "
+                          "model with `python train.py`, or give another as --ckpt") from None
     return path
 
 
@@ -801,22 +759,11 @@ def describe(model: DiffDis | Clip) -> dict:
 
 def save(path: str | Path, model: DiffDis | Clip, ema: dict | None = None,
          training: dict | None = None) -> None:
-    """Write a checkpoint atomically: it is complete under its name, or the old one is still there.
-
-    ema: averaged parameters by name, preferred by `load`; training: what resuming needs, tensors and dicts.
-    Raises OSError, naming the path, when it cannot be written.
-    """
+    """Write a checkpoint, or leave the old one and raise OSError. ema: averaged parameters by name, preferred
+    by `load`; training: what resuming needs, tensors and dicts."""
     contents = describe(model) | {"format": FORMAT, "model": model.state_dict(), "ema": ema,
                                   "training": training}
     write_atomically(Path(path), lambda file: torch.save(contents, file))
-
-
-def read_checkpoint(path: Path) -> dict:
-    """What `save` wrote, mapped to CPU memory. Raises FileNotFoundError or ValueError."""
-    contents = read_file(path)[1]
-    if contents.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a DiffDis checkpoint of format {FORMAT!r}")
-    return contents
 
 
 def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
@@ -832,38 +779,34 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
         if not any(name.startswith(PREFIXES["unet"]) for name in tensors):
             raise ValueError(f"{path} is no checkpoint of DiffDis ({FORMAT!r}) or Stable Diffusion "
                              f"({PREFIXES['unet']}...): it holds {', '.join([*tensors][:4]) or 'no tensor'}. "
-                             "Of a CLIP give transformers' folder, which tests/convert_open_clip.py makes of "
-                             "OpenCLIP's file")
+                             "Of a CLIP give transformers' folder, as tests/convert_open_clip.py writes it")
     elif (path / "unet").is_dir():
         tensors = {f"{part}.{name.removeprefix('text_model.')}": value for part, file in PARTS.items()
                    for name, value in read_file(path / file)[0].items()}
     else:
         config, tensors = clip_config(path / "config.json"), read_file(path / "model.safetensors")[0]
-    tasks = ["alignment"] if config else ["generation"]        # the query stream is random
     config = config or replace(PRESETS["sd-v1"], image_size=512)      # what v1 was trained at
     folders = [folder / name for folder in (path, path.parent) for name in ("tokenizer", "")]
     given = [folder for folder in folders if (folder / "vocab.json").is_file()]
     tokenizer = Tokenizer.from_file(given[0] if given else download("vocabulary"), config.text.context_length)
-    return {"config": asdict(config), "tokenizer": tokenizer.to_dict(), "tasks": tasks, "data": None,
-            "foreign": True}, tensors
+    return {"config": asdict(config), "tokenizer": tokenizer.to_dict(), "data": None, "foreign": True,
+            "tasks": ["generation"] if isinstance(config, Config) else ["alignment"]}, tensors
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema",
          dtype: torch.dtype = torch.float32, adapt: Callable[[Config], Config] = lambda config: config
          ) -> DiffDis | Clip:
-    """A checkpoint as a model in eval mode.
+    """A checkpoint as a model in eval mode. Raises FileNotFoundError or ValueError.
 
-    path: a file that `save` or `export` wrote; Stable Diffusion v1 as .ckpt, .safetensors (CompVis's names)
-    or a diffusers folder, whose query stream starts from random weights; a transformers CLIP's folder; or one
-    of MODELS, downloaded once; weights: "ema", averaged ones if the file has them, or "raw"; dtype: of the
-    parameters; adapt: changes the configuration before the networks are built.
-    Raises FileNotFoundError or ValueError: no file, not a checkpoint, truncated, tensors that do not fit.
+    path: what `save` or `export` wrote; Stable Diffusion v1 as .ckpt, .safetensors (CompVis's names) or
+    diffusers folder (one with a folder unet), whose query stream starts from random weights; a transformers
+    CLIP's folder (one with config.json); or one of MODELS, downloaded once; weights: "ema", averaged ones if
+    the file has them, or "raw"; adapt: changes the configuration before the networks are built.
     """
     path = locate(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py`, give a file or "
-                                "folder of Stable Diffusion v1 or CLIP, or name one to download: "
-                                f"{', '.join(MODELS)}")
+                                f"folder of Stable Diffusion v1, or {' or '.join(MODELS)} to download it")
     with reading(path):
         said, tensors = read_weights(path, weights)
         network, kind = (DiffDis, Config) if "fusion" in said["config"] else (Clip, ClipConfig)
@@ -876,8 +819,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
         model = network(config, tokenizer)
     model.tasks, model.data = tuple(said["tasks"]), said["data"]
     with reading(path):
-        if any(name.startswith(PREFIXES["unet"]) for name in tensors):
-            tensors = from_compvis(tensors, model.state_dict(), model.config, weights)
+        if network is DiffDis:
+            tensors = from_compvis(tensors, model, weights)
         put_tensors(model, tensors, path, "foreign" in said)
     model.to(device, torch.float32)              # files may hold half precision
     for name, part in model.named_children():
@@ -894,9 +837,8 @@ NEEDLESS = re.compile(
 
 
 def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, foreign: bool) -> None:
-    """Make a file's tensors the model's own, without a copy. foreign: another program's may hold more, and
-    Stable Diffusion's lack the query stream, which starts as PyTorch starts its layers.
-    Raises ValueError naming what does not fit."""
+    """Make a file's tensors the model's own, without a copy, or raise ValueError naming what does not fit.
+    foreign: another program's file may hold more, and Stable Diffusion's lacks the query stream."""
     missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
     draws = isinstance(model, DiffDis)
     fresh = [name for name in missing if foreign and draws and is_new(name)]
@@ -907,7 +849,7 @@ def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, f
                          f"{', '.join(lacking[:3]) or 'none'}; unknown {', '.join(strange[:3]) or 'is none'}")
     if draws:
         model.null_tokens = model.tokenizer([""])
-    if fresh:
+    if fresh:                                    # the query stream starts as PyTorch starts its layers
         model.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         for module in model.modules():
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
@@ -918,19 +860,16 @@ def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, f
 
 
 def export(model: DiffDis, path: Path) -> None:
-    """Write a model for other programs, as .safetensors under CompVis's names.
-
-    The query stream stands beside Stable Diffusion's part under a prefix, configuration and vocabulary in the
-    metadata, so that `load` gives the whole model back.
-    Raises ValueError for a model that is not of Stable Diffusion v1's make.
-    """
+    """Write a model for other programs, under CompVis's names. The query stream stands beside under a prefix,
+    configuration and vocabulary in the metadata, so that `load` gives the whole model back.
+    Raises ValueError for a model that is not of Stable Diffusion v1's make."""
     config = model.config
     if isinstance(model, Clip) or path.suffix != ".safetensors" or (
             config.autoencoder.kind, config.image_target, config.image_schedule) != ("kl", "noise", "linear"):
         raise ValueError("exported is, as OUT.safetensors, only a DiffDis with Stable Diffusion's "
                          "autoencoder, target and schedule ('kl', 'noise', 'linear')")
-    tensors, names = model.state_dict(), to_compvis(model.state_dict(), config)
-    types, end = {dtype: name for name, dtype in DTYPES.items()}, 0
+    tensors, types, end = model.state_dict(), {dtype: name for name, dtype in DTYPES.items()}, 0
+    names = to_compvis(tensors, config)
     header: dict = {"__metadata__": {"format": "pt", "diffdis": json.dumps(describe(model))}}
     for name, value in tensors.items():
         # Attention of the autoencoder is written as 1×1 convolutions.

@@ -447,7 +447,7 @@ class Trainer:
         args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         self.folder = run_folder(args)
         path = self.folder / "checkpoint.pt"
-        checkpoint = models.read_checkpoint(path) if path.exists() else None
+        checkpoint = models.read_file(path)[1] if path.exists() else None
         if checkpoint and not args.resume:
             raise ValueError(f"{path} is there: add --resume to go on with it, or choose another --out")
         if args.resume and not checkpoint and rank == 0:
@@ -477,7 +477,7 @@ class Trainer:
 
     def restore(self, checkpoint: dict) -> None:
         """Go on where the run was saved. Raises ValueError, naming what differs, where it is not the same."""
-        state = checkpoint["training"] or {}
+        state = checkpoint.get("training") or {}         # none in weights alone
         before = state.get("args", {})
         differ = [f"--{name.replace('_', '-')} was {before.get(name)}, is {value}"
                   for name, value in self.flags.items() if before.get(name) != value]

@@ -9,11 +9,10 @@ import re
 import sys
 from pathlib import Path
 
+import conftest  # noqa: F401  (which puts the project on the import path)
 import safetensors.torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from model import CLIP_FIELDS, CLIP_MEAN, CLIP_STD, read_file  # noqa: E402
+from model import CLIP_FIELDS, CLIP_MEAN, CLIP_STD, read_file
 
 # OpenCLIP's names of CLIP_FIELDS, in their order, and what an absent one means.
 FIELDS = {"vision_cfg": {"width": 768, "layers": 12, "head_width": 64, "patch_size": 16, "image_size": 224},
@@ -48,9 +47,9 @@ def convert(file: Path, folder: Path) -> None:
     for name, value in read_file(file)[0].items():
         for pattern, spelling in RULES.items():
             name = re.sub(pattern, spelling, name)
-        if packed := re.fullmatch(r"(.*\.self_attn\.)in_proj_(weight|bias)", name):      # q, k and v in one
+        if "in_proj_" in name:
             for part, third in zip("qkv", value.tensor_split(3)):
-                tensors[f"{packed[1]}{part}_proj.{packed[2]}"] = third.clone()
+                tensors[name.replace("in_proj_", f"{part}_proj.")] = third.clone()
         else:
             tensors[name] = value.T.contiguous() if "_projection." in name else value
     folder.mkdir(parents=True, exist_ok=True)

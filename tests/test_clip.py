@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from convert_open_clip import convert
 from conftest import build, import_oracle, put_vocabulary, randomise, tiny_clip_config
+from convert_open_clip import convert
 
 import model as models
 from data import Shapes, Tokenizer
