@@ -902,7 +902,7 @@ def find_tokenizer(path: Path, length: int) -> Tokenizer:
 def describe(model: DiffDis | Clip) -> dict:
     """What a file must remember besides tensors."""
     return {"network": "clip" if isinstance(model, Clip) else "diffdis", "config": asdict(model.config),
-            "tokenizer": model.tokenizer.to_dict(), "data": model.data, "tasks": list(model.tasks)}
+            "tokenizer": asdict(model.tokenizer), "data": model.data, "tasks": list(model.tasks)}
 
 
 def save(path: str | Path, model: DiffDis | Clip, ema: dict | None = None,
@@ -949,7 +949,7 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
                              "names give the folder, with its config.json")
     config = config or replace(PRESETS["sd-v1"], image_size=512)      # what v1 was trained at
     return {"network": "clip" if isinstance(config, ClipConfig) else "diffdis", "config": asdict(config),
-            "tokenizer": find_tokenizer(path, config.text.context_length).to_dict(), "foreign": True}, tensors
+            "tokenizer": asdict(find_tokenizer(path, config.text.context_length)), "foreign": True}, tensors
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema",

@@ -6,6 +6,7 @@ import os
 import random
 import unicodedata
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_learning_equals_the_textbook_algorithm() -> None:
 def test_round_trips(tokenizer: Tokenizer, tmp_path) -> None:
     for text in ("a dog on the beach", "naïve 犬 🐶", "x"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    again = Tokenizer(**tokenizer.to_dict())
+    again = Tokenizer(**asdict(tokenizer))
     assert again.id == tokenizer.id and again.context_length == 16
     save_folder(tokenizer, tmp_path)
     path = tmp_path / "vocabulary.txt.gz"
