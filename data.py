@@ -1,4 +1,4 @@
-"""From files to batches: CLIP's tokenizer; images that may be broken; random crops and RandAugment, for CLIP;
+"""From files to batches: CLIP's tokenizer; images that may be broken; random crops and RandAugment for CLIP;
 the sources that `--data` names; batches that are a function of the step alone; and `shapes`, data that needs
 no files, with a checker that judges a picture by its pixels alone.
 
@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from glob import glob
-from itertools import chain, count, product
+from itertools import chain, count, pairwise, product
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -50,8 +50,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:        # torch.save's word for a full disk is a RuntimeError
-        reason = getattr(error, "strerror", None) or "writing stopped short: is the disk full?"
-        raise OSError(f"cannot write {path}: {reason}; whatever was there before is intact") from None
+        raise OSError(f"cannot write {path} ({error}); whatever was there before is intact") from None
     finally:
         part.unlink(missing_ok=True)                # also after Ctrl-C
 
@@ -122,8 +121,7 @@ class Tokenizer:
         frequency, holders = Counter(), defaultdict(set)
 
         def add(i: int, sign: int) -> None:
-            parts = words[i].split()
-            for pair in zip(parts, parts[1:]):
+            for pair in pairwise(words[i].split()):
                 frequency[pair] += sign * counts[i]
                 holders[pair].add(i)
         for i in range(len(words)):
@@ -143,7 +141,7 @@ class Tokenizer:
         word = spread(piece)
         while True:
             parts = word.split()
-            known = [pair for pair in zip(parts, parts[1:]) if pair in self.rank]
+            known = [pair for pair in pairwise(parts) if pair in self.rank]
             if not known:
                 return tuple(self.id[part] for part in parts)
             pair = min(known, key=self.rank.get)
@@ -175,7 +173,6 @@ class Tokenizer:
 # ---------------------------------------------------------------- images that may be broken
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")     # no others: Pillow would start Ghostscript for an EPS
-MIN_SIDE = 8                                       # px; smaller pictures, as of trackers, show nothing
 Image.MAX_IMAGE_PIXELS = 32_000_000                # Pillow refuses twice as many: a decompression bomb
 warnings.filterwarnings("ignore", module="PIL")    # on large pictures and odd metadata
 
@@ -186,10 +183,8 @@ class BadSample(Exception):
 
 def decode_image(raw: bytes, side: int | None = None) -> Image.Image:
     """Bytes of a JPEG, PNG, WebP or GIF (first frame), of any mode -> upright RGB picture. Raises BadSample.
-
     side: px that are needed; a JPEG more than twice as large is decoded at a half, a quarter or an eighth of
-    its size, which saves time. None: at full size.
-    """
+    its size, which saves time. None: at full size."""
     try:
         image = Image.open(io.BytesIO(raw), formats=IMAGE_FORMATS)
         if side is not None:
@@ -202,7 +197,7 @@ def decode_image(raw: bytes, side: int | None = None) -> Image.Image:
         image = image.convert("RGB")
     except Exception:       # Pillow's decoders raise nearly anything on damaged files
         raise BadSample("unreadable image") from None
-    if min(image.size) < MIN_SIDE:
+    if min(image.size) < 8:                       # px: trackers and the like show nothing
         raise BadSample("image too small")
     return image
 
@@ -285,11 +280,6 @@ class Sample(NamedTuple):
     place: int                           # its number in the source; in training in the stream
 
 
-def usable(captions: list) -> list[str]:
-    """Those that are strings and say anything."""
-    return [caption.strip() for caption in captions if isinstance(caption, str) and clean(caption)]
-
-
 class Source:
     """Image-caption samples by index: images as files, each of a class, with texts, or with KEY.txt or
     KEY.json beside it. `rows` are those in use, of all there are. Other kinds have a key and a content, or
@@ -327,21 +317,19 @@ class Source:
             return (image if kind == "image" else image.with_suffix(f".{kind}")).read_bytes()
         return b""
 
-    def label(self, index: int) -> int | None:
-        return None if self.labels is None else self.labels[self.rows[index]]
-
     def captions(self, index: int) -> list[str]:
         """All captions of a sample, its image left undecoded. Raises BadSample."""
         if self.texts is not None:
             return self.texts[self.rows[index]]
         if self.labels is not None:
-            name = self.classes[self.label(index)]
+            name = self.classes[self.labels[self.rows[index]]]
             return [f"a photo of a{'n' if name[0].lower() in 'aeiou' else ''} {name}"]
-        lines = usable(self.content(index, "txt").decode("utf-8-sig", errors="replace").splitlines())
-        listed = []
-        with suppress(ValueError, AttributeError, RecursionError):      # no JSON object, or absurdly nested
-            several = (fields := json.loads(self.content(index, "json"))).get("captions")
-            listed = usable(several if isinstance(several, list) else [fields.get("caption")])
+        lines, meta = self.content(index, "txt").decode("utf-8-sig", errors="replace").splitlines(), {}
+        with suppress(ValueError, TypeError, RecursionError):      # no JSON object, or absurdly nested
+            meta = dict(json.loads(self.content(index, "json")))
+        listed = meta["captions"] if isinstance(meta.get("captions"), list) else [meta.get("caption")]
+        lines, listed = ([text.strip() for text in texts if isinstance(text, str) and clean(text)]
+                         for texts in (lines, listed))
         # KEY.txt wins: the list in KEY.json is used only where it agrees with it.
         if captions := listed if listed and (not lines or lines[0] in listed) else lines:
             return captions
@@ -357,7 +345,8 @@ class Source:
 
     def read(self, index: int, side: int | None = None) -> Sample:
         captions = self.captions(index)          # first: a bad one costs no decoding
-        return Sample(self.image(index, side), captions, self.label(index), self.key(index), index)
+        label = self.labels and self.labels[self.rows[index]]
+        return Sample(self.image(index, side), captions, label, self.key(index), index)
 
     def __getitem__(self, index: int) -> tuple[Sample | None, list[str]]:
         """As `make_batch` takes it."""
@@ -369,10 +358,8 @@ class Source:
 
 class TarSource(Source):
     """img2dataset's tars (CC3M's layout): KEY.jpg, KEY.txt and/or KEY.json, members of a sample side by side.
-
-    The tars' headers are read once, and the index kept in CACHE. After that a sample is a few reads at known
-    places: samples come in any order, and to go on where one was a number is enough.
-    """
+    The headers are read once, and the index kept in CACHE: then a sample is a few reads at known places, and
+    to go on where one was a number is enough."""
     KINDS = ("image", "txt", "json")
 
     def __init__(self, name: str, tars: list[Path]) -> None:
@@ -417,15 +404,16 @@ class TarSource(Source):
         # Zeros end a whole tar. tarfile stops without a word at a header that it cannot read.
         if not end or len(rest) < 512 or rest.strip(b"\0"):
             self.skipped["damaged shard"] += max(1, round((len(samples) - 1) * (size / max(1, end) - 1)))
-            print(f"warning: {path} is empty, cut short, compressed or no tar: {size - end:,} of {size:,} "
-                  "bytes are lost", file=sys.stderr)
-        whole = [(key, parts) for key, parts in samples if "image" in parts and len(parts) > 1]
-        imageless = sum("image" not in parts for _, parts in samples)
-        self.skipped += Counter({"no image": imageless, "no caption": len(samples) - len(whole) - imageless})
-        places = [[shard, *chain.from_iterable(parts.get(kind, (0, -1)) for kind in self.KINDS)]
-                  for _, parts in whole]
-        return (np.array([key.encode(errors="replace")[:200] for key, _ in whole], bytes),
-                np.array(places, np.int64).reshape(-1, 7))
+            print(f"warning: {path} is damaged, or compressed: {size - end:,} of {size:,} bytes are lost",
+                  file=sys.stderr)
+        keys, places = [], []
+        for key, parts in samples:
+            if "image" in parts and len(parts) > 1:
+                keys.append(key.encode(errors="replace")[:200])
+                places.append([shard, *chain.from_iterable(parts.get(kind, (0, -1)) for kind in self.KINDS)])
+            else:
+                self.skipped["no caption" if "image" in parts else "no image"] += 1
+        return np.array(keys, bytes), np.array(places, np.int64).reshape(-1, 7)
 
     def key(self, index: int) -> str:
         return self.keys[self.rows[index]].decode(errors="replace")
@@ -468,17 +456,11 @@ def usable_captions(source: Source, limit: int) -> Iterator[list[str]]:
 
 
 # ---------------------------------------------------------------- what --data names
-HALF = regex.compile(r"(train|val|valid|validation|dev|test)(ing)?\d*", regex.IGNORECASE)
-
-
 def open_source(name: str, split: str = "train", max_bad: float = 1.0) -> Source:
-    """What `--data` names -> a source.
+    """What `--data` names -> a source. Raises FileNotFoundError or ValueError.
 
     name: "shapes"; "cc3m" (./cc3m or ./data/cc3m); a tar; Karpathy's table, NAME.json; a list of images,
-    NAME.txt; or a folder, of which `split` takes its half.
-    max_bad: share of the samples that indexing may have to leave out.
-    Raises FileNotFoundError or ValueError: what came, what was expected, what to do.
-    """
+    NAME.txt; or a folder, of which `split` takes its half. max_bad: share that indexing may leave out."""
     if name == "shapes":
         return Shapes(split)
     path = Path("data/cc3m" if name == "cc3m" and not Path(name).is_dir() else name).absolute()
@@ -505,10 +487,10 @@ def open_folder(path: Path, split: str) -> Source:
     folders = {file.parent for file in files}
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError(f"links in {root} lead to the same folder twice: remove one")
-    halves = {part for folder in folders for part in folder.relative_to(path).parts if HALF.fullmatch(part)}
+    halves = {part for folder in folders for part in folder.relative_to(path).parts
+              if regex.fullmatch(r"(train|val|valid|validation|dev|test)(ing)?\d*", part, regex.IGNORECASE)}
     if halves and root == path:
-        raise ValueError(f"{path} has no folder {split}, but below it {', '.join(sorted(halves))}: name one "
-                         "to use")
+        raise ValueError(f"{path} has no folder {split}, but below it {', '.join(sorted(halves))}: name one")
     tars, images = ([file for file in files if file.suffix[1:].lower() in suffixes]
                     for suffixes in (("tar",), IMAGE_SUFFIXES))
     texts = {file.with_suffix("") for file in files if file.suffix in (".txt", ".json")}
@@ -537,8 +519,7 @@ def class_names(root: Path, tags: list[str]) -> tuple[list[str], list[int]]:
     "TAG NAME, …". Raises ValueError."""
     number = {tag: i for i, tag in enumerate(sorted(set(tags)))}
     names = [tag.replace("_", " ") for tag in number]
-    tables = [folder / "classnames.txt" for folder in (root, root.parent)]
-    if table := next(filter(Path.is_file, tables), None):
+    if table := next(filter(Path.is_file, (root / "classnames.txt", root.parent / "classnames.txt")), None):
         lines = [line.partition(",")[0].split(maxsplit=1) for line in text_lines(table)]
         said = sorted((words[0], words[1].replace("_", " ").strip()) for words in lines if len(words) > 1)
         wrong, names = {tag for tag, _ in said} ^ number.keys(), [name for _, name in said]
@@ -565,12 +546,9 @@ def open_list(table: Path, split: str) -> Source:
 
 
 def open_karpathy(table: Path, split: str) -> Source:
-    """COCO or Flickr with Karpathy's split (Karpathy and Fei-Fei 2015): each image's first five captions.
-
-    table: dataset_NAME.json; the pictures lie in its folder as "filepath/filename", or without filepath.
-    split: "train", his train and restval; "val", his *test*, on which the field compares retrieval, of five
-    captions each. Raises FileNotFoundError or ValueError.
-    """
+    """COCO or Flickr with Karpathy's split (Karpathy and Fei-Fei 2015), the pictures beside the table as
+    "filepath/filename" or "filename". "train" is his train and restval; "val" is his *test*, on which the
+    field compares retrieval, each image with its first five captions. Raises FileNotFoundError, ValueError."""
     wanted, least = (("train", "restval"), 1) if split == "train" else (("test",), 5)
     try:
         entries = [entry for entry in json.loads(table.read_bytes())["images"] if entry["split"] in wanted]
@@ -658,12 +636,11 @@ class Stream:
                 # read() may have decoded it at twice the needed side. That is enough: a part of half the area
                 # is at its narrowest sqrt(1/2 · 3/4) = 0.61 of the shorter side, still more than image_size.
                 rng = np.random.default_rng([self.seed, epoch, index, 1])
-                image = rand_augment(random_crop(sample.image, self.image_size, rng), rng)
-                sample = sample._replace(image=image)
+                crop = random_crop(sample.image, self.image_size, rng)
+                sample = sample._replace(image=rand_augment(crop, rng))
             choice = np.random.default_rng([self.seed, epoch, index]).integers(len(sample.captions))
             return sample._replace(captions=sample.captions[choice], place=position), causes
-        raise ValueError(f"100 unusable samples in a row ({dict(Counter(causes))}): is it an image-caption "
-                         "data set?")
+        raise ValueError(f"100 unusable samples in a row ({dict(Counter(causes))}): no image-caption data?")
 
 
 def leave_signals(worker: int) -> None:
@@ -678,10 +655,8 @@ def training_batches(source: Source, image_size: int, batch_size: int, seed: int
     """Endless training batches from number `start` on, of each this rank's rows, every `world`-th. No batch
     depends on those before it: to resume the step is enough, and workers and ranks change nothing.
 
-    batch_size: over all ranks; workers: processes that read, decode, crop and tokenise, 0 for none, which
-    close() ends; draw: number of the batch -> what else training needs; options: of `Stream`.
-    Raises ValueError where nothing usable is left.
-    """
+    batch_size: over all ranks; workers: processes that read, decode, crop and tokenise, which close() ends;
+    draw: number of the batch -> what else training needs; options: of `Stream`. Raises ValueError."""
     rows = (range(k * batch_size + rank, (k + 1) * batch_size, world) for k in count(start))
     try:
         yield from DataLoader(
@@ -808,8 +783,7 @@ class Shapes(Source):
     split "train": endless in practice, pairs of TRAIN_PAIRS, one scene in ten a single thing. Scenes come in
     twos whose captions have the same words and another meaning: they share a batch, so that telling captions
     apart means reading all of them, not just spotting a colour. "val": each meaning of held-out pairs once
-    ("A above B" and "B below A" are one). "classes": single things of 24 classes such as "red circle".
-    """
+    ("A above B" and "B below A" are one). "classes": single things of 24 classes such as "red circle"."""
 
     def __init__(self, split: str = "train", seed: int = 0) -> None:
         super().__init__("shapes")
@@ -854,10 +828,8 @@ Fit = namedtuple("Fit", "overlap shape radius alpha")      # intersection over u
 
 def parse(caption: str) -> tuple[tuple[Thing, ...], str | None]:
     """A caption of the grammar -> its things and relation. Raises ValueError on anything else."""
-    match = CAPTION.fullmatch(clean(caption))
-    if match is None:
-        raise ValueError(f"{caption!r} is not in the grammar of shapes, "
-                         "e.g. 'a red circle above a small blue square'")
+    if not (match := CAPTION.fullmatch(clean(caption))):
+        raise ValueError(f"{caption!r} is not in the grammar of 'a red circle above a small blue square'")
     words = match.groups(default="")
     return (Thing(*words[:3]), Thing(*words[4:]))[:1 + bool(words[3])], words[3] or None
 
@@ -894,14 +866,10 @@ def best_fit(mask: np.ndarray) -> Fit:
 
 
 def check(image: np.ndarray, caption: str) -> dict[str, bool]:
-    """Whether a picture shows what a caption of `shapes` says, decided from the pixels alone.
-
-    image: uint8 [32, 32, 3] -> {"colour", "shape", "size", "relation", "all"}: the mentioned colours are
-    there, and nothing else stands out; each thing of its colour has the right shape, cleanly; the right size;
-    and they stand as the caption says. Raises ValueError on other pictures and captions.
-    """
-    if image.shape != (SIDE, SIDE, 3) or image.dtype != np.uint8:
-        raise ValueError(f"a picture of {image.dtype} {image.shape}, expected uint8 {(SIDE, SIDE, 3)}")
+    """Whether a picture, uint8 [32, 32, 3], shows what a caption of `shapes` says, decided from its pixels
+    alone -> {"colour", "shape", "size", "relation", "all"}: the mentioned colours are there, and nothing else
+    stands out; each thing of its colour has the right shape, cleanly; the right size; and they stand as the
+    caption says. Raises ValueError on other captions."""
     things, relation = parse(caption)
     masks, mentioned = colour_masks(image), {thing.colour for thing in things}
     # Only pixels mostly of a colour count here: faint noise all over the ground must not add up to a thing.
@@ -916,9 +884,8 @@ def check(image: np.ndarray, caption: str) -> dict[str, bool]:
     axis = RELATIONS.get(relation, (0, 0))
     offset = centroid(masks[things[0].colour]) - centroid(masks[things[-1].colour])      # first from second
     verdict = {
-        "colour": present == mentioned and strays <= MAX_STRAYS,
+        "colour": present == mentioned and bool(strays <= MAX_STRAYS),
         "shape": [fit.shape for fit in fits if fit.overlap >= MIN_OVERLAP] == [t.shape for t in things],
         "size": [fit.radius < middle for fit in fits] == [thing.size == "small" for thing in things],
-        "relation": relation is None or offset @ axis > max(abs(offset @ axis[::-1]), 4.0)}
-    verdict = {name: bool(value) for name, value in verdict.items()}
+        "relation": relation is None or bool(offset @ axis > max(abs(offset @ axis[::-1]), 4.0))}
     return {**verdict, "all": all(verdict.values())}

@@ -81,8 +81,6 @@ def test_checker_refuses_what_the_caption_does_not_mention() -> None:
     for name, image in (("grey square", square), ("light ground", lighter), ("specks", specks),
                         ("red specks", red_specks), ("cyan for blue", cyan)):
         assert not check(image, scene.caption())["all"], f"the checker would count a {name} as right"
-    with pytest.raises(ValueError, match="uint8"):
-        check(good.repeat(2, 0).repeat(2, 1), scene.caption())
 
 
 def test_checker_names_what_is_wrong() -> None:
