@@ -548,7 +548,7 @@ def open_list(table: Path, split: str) -> Source:
 def open_karpathy(table: Path, split: str) -> Source:
     """COCO or Flickr with Karpathy's split (Karpathy and Fei-Fei 2015), the pictures beside the table as
     "filepath/filename" or "filename". "train" is his train and restval; "val" is his *test*, on which the
-    field compares retrieval, each image with its first five captions. Raises FileNotFoundError, ValueError."""
+    field compares retrieval, of each image the first five captions. Raises FileNotFoundError, ValueError."""
     wanted, least = (("train", "restval"), 1) if split == "train" else (("test",), 5)
     try:
         entries = [entry for entry in json.loads(table.read_bytes())["images"] if entry["split"] in wanted]
