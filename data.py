@@ -1,10 +1,8 @@
-"""Captions to tokens, files to images, and a world of coloured shapes that needs no files at all.
+"""From files to batches: CLIP's tokenizer; images that may be broken; random crops and RandAugment for CLIP;
+the sources that `--data` names; batches that are a function of the step alone; and `shapes`, data that needs
+no files, with a checker that judges a picture by its pixels alone.
 
-What it is, top to bottom: CLIP's tokenizer, which can also learn a vocabulary; images that may be broken;
-random crops and RandAugment, for training CLIP; the sources that `--data` names; batches that are a function
-of the step alone; the built-in data `shapes`, and its checker, which judges a picture by its pixels alone.
 What it is not: noise, or a network. It imports no other file of the project.
-
 A bad sample is never fatal and never silent: it is counted by cause, and too many of them stop the run.
 Read next: model.py.
 """
@@ -20,13 +18,13 @@ import signal
 import sys
 import tarfile
 import warnings
-import zlib
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import count, product
+from glob import glob
+from itertools import chain, count, pairwise, product
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -36,7 +34,7 @@ import regex
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 CACHE = Path(torch.hub.get_dir()) / "diffdis"     # downloads, and indices of tars
@@ -52,8 +50,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:        # torch.save's word for a full disk is a RuntimeError
-        reason = getattr(error, "strerror", None) or "writing stopped short: is the disk full?"
-        raise OSError(f"cannot write {path}: {reason}; whatever was there before is intact") from None
+        raise OSError(f"cannot write {path} ({error}); whatever was there before is intact") from None
     finally:
         part.unlink(missing_ok=True)                # also after Ctrl-C
 
@@ -78,31 +75,20 @@ def clean(caption: str) -> str:
     return regex.sub(r"\s+", " ", text).strip().lower()
 
 
-def symbols_of(piece: str) -> list[str]:
-    """A piece as BPE starts on it: byte by byte, the last one marked."""
-    symbols = [SYMBOLS[byte] for byte in piece.encode("utf-8")]
-    return [*symbols[:-1], symbols[-1] + WORD_END]
+def spread(piece: str) -> str:
+    """A piece as BPE starts on it: byte by byte, the last one marked, each between spaces of its own, so that
+    str.replace joins just the pairs that are meant."""
+    return "".join(f" {SYMBOLS[byte]} " for byte in piece.encode("utf-8"))[:-1] + WORD_END + " "
 
 
-def merge_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    """Join each occurrence of the pair, from the left."""
-    merged, i = [], 0
-    while i < len(parts):
-        joins = tuple(parts[i:i + 2]) == pair
-        merged.append("".join(pair) if joins else parts[i])
-        i += 2 if joins else 1
-    return merged
-
-
+@dataclass(eq=False)
 class Tokenizer:
-    """CLIP's byte-level byte-pair encoding (Radford et al. 2021).
+    """CLIP's byte-level byte-pair encoding (Radford et al. 2021)."""
+    merges: list[str]             # "left right", in the order they were learnt
+    context_length: int = 77      # L, tokens per caption, ends included
 
-    merges: "left right" in the order they were learnt; context_length: L, tokens per caption, ends included.
-    """
-
-    def __init__(self, merges: list[str], context_length: int = 77) -> None:
-        self.merges, self.context_length = merges, context_length
-        self.rank = {tuple(merge.split(" ")): i for i, merge in enumerate(merges)}
+    def __post_init__(self) -> None:
+        self.rank = {tuple(merge.split(" ")): i for i, merge in enumerate(self.merges)}
         base = list(SYMBOLS.values())
         self.names = [*base, *(s + WORD_END for s in base), *map("".join, self.rank), START, END]
         self.id = {name: i for i, name in enumerate(self.names)}
@@ -115,16 +101,14 @@ class Tokenizer:
         Raises ValueError on anything else."""
         path = Path(path)
         try:
-            text = ((path / "merges.txt").read_text("utf-8") if path.is_dir()
-                    else gzip.decompress(path.read_bytes()).decode("utf-8"))
-            # The first line is a headline; CLIP's own file holds more merges than CLIP uses.
-            merges = list(filter(None, text.split("\n")[1:49152 - 256 - 2 + 1]))
-            if {merge.count(" ") for merge in merges} != {1}:
-                raise ValueError("expected lines of two symbols")
+            raw = (path / "merges.txt").read_bytes() if path.is_dir() else gzip.decompress(path.read_bytes())
+            # After a headline; CLIP's own file holds more merges than CLIP uses.
+            merges = list(filter(None, raw.decode("utf-8").splitlines()[1:49152 - 256 - 2 + 1]))
             tokenizer = cls(merges, context_length)
-            if path.is_dir() and json.loads((path / "vocab.json").read_bytes()) != tokenizer.id:
-                raise ValueError("vocab.json is not the table that merges.txt gives by CLIP's rule")
-        except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+            table = json.loads((path / "vocab.json").read_bytes()) if path.is_dir() else tokenizer.id
+            if table != tokenizer.id or {merge.count(" ") for merge in merges} != {1}:
+                raise ValueError("expected lines of two symbols, and the vocab.json that they give")
+        except Exception as error:      # what a damaged file raises has many names
             raise ValueError(f"{path} is no vocabulary of CLIP's ({error}): fetch it again") from None
         return tokenizer
 
@@ -133,11 +117,11 @@ class Tokenizer:
         """Learn merges from captions: the most frequent pair first, ties in alphabetical order.
         vocab_size: at most this many tokens, at least 514; fewer if nothing is left to merge."""
         pieces = Counter(piece for caption in captions for piece in PIECES.findall(clean(caption)))
-        words, merges = list(map(symbols_of, pieces)), []
-        counts, frequency, holders = list(pieces.values()), Counter(), defaultdict(set)
+        words, counts, merges = list(map(spread, pieces)), list(pieces.values()), []
+        frequency, holders = Counter(), defaultdict(set)
 
         def add(i: int, sign: int) -> None:
-            for pair in zip(words[i], words[i][1:]):
+            for pair in pairwise(words[i].split()):
                 frequency[pair] += sign * counts[i]
                 holders[pair].add(i)
         for i in range(len(words)):
@@ -147,24 +131,21 @@ class Tokenizer:
             merges.append(" ".join(pair))
             for i in holders.pop(pair):          # only the words that change
                 add(i, -1)
-                words[i] = merge_pair(words[i], pair)
+                words[i] = words[i].replace(" {}  {} ".format(*pair), " {}{} ".format(*pair))
                 add(i, 1)
         return cls(merges, context_length)
-
-    def to_dict(self) -> dict:
-        """What `Tokenizer(**values)` takes."""
-        return {"merges": self.merges, "context_length": self.context_length}
 
     @lru_cache(maxsize=2 ** 16)
     def spell(self, piece: str) -> tuple[int, ...]:
         """One piece -> ids: start from bytes, apply the earliest learnt merge that fits until none does."""
-        parts = symbols_of(piece)
-        while len(parts) > 1:
-            pair = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, len(self.rank)))
-            if pair not in self.rank:
-                break
-            parts = merge_pair(parts, pair)
-        return tuple(self.id[part] for part in parts)
+        word = spread(piece)
+        while True:
+            parts = word.split()
+            known = [pair for pair in pairwise(parts) if pair in self.rank]
+            if not known:
+                return tuple(self.id[part] for part in parts)
+            pair = min(known, key=self.rank.get)
+            word = word.replace(" {}  {} ".format(*pair), " {}{} ".format(*pair))
 
     def encode(self, caption: str) -> list[int]:
         """A caption -> ids, without start and end."""
@@ -177,48 +158,35 @@ class Tokenizer:
         return bytes(byte_of[symbol] for symbol in text).decode("utf-8", errors="replace").strip()
 
     def __call__(self, captions: list[str]) -> Tensor:
-        """captions -> tokens [B, L] int64: start, ids, end, then padded with end. Longer ones are cut.
-
-        The first end is where the text query is read. Attention is causal, so padding with further ends, as
-        Stable Diffusion does, changes nothing there.
-        """
-        if isinstance(captions, str):
-            raise ValueError("expected a list of captions, came one string: write tokenizer([caption])")
-        tokens, room = torch.full((len(captions), self.context_length), self.end), self.context_length - 2
+        """captions -> tokens [B, L] int64: start, ids, end, then further ends, as Stable Diffusion pads.
+        Longer captions are cut. The text query is read at the first end; as attention is causal, the further
+        ones change nothing there."""
+        tokens, room = torch.full((len(captions), self.context_length), self.end), self.context_length - 1
         for row, caption in zip(tokens, captions):
-            ids = self.encode(caption)
+            ids = [self.start, *self.encode(caption)]
             if len(ids) > room:       # the same words each time: Python then says it once
-                warnings.warn(f"captions of more than {room} tokens are cut, the last one kept", stacklevel=2)
-            ids = [self.start, *ids[:room]]
-            row[:len(ids)] = torch.tensor(ids)
+                warnings.warn(f"captions of more than {room - 1} tokens are cut, the end kept", stacklevel=2)
+            row[:min(len(ids), room)] = torch.tensor(ids[:room])
         return tokens
 
 
 # ---------------------------------------------------------------- images that may be broken
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")     # no others: Pillow would start Ghostscript for an EPS
-MIN_SIDE, MAX_PIXELS = 8, 64_000_000      # px; beyond these a picture is noise, or a decompression bomb
-warnings.filterwarnings("ignore", module="PIL")      # on large pictures and odd metadata: judged here
+Image.MAX_IMAGE_PIXELS = 32_000_000                # Pillow refuses twice as many: a decompression bomb
+warnings.filterwarnings("ignore", module="PIL")    # on large pictures and odd metadata
 
 
 class BadSample(Exception):
-    """A sample that cannot be used; `cause` is one of a few short strings, to be counted."""
-
-    def __init__(self, cause: str, key: str = "") -> None:
-        super().__init__(f"{key}: {cause}")
-        self.cause = cause
+    """A sample that cannot be used. Its words are the cause, one of a few, to be counted."""
 
 
-def decode_image(raw: bytes, key: str = "", side: int | None = None) -> Image.Image:
-    """Bytes of a JPEG, PNG, WebP or GIF (first frame), of any mode -> upright RGB picture.
-
+def decode_image(raw: bytes, side: int | None = None) -> Image.Image:
+    """Bytes of a JPEG, PNG, WebP or GIF (first frame), of any mode -> upright RGB picture. Raises BadSample.
     side: px that are needed; a JPEG more than twice as large is decoded at a half, a quarter or an eighth of
-    its size, which saves time. None: at full size. Raises BadSample.
-    """
+    its size, which saves time. None: at full size."""
     try:
         image = Image.open(io.BytesIO(raw), formats=IMAGE_FORMATS)
-        if min(image.size) < MIN_SIDE or image.width * image.height > MAX_PIXELS:
-            raise BadSample("image too small" if min(image.size) < MIN_SIDE else "image too large", key)
         if side is not None:
             image.draft(None, (2 * side, 2 * side))      # never below twice what is needed
         image.load()
@@ -226,11 +194,12 @@ def decode_image(raw: bytes, key: str = "", side: int | None = None) -> Image.Im
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):      # 16 bits of grey: convert() would clip them all to white
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
-    except BadSample:
-        raise
+        image = image.convert("RGB")
     except Exception:       # Pillow's decoders raise nearly anything on damaged files
-        raise BadSample("unreadable image", key) from None
+        raise BadSample("unreadable image") from None
+    if min(image.size) < 8:                       # px: trackers and the like show nothing
+        raise BadSample("image too small")
+    return image
 
 
 def to_square(image: Image.Image, size: int) -> np.ndarray:
@@ -249,16 +218,13 @@ def to_float(pixels: Tensor) -> Tensor:
 # ---------------------------------------------------------------- random crop, RandAugment (CLIP's training)
 # Share of the picture's area. Our choice: the paper only says "random crop", and a caption tells of the whole
 # picture, more than a class name does. OpenCLIP takes (0.9, 1.0), ImageNet's classifiers (0.08, 1.0).
-CROP_AREA = (0.5, 1.0)
-CROP_ASPECT = (3 / 4, 4 / 3)              # width to height
+CROP_AREA = (0.5, 1.0)                    # uniform
+CROP_ASPECT = (3 / 4, 4 / 3)              # width to height, log-uniform
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """A random part of an RGB picture, resized to size x size px (torchvision's RandomResizedCrop, bicubic).
-
-    Its share of the area is uniform in CROP_AREA, its aspect log-uniform in CROP_ASPECT. After ten parts that
-    do not fit, the largest one of a permitted aspect, from the centre.
-    """
+    """A random part of an RGB picture, resized to size x size px (torchvision's RandomResizedCrop, bicubic);
+    after ten that do not fit in, the largest one of a permitted aspect, from the centre."""
     (width, height), (least, greatest) = image.size, CROP_ASPECT
     for _ in range(10):
         pixels = width * height * rng.uniform(*CROP_AREA)
@@ -306,34 +272,25 @@ def rand_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 # ---------------------------------------------------------------- sources
-@dataclass
-class Sample:
+class Sample(NamedTuple):
     image: Image.Image | np.ndarray      # RGB, or moments: see Source
     captions: list[str] | str            # in training the one that is chosen
+    label: int | None
     key: str
-    label: int | None = None
-    place: int = 0                       # its number in the source; in training in the stream
-
-
-def usable(captions: list) -> list[str]:
-    """Those that are strings and say anything."""
-    return [caption.strip() for caption in captions if isinstance(caption, str) and clean(caption)]
+    place: int                           # its number in the source; in training in the stream
 
 
 class Source:
     """Image-caption samples by index: images as files, each of a class, with texts, or with KEY.txt or
-    KEY.json beside it. `rows` are those in use, of all there are.
-
-    Other kinds of sources have a key(index) of their own, a name for messages, and a member(index, kind): the
-    content of a sample's "image", "txt" or "json" (b"": there is none), which raises OSError.
-    """
+    KEY.json beside it. `rows` are those in use, of all there are. Other kinds have a key and a content, or
+    captions and an image, of their own."""
     # Instead of images what the autoencoder makes of them, mean and log-variance (train.py --latents):
     moments: np.ndarray | None = None          # float16 [all rows, 2C, h, w], NaN where an image is unusable
 
     def __init__(self, name: str, images: Sequence[Path] = (), classes: list[str] | None = None,
                  labels: list[int] | None = None, texts: list[list[str]] | None = None) -> None:
-        """classes: names, in the order of the labels; labels, texts: of all images; in evaluation each of
-        these texts is a text of its own. Raises FileNotFoundError."""
+        """name: for messages; classes: names, in the order of the labels; labels, texts: of all images; in
+        evaluation each of these texts is a text of its own. Raises FileNotFoundError."""
         self.name, self.images, self.rows = name, images, range(len(images))
         self.classes, self.labels, self.texts = classes, labels, texts
         self.skipped: Counter = Counter()      # what indexing had to leave out, by cause
@@ -353,64 +310,56 @@ class Source:
     def key(self, index: int) -> str:
         return str(self.images[self.rows[index]])
 
-    def member(self, index: int, kind: str) -> bytes:
-        image = self.images[self.rows[index]]
-        path = image if kind == "image" else image.with_suffix(f".{kind}")
-        return path.read_bytes() if kind == "image" or path.is_file() else b""
-
     def content(self, index: int, kind: str) -> bytes:
-        try:
-            return self.member(index, kind)
-        except OSError:
-            raise BadSample("unreadable file", self.key(index)) from None
-
-    def label(self, index: int) -> int | None:
-        return None if self.labels is None else self.labels[self.rows[index]]
+        """A sample's "image", "txt" or "json"; empty where there is none, or none that can be read."""
+        image = self.images[self.rows[index]]
+        with suppress(OSError):
+            return (image if kind == "image" else image.with_suffix(f".{kind}")).read_bytes()
+        return b""
 
     def captions(self, index: int) -> list[str]:
         """All captions of a sample, its image left undecoded. Raises BadSample."""
         if self.texts is not None:
             return self.texts[self.rows[index]]
         if self.labels is not None:
-            name = self.classes[self.label(index)]
+            name = self.classes[self.labels[self.rows[index]]]
             return [f"a photo of a{'n' if name[0].lower() in 'aeiou' else ''} {name}"]
-        lines = usable(self.content(index, "txt").decode("utf-8-sig", errors="replace").splitlines())
-        fields, meta = {}, self.content(index, "json")
+        lines, meta = self.content(index, "txt").decode("utf-8-sig", errors="replace").splitlines(), {}
         with suppress(ValueError, TypeError, RecursionError):      # no JSON object, or absurdly nested
-            fields = dict(json.loads(meta))
-        several = fields.get("captions")
-        listed = usable(several if isinstance(several, list) else [fields.get("caption")])
+            meta = dict(json.loads(self.content(index, "json")))
+        listed = meta["captions"] if isinstance(meta.get("captions"), list) else [meta.get("caption")]
+        lines, listed = ([text.strip() for text in texts if isinstance(text, str) and clean(text)]
+                         for texts in (lines, listed))
         # KEY.txt wins: the list in KEY.json is used only where it agrees with it.
         if captions := listed if listed and (not lines or lines[0] in listed) else lines:
             return captions
-        raise BadSample("empty caption", self.key(index))
+        raise BadSample("empty caption")
 
     def image(self, index: int, side: int | None = None) -> Image.Image | np.ndarray:
         """A sample's picture, of which `side` px are needed (None: all), or its moments. Raises BadSample."""
         if self.moments is None:
-            return decode_image(self.content(index, "image"), self.key(index), side)
+            return decode_image(self.content(index, "image"), side)
         if np.isnan(moments := np.array(self.moments[self.rows[index]])).any():
-            raise BadSample("unusable image", self.key(index))
+            raise BadSample("unusable image")
         return moments
 
     def read(self, index: int, side: int | None = None) -> Sample:
         captions = self.captions(index)          # first: a bad one costs no decoding
-        return Sample(self.image(index, side), captions, self.key(index), self.label(index))
+        label = self.labels and self.labels[self.rows[index]]
+        return Sample(self.image(index, side), captions, label, self.key(index), index)
 
-    def __getitem__(self, index: int) -> list[Sample | BadSample]:
+    def __getitem__(self, index: int) -> tuple[Sample | None, list[str]]:
         """As `make_batch` takes it."""
         try:
-            return [replace(self.read(index), place=index)]
+            return self.read(index), []
         except BadSample as bad:
-            return [bad]
+            return None, [str(bad)]
 
 
 class TarSource(Source):
     """img2dataset's tars (CC3M's layout): KEY.jpg, KEY.txt and/or KEY.json, members of a sample side by side.
-
-    The tars' headers are read once, and the index kept in CACHE. After that a sample is a few reads at known
-    places: samples come in any order, and to go on where one was a number is enough.
-    """
+    The headers are read once, and the index kept in CACHE: then a sample is a few reads at known places, and
+    to go on where one was a number is enough."""
     KINDS = ("image", "txt", "json")
 
     def __init__(self, name: str, tars: list[Path]) -> None:
@@ -419,30 +368,21 @@ class TarSource(Source):
         stamp = repr([(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in tars])
         saved = CACHE / f"index-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npz"
         try:
-            with np.load(saved) as index:
-                self.keys, self.places, skipped = index["keys"], index["places"], str(index["skipped"])
-            self.skipped = Counter(json.loads(skipped))
+            self.keys, self.places, skipped = np.load(saved).values()
+            self.skipped = Counter(json.loads(str(skipped)))
         except Exception:            # none there, or damaged, which has many names
-            self.build_index()
+            shards = enumerate(tqdm(tars, "index", unit="shard", delay=2, disable=None))
+            self.keys, self.places = map(np.concatenate, zip(*(self.index_shard(*shard) for shard in shards)))
             with suppress(OSError):              # costs only its use
-                saved.parent.mkdir(parents=True, exist_ok=True)
+                CACHE.mkdir(parents=True, exist_ok=True)
                 write_atomically(saved, lambda file: np.savez(
                     file, keys=self.keys, places=self.places, skipped=json.dumps(self.skipped)))
         self.rows = range(len(self.keys))
 
-    def build_index(self) -> None:
-        """Of each sample its key, and [shard, then offset and size of each kind (size -1: absent)]."""
-        shards = enumerate(tqdm(self.tars, "index", unit="shard", delay=2, disable=None))
-        keys, places = map(np.concatenate, zip(*(self.index_shard(shard, path) for shard, path in shards)))
-        image, text, meta = (places[:, 2::2] >= 0).T
-        whole = image & (text | meta)
-        self.keys, self.places = keys[whole], places[whole]
-        self.skipped += Counter({"no image": int((~image).sum()), "no caption": int((image & ~whole).sum())})
-
     def index_shard(self, shard: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """One tar's samples: keys [N], places [N, 7]. A damaged tar is said, and what is lost with it counted
-        as the samples that it would hold."""
-        keys, places, size, end, rest = [], [], path.stat().st_size, 0, b""
+        """One tar's samples: keys [N], and places [N, 7]: shard, then offset and size of each kind (size -1:
+        absent). A damaged tar is said, and what is lost with it counted as the samples that it would hold."""
+        samples, size, end, rest = [], path.stat().st_size, 0, b""
         with (suppress(OSError, tarfile.TarError, EOFError, ValueError, RecursionError),        # judged below
               path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar):
             for member in tar:
@@ -454,29 +394,36 @@ class TarSource(Source):
                 kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
                 if not member.isreg() or not stem or kind not in self.KINDS:     # links, macOS's shadow files
                     continue
-                key, at = os.path.join(folder, stem), 1 + 2 * self.KINDS.index(kind)
+                key = os.path.join(folder, stem)
                 # A kind seen again is another sample of the same name: never mix the two.
-                if [key] != keys[-1:] or places[-1][at + 1] >= 0:
-                    keys.append(key)
-                    places.append([shard, 0, -1, 0, -1, 0, -1])
-                places[-1][at:at + 2] = member.offset_data, member.size
+                if not samples or key != samples[-1][0] or kind in samples[-1][1]:
+                    samples.append((key, {}))
+                samples[-1][1][kind] = (member.offset_data, member.size)
             file.seek(end)
             rest = file.read(2 ** 20)
         # Zeros end a whole tar. tarfile stops without a word at a header that it cannot read.
         if not end or len(rest) < 512 or rest.strip(b"\0"):
-            self.skipped["damaged shard"] += max(1, round((len(keys) - 1) * (size / max(1, end) - 1)))
-            print(f"warning: {path} is empty, cut short, compressed or no tar: {size - end:,} of {size:,} "
-                  "bytes are lost", file=sys.stderr)
-        keys = [key.encode(errors="replace")[:200] for key in keys]
+            self.skipped["damaged shard"] += max(1, round((len(samples) - 1) * (size / max(1, end) - 1)))
+            print(f"warning: {path} is damaged, or compressed: {size - end:,} of {size:,} bytes are lost",
+                  file=sys.stderr)
+        keys, places = [], []
+        for key, parts in samples:
+            if "image" in parts and len(parts) > 1:
+                keys.append(key.encode(errors="replace")[:200])
+                places.append([shard, *chain.from_iterable(parts.get(kind, (0, -1)) for kind in self.KINDS)])
+            else:
+                self.skipped["no caption" if "image" in parts else "no image"] += 1
         return np.array(keys, bytes), np.array(places, np.int64).reshape(-1, 7)
 
     def key(self, index: int) -> str:
         return self.keys[self.rows[index]].decode(errors="replace")
 
-    def member(self, index: int, kind: str) -> bytes:
+    def content(self, index: int, kind: str) -> bytes:
         shard, *places = self.places[self.rows[index]].tolist()
         offset, size = places[2 * self.KINDS.index(kind):][:2]
-        return b"" if size < 0 else os.pread(self.shard_file(shard).fileno(), size, offset)
+        with suppress(OSError):          # also where there is none: a size of -1 cannot be read
+            return os.pread(self.shard_file(shard).fileno(), size, offset)
+        return b""
 
     @lru_cache(maxsize=256)          # to open a file for each member is a tenth of reading small pictures
     def shard_file(self, shard: int) -> BinaryIO:
@@ -496,8 +443,8 @@ def hold_out(source: Source, count: int) -> tuple[Source, Source]:
         return source, evenly_spaced(Shapes("val", source.seed), count)
     if len(source) < 2:
         raise ValueError(f"{source.name} has {len(source)} sample, and one is held out: training needs more")
-    held = np.linspace(0, len(source) - 1, max(1, min(count, len(source) // 20))).astype(np.int64)
-    return source.subset(np.setdiff1d(np.arange(len(source)), held)), source.subset(held)
+    held = evenly_spaced(source, max(1, min(count, len(source) // 20)))
+    return source.subset(~np.isin(source.rows, held.rows)), held
 
 
 def usable_captions(source: Source, limit: int) -> Iterator[list[str]]:
@@ -509,19 +456,11 @@ def usable_captions(source: Source, limit: int) -> Iterator[list[str]]:
 
 
 # ---------------------------------------------------------------- what --data names
-HALF = regex.compile(r"(train|val|valid|validation|dev|test)(ing)?\d*", regex.IGNORECASE)
-SYNSET = regex.compile(r"n\d{8}")         # WordNet's number of a class, as ImageNet's folders are called
-JUNK = ("@eaDir", "__MACOSX")             # other systems' folders
-
-
-def open_source(name: str, split: str = "train") -> Source:
-    """What `--data` names -> a source.
+def open_source(name: str, split: str = "train", max_bad: float = 1.0) -> Source:
+    """What `--data` names -> a source. Raises FileNotFoundError or ValueError.
 
     name: "shapes"; "cc3m" (./cc3m or ./data/cc3m); a tar; Karpathy's table, NAME.json; a list of images,
-    NAME.txt; or a folder of tars, of images with .txt or .json beside them, or of class folders
-    (DIR/CLASS/IMAGE). Where a folder has halves, DIR/train and DIR/val, `split` takes its own.
-    Raises FileNotFoundError or ValueError: what came, what was expected, what to do.
-    """
+    NAME.txt; or a folder, of which `split` takes its half. max_bad: share that indexing may leave out."""
     if name == "shapes":
         return Shapes(split)
     path = Path("data/cc3m" if name == "cc3m" and not Path(name).is_dir() else name).absolute()
@@ -534,24 +473,24 @@ def open_source(name: str, split: str = "train") -> Source:
     source = layouts[layout](path, split)
     if not len(source):
         raise ValueError(f"{name}: no usable sample ({dict(source.skipped)}): expected KEY.jpg with KEY.txt")
+    SkipReport(max_bad, len(source) + source.skipped.total(), source.skipped).check(final=True)
     return source
 
 
 def open_folder(path: Path, split: str) -> Source:
-    """Tars, captioned images or class folders, in DIR/SPLIT, or in a DIR in which no folder is called as a
-    half of the data: nothing may be trained on that is tested on. Raises ValueError on anything else."""
-    root, files, visited = path / split if (path / split).is_dir() else path, [], set()
-    for folder, below, names in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in visited:
-            raise ValueError(f"links in {root} lead to {real} twice: remove one")
-        visited.add(real)
-        below[:] = [name for name in below if name[0] != "." and name not in JUNK]
-        files += [Path(folder, name) for name in names if name[0] != "."]
-    files.sort()
-    halves = {name for file in files for name in file.relative_to(path).parts[:-1] if HALF.fullmatch(name)}
+    """Tars, images with .txt or .json beside them, or class folders (DIR/CLASS/IMAGE), in DIR/SPLIT, or in a
+    DIR in which no folder is called as a half of the data: nothing may be trained on that is tested on.
+    Raises ValueError on anything else."""
+    root = path / split if (path / split).is_dir() else path
+    # Links are followed; names that begin with a dot are not seen: macOS's shadow files, notebooks' copies.
+    files = sorted(root / name for name in glob("**/*.*", root_dir=root, recursive=True))
+    folders = {file.parent for file in files}
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError(f"links in {root} lead to the same folder twice: remove one")
+    halves = {part for folder in folders for part in folder.relative_to(path).parts
+              if regex.fullmatch(r"(train|val|valid|validation|dev|test)(ing)?\d*", part, regex.IGNORECASE)}
     if halves and root == path:
-        raise ValueError(f"{path} has no folder {split}, but below it {', '.join(sorted(halves))}: name one "
-                         "to use")
+        raise ValueError(f"{path} has no folder {split}, but below it {', '.join(sorted(halves))}: name one")
     tars, images = ([file for file in files if file.suffix[1:].lower() in suffixes]
                     for suffixes in (("tar",), IMAGE_SUFFIXES))
     texts = {file.with_suffix("") for file in files if file.suffix in (".txt", ".json")}
@@ -561,7 +500,7 @@ def open_folder(path: Path, split: str) -> Source:
         return TarSource(path.name, tars)
     if captioned and not tars:
         source = Source(path.name, captioned)
-        source.skipped["no caption"] = len(images) - len(captioned)
+        source.skipped += Counter({"no caption": len(images) - len(captioned)})
         return source
     if tars or len(classes) < 2 or {folder.parent for folder in classes} != {root}:
         raise ValueError(f"{root} holds {len(tars)} tars and {len(images)} images, not all in folders of two "
@@ -575,25 +514,22 @@ def text_lines(path: Path) -> list[str]:
 
 
 def class_names(root: Path, tags: list[str]) -> tuple[list[str], list[int]]:
-    """Each image's class, as its folder or a list has it -> the names of all classes, each image's label.
-
-    Classes are sorted by tag. Their names are the tags, or stand in `root` or above it in classnames.txt:
-    lines "TAG NAME, …", of which the first name is taken. Raises ValueError.
-    """
+    """Each image's class, as its folder or a list has it -> the names of all classes, sorted by tag, and each
+    image's label. A name is the tag, or what classnames.txt, in `root` or above it, gives first in its line
+    "TAG NAME, …". Raises ValueError."""
     number = {tag: i for i, tag in enumerate(sorted(set(tags)))}
-    names = {tag: tag.replace("_", " ") for tag in number}
-    tables = [folder / "classnames.txt" for folder in (root, root.parent)]
-    if table := next(filter(Path.is_file, tables), None):
+    names = [tag.replace("_", " ") for tag in number]
+    if table := next(filter(Path.is_file, (root / "classnames.txt", root.parent / "classnames.txt")), None):
         lines = [line.partition(",")[0].split(maxsplit=1) for line in text_lines(table)]
-        names = {tag: " ".join(words).replace("_", " ").strip() for tag, *words in lines}
-        wrong = names.keys() ^ number.keys() | {tag for tag in names if not names[tag]}
-        if wrong or len(names) < len(lines):
+        said = sorted((words[0], words[1].replace("_", " ").strip()) for words in lines if len(words) > 1)
+        wrong, names = {tag for tag, _ in said} ^ number.keys(), [name for _, name in said]
+        if wrong or len(lines) > len(number):
             raise ValueError(f"{table} does not name each class in {root} once (look at "
                              f"{min(wrong, default='doubles')}): expected lines 'TAG NAME'")
-    elif any(map(SYNSET.fullmatch, names)) or len(set(names.values())) < len(names):
-        raise ValueError(f"{root}: classes called {min(names)} and so on have no name that tells them apart: "
-                         "put a classnames.txt of lines 'TAG NAME' there (Kaggle's LOC_synset_mapping.txt)")
-    return [names[tag] for tag in number], [number[tag] for tag in tags]
+    elif len(set(names)) < len(names) or any(regex.fullmatch(r"n\d{8}", tag) for tag in number):  # ImageNet's
+        raise ValueError(f"{root}: classes called {min(number)} and so on have no names that differ: put a "
+                         "classnames.txt of lines 'TAG NAME' there (Kaggle's LOC_synset_mapping.txt)")
+    return names, [number[tag] for tag in tags]
 
 
 def open_list(table: Path, split: str) -> Source:
@@ -610,12 +546,9 @@ def open_list(table: Path, split: str) -> Source:
 
 
 def open_karpathy(table: Path, split: str) -> Source:
-    """COCO or Flickr with Karpathy's split (Karpathy and Fei-Fei 2015): each image's first five captions.
-
-    table: dataset_NAME.json; the pictures lie in its folder as "filepath/filename", or without filepath.
-    split: "train", his train and restval; "val", his *test*, the 5,000 images of COCO or 1,000 of Flickr, of
-    five captions each, on which the field compares retrieval. Raises FileNotFoundError or ValueError.
-    """
+    """COCO or Flickr with Karpathy's split (Karpathy and Fei-Fei 2015), the pictures beside the table as
+    "filepath/filename" or "filename". "train" is his train and restval; "val" is his *test*, on which the
+    field compares retrieval, of each image the first five captions. Raises FileNotFoundError, ValueError."""
     wanted, least = (("train", "restval"), 1) if split == "train" else (("test",), 5)
     try:
         entries = [entry for entry in json.loads(table.read_bytes())["images"] if entry["split"] in wanted]
@@ -624,7 +557,7 @@ def open_karpathy(table: Path, split: str) -> Source:
                  for entry in entries]
         if min(map(len, texts), default=5) < least:
             raise ValueError(f"an image of {' and '.join(wanted)} has fewer than {least} captions")
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{table} is damaged, or not Karpathy's table of images and their sentences "
                          f"({type(error).__name__}: {error}): fetch it again") from None
     return Source(table.stem, images, texts=texts)
@@ -644,16 +577,15 @@ class Batch(NamedTuple):
 
 
 def make_batch(size: int, tokenizer: Tokenizer | None, draw: Callable[[int], dict] | None, batch_size: int,
-               tries: list[list[Sample | BadSample]]) -> Batch:
-    """For each row what was tried, of which the last may be good -> a batch, put together in the workers."""
-    samples = [item for items in tries for item in items if isinstance(item, Sample)]
-    skipped = Counter(item.cause for items in tries for item in items if isinstance(item, BadSample))
-    arrays = [s.image if isinstance(s.image, np.ndarray) else to_square(s.image, size) for s in samples]
-    images = torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0, size, size, 3).byte()
-    captions, labels, keys, places = ([getattr(sample, name) for sample in samples]
-                                      for name in ("captions", "label", "key", "place"))
-    return Batch(images, captions, labels, keys, places, skipped, len(samples) + skipped.total(),
-                 tokenizer and tokenizer(captions), draw and draw(places[0] // batch_size))
+               rows: list[tuple[Sample | None, list[str]]]) -> Batch:
+    """For each row a sample, or none, and why others were skipped -> a batch, put together in the workers."""
+    samples = [sample for sample, _ in rows if sample]
+    skipped = Counter(cause for _, causes in rows for cause in causes)
+    images, captions, labels, keys, places = map(list, zip(*samples)) if samples else ([],) * 5
+    arrays = [image if isinstance(image, np.ndarray) else to_square(image, size) for image in images]
+    return Batch(torch.from_numpy(np.array(arrays)), captions, labels, keys, places, skipped,
+                 len(samples) + skipped.total(), tokenizer and tokenizer(captions),
+                 draw and draw(places[0] // batch_size))
 
 
 def evaluation_batches(source: Source, image_size: int, batch_size: int, workers: int = 0) -> Iterator[Batch]:
@@ -663,9 +595,9 @@ def evaluation_batches(source: Source, image_size: int, batch_size: int, workers
 
 
 @dataclass(eq=False)
-class Stream(Dataset):
-    """Item n is the n-th sample of an endless stream, after the bad ones that it replaces: a function of
-    source and seed. Each epoch shows every sample of the source once, with one of its captions."""
+class Stream:
+    """Item n is the n-th sample of an endless stream, and the causes of bad ones that it replaces: a function
+    of source and seed. Each epoch shows every sample of the source once, with one of its captions."""
     source: Source
     image_size: int               # px
     seed: int
@@ -673,13 +605,12 @@ class Stream(Dataset):
     augment: bool = False         # a random crop and RandAugment of each picture, not its centre square
 
     @lru_cache(maxsize=1)
-    def order(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int) -> Sequence[int]:
         """An epoch's order: shards in a fresh sequence, each stretch of `shuffle_buffer` samples at random.
-
-        So files are read one after another, and a stretch fits in the machine's file cache; at random all
-        over 100 GB nearly every sample would be a seek.
-        """
+        So files are read one after another; all over 100 GB nearly every sample would be a seek."""
         rng, size = np.random.default_rng([self.seed, epoch]), len(self.source)
+        if isinstance(self.source, Shapes):      # random already; each seed has its own stretch
+            return range(self.seed * 10_000_000, self.seed * 10_000_000 + size)
         if not isinstance(self.source, TarSource) or self.shuffle_buffer >= size:
             return rng.permutation(size)
         shards = self.source.places[self.source.rows, 0]
@@ -688,33 +619,28 @@ class Stream(Dataset):
             rng.shuffle(order[first:first + self.shuffle_buffer])
         return order
 
-    def __getitem__(self, position: int) -> list[Sample | BadSample]:
-        size, tries = len(self.source), []
+    def __getitem__(self, position: int) -> tuple[Sample, list[str]]:
+        size, causes = len(self.source), []
         epoch, place = divmod(position, size)
         # Replaced from half an epoch away: the very next one is in this batch already, and would be its own
         # negative. The stride has no common factor with the length.
         stride = size // 2 + (2 if size % 4 == 2 else 1)
-        while len(tries) < 100:
-            index = (place + len(tries) * stride) % size
-            if isinstance(self.source, Shapes):      # random already; each seed has its own stretch
-                index = (index + self.seed * 10_000_000) % size
-            else:
-                index = int(self.order(epoch)[index])
+        while len(causes) < 100:
+            index = int(self.order(epoch)[(place + len(causes) * stride) % size]) % size
             try:
                 sample = self.source.read(index, self.image_size)
             except BadSample as bad:
-                tries.append(bad)
+                causes.append(str(bad))
                 continue
             if self.augment:
                 # read() may have decoded it at twice the needed side. That is enough: a part of half the area
                 # is at its narrowest sqrt(1/2 · 3/4) = 0.61 of the shorter side, still more than image_size.
                 rng = np.random.default_rng([self.seed, epoch, index, 1])
-                sample.image = rand_augment(random_crop(sample.image, self.image_size, rng), rng)
+                crop = random_crop(sample.image, self.image_size, rng)
+                sample = sample._replace(image=rand_augment(crop, rng))
             choice = np.random.default_rng([self.seed, epoch, index]).integers(len(sample.captions))
-            sample.captions, sample.place = sample.captions[choice], position
-            return [*tries, sample]
-        raise ValueError(f"100 unusable samples in a row ({dict(Counter(bad.cause for bad in tries))}): "
-                         "is it an image-caption data set?")
+            return sample._replace(captions=sample.captions[choice], place=position), causes
+        raise ValueError(f"100 unusable samples in a row ({dict(Counter(causes))}): no image-caption data?")
 
 
 def leave_signals(worker: int) -> None:
@@ -726,14 +652,11 @@ def leave_signals(worker: int) -> None:
 def training_batches(source: Source, image_size: int, batch_size: int, seed: int, start: int = 0,
                      workers: int = 0, rank: int = 0, world: int = 1, tokenizer: Tokenizer | None = None,
                      draw: Callable[[int], dict] | None = None, **options) -> Iterator[Batch]:
-    """Endless training batches from number `start` on, of each this rank's rows, every `world`-th.
+    """Endless training batches from number `start` on, of each this rank's rows, every `world`-th. No batch
+    depends on those before it: to resume the step is enough, and workers and ranks change nothing.
 
-    No batch depends on those before it: to resume the step is enough, workers and ranks change nothing, and
-    no rank runs dry, however few or uneven the shards are.
-    batch_size: over all ranks; workers: processes that read, decode, crop and tokenise, 0 for none, which
-    close() ends; draw: number of the batch -> what else training needs; options: of `Stream`.
-    Raises ValueError where nothing usable is left.
-    """
+    batch_size: over all ranks; workers: processes that read, decode, crop and tokenise, which close() ends;
+    draw: number of the batch -> what else training needs; options: of `Stream`. Raises ValueError."""
     rows = (range(k * batch_size + rank, (k + 1) * batch_size, world) for k in count(start))
     try:
         yield from DataLoader(
@@ -746,14 +669,13 @@ def training_batches(source: Source, image_size: int, batch_size: int, seed: int
 
 @dataclass
 class SkipReport:
-    """Counts bad samples by cause, and says when they are too many."""
+    """Counts samples, and bad ones by cause, and says when these are too many."""
     max_bad: float = 0.05         # share
     visited: int = 0
     skipped: Counter = field(default_factory=Counter)
 
-    def add(self, skipped: dict, visited: int) -> None:
-        self.visited += visited
-        self.skipped.update(skipped)
+    def add(self, skipped: Counter, visited: int) -> None:
+        self.visited, self.skipped = self.visited + visited, self.skipped + skipped
 
     def check(self, final: bool = False) -> None:
         """Raises ValueError when more than max_bad were bad; judged from the 100th sample on, or at last."""
@@ -764,13 +686,8 @@ class SkipReport:
         return {"visited": self.visited, "skipped": dict(self.skipped)}
 
     def __str__(self) -> str:
-        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(self.skipped.items()) if count)
+        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(self.skipped.items()))
         return f"samples read: {self.visited}, skipped: {causes or 'none'}"
-
-
-def check_index(source: Source, max_bad: float) -> None:
-    """The same judgement on what indexing left out. Raises ValueError."""
-    SkipReport(max_bad, len(source) + source.skipped.total(), source.skipped).check(final=True)
 
 
 # ---------------------------------------------------------------- shapes
@@ -814,6 +731,8 @@ def is_held_out(pair: tuple) -> bool:
 PAIRS = [(a, b) for i, a in enumerate(KINDS) for b in KINDS[i + 1:] if a[0] != b[0]]
 TRAIN_PAIRS = [pair for pair in PAIRS if not is_held_out(pair)]
 HELD_OUT_PAIRS = [pair for pair in PAIRS if is_held_out(pair)]
+MEANINGS = list(product(HELD_OUT_PAIRS, product(RADII, RADII), RELATIONS))
+MEANINGS = [MEANINGS[i] for i in np.random.default_rng(0).permutation(len(MEANINGS))]     # mixed
 
 
 def coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
@@ -864,27 +783,22 @@ class Shapes(Source):
     split "train": endless in practice, pairs of TRAIN_PAIRS, one scene in ten a single thing. Scenes come in
     twos whose captions have the same words and another meaning: they share a batch, so that telling captions
     apart means reading all of them, not just spotting a colour. "val": each meaning of held-out pairs once
-    ("A above B" and "B below A" are one). "classes": single things of 24 classes such as "red circle".
-    """
+    ("A above B" and "B below A" are one). "classes": single things of 24 classes such as "red circle"."""
 
     def __init__(self, split: str = "train", seed: int = 0) -> None:
-        counts = {"train": 10 ** 9, "val": len(HELD_OUT_PAIRS) * 16, "classes": 2400}
         super().__init__("shapes")
-        self.split, self.seed, self.rows = split, seed, range(counts[split])
+        self.split, self.seed = split, seed
+        self.rows = range({"train": 10 ** 9, "val": len(MEANINGS), "classes": 2400}[split])
         if split == "classes":
             self.classes = [" ".join(kind) for kind in KINDS]
             self.labels = [i % len(KINDS) for i in self.rows]
-        if split == "val":
-            meanings = list(product(HELD_OUT_PAIRS, product(RADII, RADII), RELATIONS))
-            order = np.random.default_rng(0).permutation(len(meanings))     # one order, whatever the seed
-            self.meanings = [meanings[i] for i in order]
 
     def scene(self, index: int) -> Scene:
         row, sizes = int(self.rows[index]), list(RADII)
         key = [self.seed, ("train", "val", "classes").index(self.split)]
         rng = np.random.default_rng([*key, 1, row])
         if self.split == "val":
-            return pair_scene(*self.meanings[row], rng)
+            return pair_scene(*MEANINGS[row], rng)
         group = np.random.default_rng([*key, 0, row // 2])                # what the pair's scenes share
         if self.split == "classes" or group.random() < 0.1:
             kind = KINDS[row % len(KINDS) if self.split == "classes" else rng.integers(len(KINDS))]
@@ -907,16 +821,15 @@ class Shapes(Source):
 THING = f"a (?:(small) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 CAPTION = regex.compile(f"{THING}(?: ({'|'.join(RELATIONS)}) {THING})?")
 MIN_MASS = 12.0          # px of a colour that count as a thing: about half of the smallest thing's inside
-MIN_OVERLAP = 0.75       # intersection over union: a clean thing has 0.95, a blurred blob 0.6
+MIN_OVERLAP = 0.75       # with the best shape: a clean thing has 0.95, a blurred blob 0.6
 FAR, MAX_STRAYS = 64, 32     # of 255, px: edges of clean things give up to 17, a speck of 6 px across 36
+Fit = namedtuple("Fit", "overlap shape radius alpha")      # intersection over union; px; coverage [32, 32]
 
 
 def parse(caption: str) -> tuple[tuple[Thing, ...], str | None]:
     """A caption of the grammar -> its things and relation. Raises ValueError on anything else."""
-    match = CAPTION.fullmatch(clean(caption))
-    if match is None:
-        raise ValueError(f"{caption!r} is not in the grammar of shapes, "
-                         "e.g. 'a red circle above a small blue square'")
+    if not (match := CAPTION.fullmatch(clean(caption))):
+        raise ValueError(f"{caption!r} is not in the grammar of 'a red circle above a small blue square'")
     words = match.groups(default="")
     return (Thing(*words[:3]), Thing(*words[4:]))[:1 + bool(words[3])], words[3] or None
 
@@ -937,9 +850,8 @@ def centroid(mask: np.ndarray) -> np.ndarray:
     return np.array([(mask * PIXELS[1]).sum(), (mask * PIXELS[0]).sum()]) / mask.sum()
 
 
-def best_fit(mask: np.ndarray) -> tuple[float, str, float, np.ndarray]:
-    """Analysis by synthesis: which of the shapes, in three sizes at nine places each, fits a mask best -> its
-    overlap with the mask (intersection over union), shape, radius in px, and coverage [32, 32]."""
+def best_fit(mask: np.ndarray) -> Fit:
+    """Analysis by synthesis: which of the shapes, in three sizes at nine places each, fits a mask best."""
     (x, y), shifts, fits = centroid(mask), np.array([-0.5, 0.0, 0.5], np.float32), []
     for shape in SHAPES:
         unit = coverage(shape, 16.0, 16.0, 6.0)
@@ -949,37 +861,31 @@ def best_fit(mask: np.ndarray) -> tuple[float, str, float, np.ndarray]:
             alpha = coverage(shape, x + dx, y - lift + dy, radius * scale)
             solid = np.where(alpha > 0.35, alpha, 0)
             overlap = np.minimum(solid, mask).sum() / np.maximum(solid, mask).sum()
-            fits.append((overlap, shape, radius * scale, alpha))
-    return max(fits, key=lambda fit: fit[0])
+            fits.append(Fit(overlap, shape, radius * scale, alpha))
+    return max(fits, key=lambda fit: fit.overlap)
 
 
 def check(image: np.ndarray, caption: str) -> dict[str, bool]:
-    """Whether a picture shows what a caption of `shapes` says, decided from the pixels alone.
-
-    image: uint8 [32, 32, 3] -> {"colour", "shape", "size", "relation", "all"}: the mentioned colours are
-    there, and nothing else stands out; each thing of its colour has the right shape, cleanly; the right size;
-    and they stand as the caption says. Raises ValueError on other pictures and captions.
-    """
-    if image.shape != (SIDE, SIDE, 3) or image.dtype != np.uint8:
-        raise ValueError(f"a picture of {image.dtype} {image.shape}, expected uint8 {(SIDE, SIDE, 3)}")
+    """Whether a picture, uint8 [32, 32, 3], shows what a caption of `shapes` says, decided from its pixels
+    alone -> {"colour", "shape", "size", "relation", "all"}: the mentioned colours are there, and nothing else
+    stands out; each thing of its colour has the right shape, cleanly; the right size; and they stand as the
+    caption says. Raises ValueError on other captions."""
     things, relation = parse(caption)
     masks, mentioned = colour_masks(image), {thing.colour for thing in things}
     # Only pixels mostly of a colour count here: faint noise all over the ground must not add up to a thing.
     present = {colour for colour, mask in masks.items() if mask[mask > 0.5].sum() >= MIN_MASS}
     if not mentioned <= present:
         return dict.fromkeys(("colour", "shape", "size", "relation", "all"), False)
-    fits = {thing.colour: best_fit(masks[thing.colour]) for thing in things}
+    fits = [best_fit(masks[thing.colour]) for thing in things]
     explained, middle = np.full(image.shape, BACKGROUND, np.float32), (RADII[""] * RADII["small"]) ** 0.5
-    for colour, (*_, alpha) in fits.items():
-        explained = paint(explained, alpha, colour)
+    for thing, fit in zip(things, fits):
+        explained = paint(explained, fit.alpha, thing.colour)
     strays = (np.abs(image - explained).max(-1) > FAR).sum()
-    verdict = {"colour": present == mentioned and strays <= MAX_STRAYS, "shape": True, "size": True}
-    for thing in things:
-        overlap, shape, radius, _ = fits[thing.colour]
-        verdict["shape"] &= shape == thing.shape and overlap >= MIN_OVERLAP
-        verdict["size"] &= ("small" if radius < middle else "") == thing.size
     axis = RELATIONS.get(relation, (0, 0))
     offset = centroid(masks[things[0].colour]) - centroid(masks[things[-1].colour])      # first from second
-    verdict["relation"] = relation is None or offset @ axis > max(abs(offset @ axis[::-1]), 4.0)
-    verdict = {name: bool(value) for name, value in verdict.items()}
+    verdict = {
+        "colour": present == mentioned and bool(strays <= MAX_STRAYS),
+        "shape": [fit.shape for fit in fits if fit.overlap >= MIN_OVERLAP] == [t.shape for t in things],
+        "size": [fit.radius < middle for fit in fits] == [thing.size == "small" for thing in things],
+        "relation": relation is None or bool(offset @ axis > max(abs(offset @ axis[::-1]), 4.0))}
     return {**verdict, "all": all(verdict.values())}

@@ -42,7 +42,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, check_index, evaluation_batches,
+from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_batches,
                   evenly_spaced, open_source, rand_augment, text_lines, to_square, usable_captions)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        sampling_timesteps, signal_and_noise)
@@ -894,8 +894,7 @@ def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict
         return longtail(model, data, reading, args.template, args.epochs, args.head_epochs, args.lr_scale,
                         out)
     split = "classes" if args.data == "shapes" and task == "zeroshot" else "val"
-    source = in_turn(lambda: open_source(args.data, split))
-    check_index(source, args.max_bad)
+    source = in_turn(lambda: open_source(args.data, split, args.max_bad))
     source = evenly_spaced(source, args.limit)
     if task == "retrieval":
         return retrieval(model, source, reading)

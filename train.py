@@ -18,7 +18,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import is_dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -33,8 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import model as models
-from data import (BadSample, Batch, SkipReport, Source, Tokenizer, check_index, evaluation_batches,
-                  evenly_spaced, hold_out, open_source, to_float, training_batches, usable_captions)
+from data import (Batch, SkipReport, Source, Tokenizer, evaluation_batches, evenly_spaced, hold_out,
+                  open_source, to_float, training_batches, usable_captions)
 from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
                        noise_of, q_sample, read_prediction, signal_and_noise)
 from evaluate import (Reading, checker, denoising_errors, everybody, in_turn, join_ranks, over_images,
@@ -358,8 +358,7 @@ def latents_name(source: Source, model: DiffDis) -> str:
     """Of this data, at this size, by this autoencoder: others make others."""
     digest = hashlib.sha256(repr((len(source), model.config.image_size, model.config.autoencoder)).encode())
     for i in np.linspace(0, len(source) - 1, 1000):        # keys would be the same for many data sets
-        with suppress(BadSample):
-            digest.update(source.content(int(i), "image"))
+        digest.update(source.content(int(i), "image"))
     for value in model.autoencoder.state_dict().values():
         digest.update(value.cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
@@ -452,8 +451,7 @@ class Trainer:
             raise ValueError(f"{path} is there: add --resume to go on with it, or choose another --out")
         if args.resume and not checkpoint and rank == 0:
             print(f"nothing to resume, {path} is not there: starting anew")
-        source = in_turn(lambda: open_source(args.data, "train"))
-        check_index(source, args.max_bad)
+        source = in_turn(lambda: open_source(args.data, "train", args.max_bad))
         self.source, self.val = split(source, args.data, args.val)
         torch.manual_seed(args.seed)
         self.model = make_model(args, self.source, path if checkpoint else args.init,

@@ -408,7 +408,7 @@ from data import BadSample
 class Broken(Numbered):
     def read(self, index, side=None):
         if self.rows[index] in (4, 9):
-            raise BadSample("unreadable image", str(index))
+            raise BadSample("unreadable image")
         return super().read(index)
 torch.set_num_threads(1)
 if int(os.environ["WORLD_SIZE"]) > 1:

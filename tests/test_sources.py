@@ -14,7 +14,7 @@ from conftest import ROOT
 from PIL import Image
 
 import data
-from data import (BadSample, Shapes, SkipReport, Stream, TarSource, Tokenizer, check_index, decode_image,
+from data import (BadSample, Shapes, SkipReport, Stream, TarSource, Tokenizer, decode_image,
                   evaluation_batches, hold_out, open_source, to_square, training_batches)
 
 # Broken shards with a list of what a careful loader makes of them; too large to be kept here.
@@ -27,10 +27,12 @@ def picture(colour=(200, 30, 30), size=(40, 24), form="JPEG", mode="RGB", **opti
     return file.getvalue()
 
 
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+def write_tar(path: Path, members: list[tuple[str, bytes | str]]) -> Path:
     with tarfile.open(path, "w") as tar:
         for name, body in members:
             info = tarfile.TarInfo(name)
+            if isinstance(body, str):           # a link to there
+                info.type, info.linkname, body = tarfile.SYMTYPE, body, b""
             info.size = len(body)
             tar.addfile(info, io.BytesIO(body))
     return path
@@ -49,7 +51,7 @@ def read_all(source) -> tuple[dict, Counter]:
             sample = source.read(i)
             found.setdefault(sample.key, []).append(sample)
         except BadSample as bad:
-            skipped[bad.cause] += 1
+            skipped[str(bad)] += 1
     return found, skipped
 
 
@@ -71,28 +73,25 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
 def test_exif_rotation_is_applied_and_broken_metadata_costs_no_picture(monkeypatch) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert decode_image(picture(size=(40, 24), exif=exif)).size == (24, 40)
-
-    def broken(*args, **options):
-        raise ZeroDivisionError
-    monkeypatch.setattr(data.ImageOps, "exif_transpose", broken)
-    assert decode_image(picture(size=(40, 24), exif=exif)).size == (40, 24), "the pixels are sound"
-    grey = picture(mode="L")
-    monkeypatch.setattr(Image.Image, "convert", broken)
+    rotated = picture(size=(40, 24), exif=exif)
+    assert decode_image(rotated).size == (24, 40)
+    monkeypatch.setattr(data.ImageOps, "exif_transpose", lambda *args, **options: 1 / 0)
+    assert decode_image(rotated).size == (40, 24), "the pixels are sound"
+    monkeypatch.setattr(Image.Image, "convert", lambda *args: 1 / 0)
     with pytest.raises(BadSample, match="unreadable image"):
-        decode_image(grey)
+        decode_image(rotated)
 
 
 @pytest.mark.parametrize("raw, cause", [
     (picture(size=(300, 300))[:900], "unreadable image"), (b"", "unreadable image"),
     (b"a text", "unreadable image"), (picture(size=(3, 2000), form="PNG"), "image too small"),
-    (picture(size=(9000, 9000), form="PNG", mode="1"), "image too large"),
+    (picture(size=(9000, 9000), form="PNG", mode="1"), "unreadable image"),     # a decompression bomb
     # Other formats are not opened: for an EPS, Pillow would start Ghostscript on a stranger's file.
     *((picture(form=form), "unreadable image") for form in ("TIFF", "BMP", "PPM", "EPS"))])
 def test_unusable_pictures_are_named(raw: bytes, cause: str) -> None:
     with pytest.raises(BadSample) as bad:
-        decode_image(raw, "key")
-    assert bad.value.cause == cause
+        decode_image(raw)
+    assert str(bad.value) == cause
 
 
 def test_to_square_takes_the_centre() -> None:
@@ -118,8 +117,6 @@ def test_large_jpegs_are_decoded_small() -> None:
 def test_a_small_hostile_tar(tmp_path) -> None:
     jpg, deep = picture(), b"[" * 100_000       # a parser that recurses gives up with another error
     red, blue = picture((220, 20, 20)), picture((20, 20, 220))
-    link = tarfile.TarInfo("l.jpg")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
     path = write_tar(tmp_path / "00000.tar", [
         ("a.jpg", jpg), ("a.txt", b"good"), ("a.json", deep),
         ("b.jpg", jpg),                                                  # no caption
@@ -131,12 +128,8 @@ def test_a_small_hostile_tar(tmp_path) -> None:
         ("../../evil.jpg", jpg), ("../../evil.txt", b"evil"),
         ("i.jpg", jpg[:200]), ("i.txt", b"truncated"),
         ("j.jpg", jpg), ("j.txt", b" \n "), ("m.jpg", jpg), ("m.json", deep),
-        ("k.json", b"{not json"), ("k.txt", b"k"), ("k.cls", b"7"), ("k.jpg", jpg)])
-    with tarfile.open(path, "a") as tar:
-        tar.addfile(link)
-        info = tarfile.TarInfo("l.txt")
-        info.size = 1
-        tar.addfile(info, io.BytesIO(b"x"))
+        ("k.json", b"{not json"), ("k.txt", b"k"), ("k.cls", b"7"), ("k.jpg", jpg),
+        ("l.jpg", "/etc/hostname"), ("l.txt", b"x")])
     before = sorted(tmp_path.rglob("*"))
     source = TarSource("test", [path])
     found, skipped = read_all(source)
@@ -149,7 +142,7 @@ def test_a_small_hostile_tar(tmp_path) -> None:
     assert skipped == {"no caption": 2, "no image": 3, "empty caption": 2, "unreadable image": 1}
     assert sorted(tmp_path.rglob("*")) == before, "reading a tar must write nothing beside it"
     with pytest.raises(ValueError, match="2 no caption, 3 no image"):
-        check_index(source, 0.05)
+        open_source(str(path), max_bad=0.05)
 
 
 def test_a_damaged_shard_is_said_and_weighed(tmp_path, capsys) -> None:
@@ -167,24 +160,20 @@ def test_a_damaged_shard_is_said_and_weighed(tmp_path, capsys) -> None:
 
 
 def test_broken_shards_do_not_stop_the_rest(tmp_path, capsys) -> None:
-    write_tar(tmp_path / "0.tar", captioned(*"0123"))
-    write_tar(tmp_path / "7.tar", captioned(*"0123"))
+    for name in "07":
+        write_tar(tmp_path / f"{name}.tar", captioned(*"0123"))
     (tmp_path / "1.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:3 * 2048 + 700])
     (tmp_path / "2.tar").write_bytes(b"")
     (tmp_path / "3.tar").write_bytes(bytes(np.random.default_rng(0).integers(0, 256, 4096, np.uint8)))
-    with tarfile.open(tmp_path / "4.tar", "w:gz"):
-        pass
+    tarfile.open(tmp_path / "4.tar", "w:gz").close()
     write_tar(tmp_path / "5.tar", [])
     block = tarfile.TarInfo("x")                # long names without an end, in which tarfile recurses
     block.type, block.size = tarfile.GNUTYPE_LONGNAME, 4
     (tmp_path / "6.tar").write_bytes(3000 * (block.tobuf(tarfile.GNU_FORMAT) + b"name".ljust(512, b"\0")))
     source = open_source(str(tmp_path))
-    whole = [source.key(i) for i in range(len(source))]
-    assert len(whole) >= 8 + 2 and whole[-4:] == ["0", "1", "2", "3"], \
-        "shards after a broken one must be reached"
-    said = capsys.readouterr().err
-    assert all(f"{name}.tar" in said for name in "123456") and "7.tar" not in said, \
-        "each bad shard must be named"
+    whole, said = [source.key(i) for i in range(len(source))], capsys.readouterr().err
+    assert len(whole) >= 8 + 2 and whole[-4:] == ["0", "1", "2", "3"], "shards after a broken one are reached"
+    assert [name for name in "01234567" if f"{name}.tar" in said] == list("123456"), "bad shards are named"
     assert source.skipped["damaged shard"] >= 6
     assert read_all(source)[1] == source.skipped, "what was indexed of a cut shard must be whole"
 
@@ -224,7 +213,7 @@ def test_an_index_is_kept_and_forgotten_when_a_shard_changes(tmp_path, monkeypat
         again = open_source(str(tmp_path / "tars"))
     assert [again.key(i) for i in range(7)] == [first.key(i) for i in range(7)]
     assert again.captions(6) == first.captions(6) == ["caption 1_3"] and again.skipped == first.skipped
-    assert again.skipped["damaged shard"] == 1 and "9.tar is empty" in capsys.readouterr().err
+    assert again.skipped["damaged shard"] == 1 and "9.tar is damaged" in capsys.readouterr().err
     assert len(uneven(tmp_path / "tars", [3, 5])) == 8
     for index in (tmp_path / "cache").iterdir():
         index.write_bytes(b"damaged")
@@ -232,54 +221,55 @@ def test_an_index_is_kept_and_forgotten_when_a_shard_changes(tmp_path, monkeypat
 
 
 # ---------------------------------------------------------------- folders
-def test_nothing_to_read_says_what_to_do(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("name, files, words", [
+    ("cc3m", (), "no data at cc3m.*img2dataset"), ("nowhere", (), "expected shapes, a folder, a tar"),
+    ("a.jpg", ("a.jpg",), "expected shapes, a folder, a tar"), (".", ("0.tar",), "no usable sample"),
+    (".", ("0.tar", "a.jpg"), "1 tars and 1 images"),
+    # Else every picture is trained as "a photo of an Images", and zero-shot of one class is always right:
+    *((".", files, "folders of two or more classes") for files in (
+        (), ("In/cat/a.jpg", "In/dog/b.jpg"), ("cat/a.jpg", "dog.jpg"), ("Images/a.jpg", "Images/b.jpg")))])
+def test_what_is_no_data_or_half_understood_is_refused(tmp_path, monkeypatch, name, files, words) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="img2dataset"):
-        open_source("cc3m")
-    with pytest.raises(FileNotFoundError, match="expected shapes"):
-        open_source("nowhere")
-    write_tar(tmp_path / "0.tar", [("a.txt", b"x")])
-    with pytest.raises(ValueError, match="no usable sample"):
-        open_source(str(tmp_path))
-    (tmp_path / "a.jpg").write_bytes(picture())
-    with pytest.raises(ValueError, match="1 tars and 1 images"):
-        open_source(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="expected shapes, a folder, a tar"):
-        open_source(str(tmp_path / "a.jpg"))
+    for file in map(Path, files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(picture())
+    if "0.tar" in files:
+        write_tar(Path("0.tar"), [("a.txt", b"x")])
+    with pytest.raises((FileNotFoundError, ValueError), match=words):
+        open_source(name)
 
 
-def test_what_is_no_data_is_left_out_and_links_are_followed(tmp_path) -> None:
-    for name in ("real/cat", "data/dog", "data/.ipynb_checkpoints", "data/__MACOSX", "tars/unpacked.tar"):
+def test_links_are_followed_but_not_twice_and_hidden_files_not_seen(tmp_path) -> None:
+    for name in ("real/cat", "data/dog", "data/.ipynb_checkpoints"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "0.jpg").write_bytes(picture())
         (tmp_path / name / "._0.jpg").write_bytes(b"a shadow file of macOS")
     (tmp_path / "data/cat").symlink_to(tmp_path / "real/cat")
-    assert open_source(str(tmp_path / "data")).classes == ["cat", "dog"]
-    (tmp_path / "data/loop").symlink_to(tmp_path / "data")
-    with pytest.raises(ValueError, match="twice: remove one"):
-        open_source(str(tmp_path / "data"))
-    (tmp_path / "tars/unpacked.tar/0.jpg").unlink()
-    write_tar(tmp_path / "tars/0.tar", captioned("a"))
-    (tmp_path / "tars/._0.tar").write_bytes(b"a shadow file of macOS" * 100)
-    source = open_source(str(tmp_path / "tars"))
-    assert len(source) == 1 and not source.skipped, "a folder or a shadow file is not a broken shard"
+    source = open_source(str(tmp_path / "data"))
+    assert source.classes == ["cat", "dog"] and len(source) == 2
+    for target in ("data", "real/cat"):
+        (tmp_path / "data/again").symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match="twice: remove one"):
+            open_source(str(tmp_path / "data"))
+        (tmp_path / "data/again").unlink()
 
 
 @pytest.mark.parametrize("kind", ["tars", "captions", "classes"])
 def test_training_never_sees_the_validation_half(tmp_path, kind: str) -> None:
-    def put(folder: Path) -> None:
-        if kind == "tars":
-            folder.mkdir(parents=True)
-            write_tar(folder / "0.tar", captioned("a"))
-            return
-        for name in ("big_cat", "owl") if kind == "classes" else ("",):
-            (folder / name).mkdir(parents=True)
-            (folder / name / "a.jpg").write_bytes(picture())
+    def put(*folders: str) -> None:
+        for folder in [tmp_path / name for name in folders]:
+            for name in ("big_cat", "owl") if kind == "classes" else ("",):
+                (folder / name).mkdir(parents=True)
+                (folder / name / "a.jpg").write_bytes(picture())
             if kind == "captions":
                 (folder / "a.txt").write_text("a")
                 (folder / "b.jpg").write_bytes(picture())
-    put(tmp_path / "both" / "train")
-    put(tmp_path / "both" / "val")
+            if kind == "tars":
+                (folder / "a.jpg").unlink()
+                write_tar(folder / "0.tar", captioned("a"))
+
+    put("both/train", "both/val", "tested/train", "tested/Test", "called/Training", "higher/set/train2017",
+        "higher/set/val2017")
     for split in ("train", "val"):
         source = open_source(str(tmp_path / "both"), split)
         path = (source.tars if kind == "tars" else source.images)[0]
@@ -289,27 +279,10 @@ def test_training_never_sees_the_validation_half(tmp_path, kind: str) -> None:
     if kind == "classes":
         assert source.classes == ["big cat", "owl"] and source.read(1).label == 1
         assert [source.captions(i) for i in range(2)] == [["a photo of a big cat"], ["a photo of an owl"]]
-    put(tmp_path / "tested" / "train")
-    put(tmp_path / "tested" / "Test")
-    with pytest.raises(ValueError, match="no folder val, but below it Test, train: name one to use"):
-        open_source(str(tmp_path / "tested"), "val")
     assert len(open_source(str(tmp_path / "tested"), "train")) > 0
-    for name in ("called/Training", "higher/set/train2017", "higher/set/val2017"):
-        put(tmp_path / name)
-    for name, split in itertools.product(("called", "higher"), ("train", "val")):
+    for name, split in (("tested", "val"), *itertools.product(("called", "higher"), ("train", "val"))):
         with pytest.raises(ValueError, match=f"no folder {split}, but below it"):
             open_source(str(tmp_path / name), split)
-
-
-@pytest.mark.parametrize("names", [(), ("Images/cat/a.jpg", "Images/dog/b.jpg"), ("cat/a.jpg", "dog.jpg"),
-                                   ("Images/a.jpg", "Images/b.jpg")])
-def test_folders_that_are_half_understood_are_refused(tmp_path, names: tuple[str, ...]) -> None:
-    """Else every picture is trained as "a photo of an Images", and zero-shot of one class is always right."""
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(picture())
-    with pytest.raises(ValueError, match="folders of two or more classes"):
-        open_source(str(tmp_path))
 
 
 def test_a_line_of_a_text_file_is_a_caption_in_tars_as_in_folders(tmp_path) -> None:
@@ -329,15 +302,12 @@ def test_a_line_of_a_text_file_is_a_caption_in_tars_as_in_folders(tmp_path) -> N
 
 
 def test_a_file_that_vanishes_is_a_bad_sample(tmp_path) -> None:
-    for name in "ab":
-        (tmp_path / f"{name}.jpg").write_bytes(picture())
-        (tmp_path / f"{name}.txt").write_text(name)
+    for name in ("a.jpg", "a.txt", "b.jpg", "b.txt"):
+        (tmp_path / name).write_bytes(picture() if "jpg" in name else b"text")
     source = open_source(str(tmp_path))
     (tmp_path / "a.jpg").unlink()
     (tmp_path / "b.txt").unlink()
-    for i, cause in enumerate(("unreadable file", "empty caption")):
-        with pytest.raises(BadSample, match=cause):
-            source.read(i)
+    assert read_all(source) == ({}, {"unreadable image": 1, "empty caption": 1})
 
 
 # ---------------------------------------------------------------- batches
@@ -357,22 +327,17 @@ def uneven(folder: Path, sizes: list[int]):
     return open_source(str(folder))
 
 
-def take(source, count: int, **options) -> list:
-    return list(itertools.islice(training_batches(source, 16, 8, seed=3, **options), count))
+def take(source, count: int, batch_size: int = 8, seed: int = 3, **options) -> list:
+    return list(itertools.islice(training_batches(source, 16, batch_size, seed, **options), count))
 
 
 def test_batches_depend_on_the_step_alone(tars) -> None:
     options = dict(tokenizer=Tokenizer.learn(["caption 0 1"], 520, 16), draw=lambda k: {"step": k})
-    alone, workers = take(tars, 6, **options), take(tars, 6, workers=2, **options)
-    ranks = [take(tars, 6, rank=rank, world=2) for rank in range(2)]
-    late = take(tars, 2, start=4)
-    for k, batch in enumerate(alone):
-        for rank in range(2):
-            assert torch.equal(batch.images[rank::2], ranks[rank][k].images), "two ranks must share one batch"
-            assert batch.captions[rank::2] == ranks[rank][k].captions
-        assert torch.equal(batch.images, workers[k].images), "the number of workers must not change the data"
-        assert batch.drawn == workers[k].drawn == {"step": k}
-        assert torch.equal(batch.tokens, workers[k].tokens)
+    alone, late = take(tars, 6, **options), take(tars, 2, start=4)
+    for k, (batch, other) in enumerate(zip(alone, take(tars, 6, workers=2, **options))):
+        assert torch.equal(batch.images, other.images), "the number of workers must not change the data"
+        assert batch.drawn == other.drawn == {"step": k}
+        assert torch.equal(batch.tokens, other.tokens)
         assert torch.equal(batch.tokens, options["tokenizer"](batch.captions))
     assert [b.keys for b in late] == [b.keys for b in alone[4:]], "resuming must go on in the same stream"
 
@@ -385,9 +350,10 @@ def test_any_shards_serve_any_ranks_and_workers(tmp_path, sizes: list[int]) -> N
     for world, workers in ((2, 3), (4, 1)):
         options |= dict(world=world, workers=workers)
         ranks = [take(source, 20, rank=rank, **options) for rank in range(world)]
-        for k, batch in enumerate(alone):
-            for rank in range(world):
-                assert ranks[rank][k].keys == batch.keys[rank::world]
+        for batch, *parts in zip(alone, *ranks):
+            for rank, part in enumerate(parts):
+                assert part.keys == batch.keys[rank::world] and part.captions == batch.captions[rank::world]
+                assert torch.equal(part.images, batch.images[rank::world])
     stream = [key for batch in alone for key in batch.keys]
     for epoch in range(3):
         assert len(set(stream[50 * epoch:50 * epoch + 50])) == 50, "an epoch is every sample once"
@@ -395,19 +361,17 @@ def test_any_shards_serve_any_ranks_and_workers(tmp_path, sizes: list[int]) -> N
 
 
 def test_the_shuffle_buffer_reads_shard_after_shard(tmp_path) -> None:
-    source = uneven(tmp_path, [20] * 10)
-    stream = Stream(source, 16, seed=3, shuffle_buffer=40)
-    orders = [stream.order(epoch) for epoch in range(2)]
+    source, stretches = uneven(tmp_path, [20] * 10), []
+    orders = [list(Stream(source, 16, seed, 40).order(epoch)) for seed, epoch in ((3, 0), (3, 1), (4, 0))]
     for order in orders:
         assert sorted(order) == list(range(200))
-        for first in range(0, 200, 40):
-            assert len(set(order[first:first + 40] // 20)) == 2, "40 samples are those of two shards of 20"
-            assert list(order[first:first + 40]) != sorted(order[first:first + 40]), "mixed with each other"
-    stretches = [[set(order[first:first + 40] // 20) for first in range(0, 200, 40)] for order in orders]
-    assert stretches[0] != stretches[1] != sorted(stretches[1], key=min), "shards change places every epoch"
-    assert stretches[0] != [{2 * k, 2 * k + 1} for k in range(5)]
-    again, other = (list(Stream(source, 16, seed, 40).order(0)) for seed in (3, 4))
-    assert list(orders[0]) == again != other
+        parts = [order[first:first + 40] for first in range(0, 200, 40)]
+        assert all(part != sorted(part) for part in parts), "mixed with each other"
+        stretches.append([{place // 20 for place in part} for part in parts])
+        assert all(len(shards) == 2 for shards in stretches[-1]), "40 samples are those of two shards of 20"
+        assert stretches[-1] != [{2 * k, 2 * k + 1} for k in range(5)], "shards come in another order"
+    assert stretches[0] != stretches[1] and stretches[0] != stretches[2], "of each epoch and seed its own"
+    assert orders[0] == list(Stream(source, 16, 3, 40).order(0))
 
 
 def test_every_epoch_chooses_among_the_captions_anew(tmp_path) -> None:
@@ -425,9 +389,7 @@ def test_an_epoch_shows_every_sample_once_and_replaces_bad_ones(tars) -> None:
     keys = Counter(key for batch in batches for key in batch.keys)
     assert set(keys) == {tars.key(i) for i in range(len(tars))} - {"14"} and sum(keys.values()) == 24
     assert sum((b.skipped for b in batches), Counter()) == {"empty caption": 1}
-    for batch in batches:
-        assert len(set(batch.keys)) == len(batch.keys), \
-            "a substitute must not be its neighbour's twin in the batch"
+    assert all(len(set(b.keys)) == len(b.keys) for b in batches), "a substitute is no neighbour's twin"
 
 
 @pytest.mark.parametrize("count", [2, 3, 6, 10, 16, 30])
@@ -435,8 +397,7 @@ def test_a_bad_sample_is_replaced_by_any_other_that_is_good(tmp_path, count: int
     members = [(f"{i}.{kind}", body) for i in range(count) for kind, body in (
         ("jpg", picture() if i == count - 1 else b"bad"), ("txt", b"a"))]
     source = TarSource("test", [write_tar(tmp_path / "0.tar", members)])
-    batch = next(training_batches(source, 32, 2, 0))
-    assert batch.keys == [str(count - 1)] * 2
+    assert take(source, 1, 2)[0].keys == [str(count - 1)] * 2
 
 
 def test_too_many_bad_samples_stop() -> None:
@@ -453,7 +414,7 @@ def test_hold_out_and_evaluation_order(tars) -> None:
     assert len(val) == 1 and len(train) == 23
     assert not {train.captions(i)[0] for i in range(3)} & {val.captions(0)[0]}
     batches = list(evaluation_batches(tars, 16, 10))
-    good = [i for i in range(len(tars)) if tars.key(i) != "14"]
+    good = [i for i in range(24) if tars.key(i) != "14"]
     assert [place for batch in batches for place in batch.places] == good
     assert [key for batch in batches for key in batch.keys] == [tars.key(i) for i in good]
     assert sum(batch.visited for batch in batches) == 24
