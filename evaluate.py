@@ -13,7 +13,6 @@ import copy
 import json
 import math
 import os
-import platform
 import sys
 import warnings
 from collections import Counter
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ import model as models
 from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, check_index, evaluation_batches,
                   evenly_spaced, open_source, rand_augment, text_lines, to_square)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
-                       sampling_timesteps, signal_and_noise)
+                       signal_and_noise)
 from model import Clip, DiffDis, TextConfig
 from sample import (CKPT_HELP, SAMPLERS, Parser, denoise_queries, draw_images, draw_queries, fail,
                     find_checkpoint, fingerprint, finite, natural, pick_device, positive, share, to_pil,
@@ -135,11 +135,11 @@ def over_images(model: "DiffDis | Clip | Inception", source: Source, reading: Re
 
     inputs: what the model's read_batch makes of pixels, e.g. clean latents; size: px, without it the model's.
     """
-    (rank, world), control, values_of = rank_and_world(), reading.control, values_of or partial(
-        read_queries, model, reading=reading)
-    mine, skips, rows, values = source.subset(np.arange(rank, len(source), world)), SkipReport(), [], []
+    (rank, world), control, skips, rows = rank_and_world(), reading.control, SkipReport(), []
+    values_of = values_of or partial(read_queries, model, reading=reading)
+    mine = source.subset(np.arange(rank, len(source), world))
     if control == "shuffle-images":          # every sample with the image of another
-        mine.image = source.subset(shuffled(len(source), reading.seed).numpy()[rank::world]).image
+        mine.image = source.subset(shuffled(len(source), reading.seed)[rank::world]).image
     batches = evaluation_batches(mine, size or model.config.image_size, reading.batch_size, reading.workers)
     for batch in tqdm(batches, source.name, -(-len(mine) // reading.batch_size), leave=False, unit="batch",
                       disable=None if rank == 0 else True):
@@ -147,21 +147,20 @@ def over_images(model: "DiffDis | Clip | Inception", source: Source, reading: Re
         if batch.captions:
             places = [i * world + rank for i in batch.places]
             inputs = model.read_batch(batch.images.to(model.device))
-            values.append(values_of(torch.zeros_like(inputs) if control == "no-image" else inputs, places))
-            rows += zip(places, batch.captions, batch.labels)
-    ranks = everybody((skips, rows, [part.cpu() for part in values]))
+            values = values_of(torch.zeros_like(inputs) if control == "no-image" else inputs, places)
+            rows += zip(places, values.cpu().numpy(), batch.captions, batch.labels)
+    skips, rows = zip(*everybody((skips, rows)))
     total = SkipReport(reading.max_bad, source.skipped.total(), +source.skipped)
-    for own, _, _ in ranks:
+    for own in skips:
         total.add(own.skipped, own.visited)
     total.check(final=True)
-    rows = [row for _, own, _ in ranks for row in own]
+    rows = sorted(chain.from_iterable(rows), key=lambda row: row[0])
     if not rows:
         raise ValueError(f"{source.name} has no usable sample ({total})")
-    order = sorted(range(len(rows)), key=lambda i: rows[i][0])           # by place
-    values = all_finite(torch.cat([part for _, _, parts in ranks for part in parts])[order])
-    if control == "shuffle-labels":
-        order = [order[i] for i in shuffled(len(rows), reading.seed)]
-    return Read(values, [rows[i][1] for i in order], [rows[i][2] for i in order], total.counts())
+    order = shuffled(len(rows), reading.seed) if control == "shuffle-labels" else range(len(rows))
+    _, values, captions, labels = zip(*rows)
+    return Read(all_finite(torch.from_numpy(np.stack(values))), [captions[i] for i in order],
+                [labels[i] for i in order], total.counts())
 
 
 @torch.no_grad()
@@ -181,8 +180,8 @@ def score(model: DiffDis, images: Tensor, texts: list[str], text_steps: int = 1,
     return queries @ encode_texts(model, texts).to(queries.device).T
 
 
-def shuffled(n: int, seed: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+def shuffled(n: int, seed: int) -> np.ndarray:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
 
 
 # ---------------------------------------------------------------- retrieval, zero-shot, Diffusion Classifier
@@ -224,8 +223,7 @@ def retrieval(model: DiffDis | Clip, source: Source, reading: Reading = Reading(
             rate = result[f"{name}_r{k}"] = (ranks < k).double().mean().item()
             # An image's captions succeed and fail together: no more trials than images.
             result[f"{name}_r{k}_interval"] = wilson(rate, min(len(ranks), n))
-    return {**result, "mean_r1": (result["i2t_r1"] + result["t2i_r1"]) / 2,
-            "skipped": read.skipped}
+    return {**result, "mean_r1": (result["i2t_r1"] + result["t2i_r1"]) / 2, "skipped": read.skipped}
 
 
 # {} is the class's name, {a} its article, which the captions of class folders have in training too.
@@ -244,10 +242,9 @@ def pick_templates(model: DiffDis | Clip, source: Source, given: Sequence[str] |
     """The templates given, or what is built in. Raises ValueError."""
     if wrong := [template for template in given or () if "{}" not in template]:
         raise ValueError(f"template {wrong[0]!r} has no {{}} for the name of a class")
-    if given or source.name == "shapes":
-        return given or ("a {}",)
     # A vocabulary learnt here comes with a text encoder that has read little but "a photo of a CLASS".
-    return ENSEMBLE if model.config.text.vocab_size == TextConfig().vocab_size else ENSEMBLE[:1]
+    reads_all = model.config.text.vocab_size == TextConfig().vocab_size
+    return given or (("a {}",) if source.name == "shapes" else ENSEMBLE if reads_all else ENSEMBLE[:1])
 
 
 @torch.no_grad()
@@ -287,14 +284,9 @@ def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading()
         templates = templates[:1]
         with torch.no_grad():
             contexts = model.encode_text([fill(templates[0], name) for name in names])[0]
-
-        def scores_of(latents: Tensor, places: list[int]) -> Tensor:
-            pairs = torch.cartesian_prod(torch.arange(len(places)), torch.arange(len(names)))
-            return -torch.cat([denoising_errors(model, latents[i], [places[row] for row in i], contexts[k],
-                                                loss_timesteps, reading.seed)
-                               for i, k in (part.T for part in pairs.split(reading.batch_size))]
-                              ).view(len(places), len(names))
-        read = over_images(model, source, reading, scores_of)
+        read = over_images(model, source, reading, lambda latents, places: -torch.stack([
+            denoising_errors(model, latents, places, context.expand(len(places), -1, -1), loss_timesteps,
+                             reading.seed) for context in contexts], dim=1))
         similarity = read.values
     labels = torch.tensor(read.labels)
     hits = (similarity.topk(min(5, len(names))).indices == labels[:, None]).double()
@@ -303,8 +295,7 @@ def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading()
     return {"n": len(labels), "seed": reading.seed, "control": reading.control, "classes": len(names),
             "chance": 1 / len(names), "templates": list(templates), "loss_timesteps": loss_timesteps,
             "top1": top1, "top1_interval": wilson(top1, len(labels)), "top5": hits.sum(dim=1).mean().item(),
-            "mean_per_class": sum(per_class) / len(per_class),
-            "skipped": read.skipped}
+            "mean_per_class": sum(per_class) / len(per_class), "skipped": read.skipped}
 
 
 # ---------------------------------------------------------------- the checker's rates
@@ -537,22 +528,16 @@ class LanguageGuidedHead(nn.Module):
         return self.visual_share * visual + (1 - self.visual_share) * text
 
 
-def both_ways(logits: Tensor, of_images: Tensor, of_texts: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of the texts given each image, and of the images given each text, half of each. logits
-    [B, B]: scaled cosines of B images with B texts; of_images, of_texts: what their rows should be [B, B]."""
-    return (F.cross_entropy(logits, of_images, label_smoothing=smoothing)
-            + F.cross_entropy(logits.T, of_texts, label_smoothing=smoothing)) / 2
-
-
 def stage_1_loss(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Half L_ccl, in which all pairs of a class are right, half L_dis, in which the model as it was is right
-    (Tian et al. 2022). logits, and the teacher's without gradient [B, B]: of B images, each with a sentence
-    about its class; labels [B]."""
+    """Half L_ccl, for which all pairs of a class are right, half L_dis, for which the model as it was is right
+    (Tian et al. 2022). logits, and the teacher's without gradient [B, B]: scaled cosines of B images with a
+    sentence about each one's class; labels [B]."""
+    def loss(of_images: Tensor, of_texts: Tensor, smoothing: float = 0.0) -> Tensor:
+        return (F.cross_entropy(logits, of_images, label_smoothing=smoothing)
+                + F.cross_entropy(logits.T, of_texts, label_smoothing=smoothing)) / 2
     same = (labels[:, None] == labels).float()
     targets = same / same.sum(dim=1, keepdim=True)
-    contrast = both_ways(logits, targets, targets, SMOOTHING)
-    distillation = both_ways(logits, teacher.softmax(dim=1), teacher.T.softmax(dim=1))
-    return (contrast + distillation) / 2
+    return (loss(targets, targets, SMOOTHING) + loss(teacher.softmax(dim=1), teacher.T.softmax(dim=1))) / 2
 
 
 def balanced(labels: Tensor, batch_size: int, *key: int) -> Tensor:
@@ -663,20 +648,16 @@ def by_shot(name: str, hits: Tensor, labels: Tensor, counts: Tensor) -> dict:
     return result
 
 
-def nearest(queries: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """The k most similar candidates of each query, best first [N, k]."""
-    return torch.cat([(part @ candidates.T).topk(k).indices for part in queries.split(1024)])
-
-
 def sentence_accuracies(images: Tensor, labels: Tensor, texts: Tensor, owners: Tensor,
                         counts: Tensor) -> dict:
     """VL-LTR's three of its first stage. Image-Acc: the nearest sentence is of the image's class; Text-Acc:
     the nearest image is of the sentence's; KNN-Acc: most of the 5 nearest sentences are, ties to the nearest.
     images [N, D], labels [N]; texts [M, D], owners [M]: their classes; counts [K]: as in `by_shot`."""
-    near = owners[nearest(images, texts, min(5, len(texts)))]
+    similarity = images @ texts.T
+    near = owners[similarity.topk(min(5, len(texts))).indices]
     votes = torch.tensor([Counter(row).most_common(1)[0][0] for row in near.tolist()])
     return {**by_shot("image_acc", near[:, 0] == labels, labels, counts),
-            "text_acc": (labels[nearest(texts, images, 1)[:, 0]] == owners).double().mean().item(),
+            "text_acc": (labels[similarity.argmax(dim=0)] == owners).double().mean().item(),
             "knn_acc": (votes == labels).double().mean().item()}
 
 
@@ -780,8 +761,7 @@ FLAGS = (
     ("draws", (*READS, "fid"), {**COUNT, "default": 1}, "noise draws averaged per image"),
     ("template", ("zeroshot", "longtail"), {"action": "append", "metavar": "TEXT"},
      "prompt of a class, {} is its name, {a} its article; may be repeated; else what is built in"),
-    ("loss-timesteps", ("zeroshot",), {**COUNT, "metavar": "N"},
-     "by Diffusion Classifier: the loss of N timesteps under each class's prompt decides"),
+    ("loss-timesteps", ("zeroshot",), COUNT, "by Diffusion Classifier, from the loss of so many timesteps"),
     ("n", DRAWS, COUNT, "pictures to draw; without it 64, for fid 30,000 or a caption each"),
     ("steps", DRAWS, {**COUNT, "default": 50}, "sampler steps"),
     ("sampler", DRAWS, {"choices": SAMPLERS, "default": "ddim"}, "as in sample.py"),
@@ -790,8 +770,7 @@ FLAGS = (
     ("out", ("fid",), {"metavar": "FOLDER"}, "also write the pictures here"),
     ("epochs", ("longtail",), {**WHOLE, "default": 50}, "of stage 1, which tunes the model; 0 leaves it out"),
     ("head-epochs", ("longtail",), {**WHOLE, "default": 50}, "of stage 2, which trains a head; 0: as above"),
-    ("lr-scale", ("longtail",), {"type": weight, "default": 1.0},
-     "times VL-LTR's learning rates; more for small networks"))
+    ("lr-scale", ("longtail",), {"type": weight, "default": 1.0}, "times VL-LTR's learning rates"))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -822,8 +801,6 @@ def report(task: str, result: dict, name: str) -> None:
 
 def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
     """Refuse what these weights cannot do, before anything is computed. Raises ValueError."""
-    if isinstance(model, DiffDis):
-        sampling_timesteps(args.text_steps, model.config.timesteps, "trailing")
     for task in args.tasks:
         draws = task in DRAWS or task == "zeroshot" and args.loss_timesteps
         reads = not draws or task == "checker" and args.best_of > 1
@@ -867,7 +844,7 @@ def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict
     return fid(model, source, network, reading, args.n or 30_000, args.out and Path(args.out), **drawing)
 
 
-def run(args: argparse.Namespace, device: torch.device, command: str) -> None:
+def run(args: argparse.Namespace, device: torch.device) -> None:
     """All tasks on one model; their tables and the JSON."""
     if args.json and (not Path(args.json).resolve().parent.is_dir() or Path(args.json).is_dir()):
         raise ValueError(f"--json is {args.json!r}, expected a file in an existing folder")
@@ -876,11 +853,10 @@ def run(args: argparse.Namespace, device: torch.device, command: str) -> None:
     check_tasks(args, model)
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = {"settings": {name: value for name, value in vars(args).items() if name not in ("tasks", "json")},
-             "command": command, "date": date.today().isoformat(), "checkpoint": str(path),
-             "checkpoint_hash": fingerprint(path), "ranks": rank_and_world()[1], "torch": torch.__version__,
-             "device": f"{device} ({where})", "threads": torch.get_num_threads()}
+             "command": " ".join(sys.argv), "date": date.today().isoformat(), "checkpoint": str(path),
+             "checkpoint_hash": fingerprint(path), "ranks": rank_and_world()[1], "device": str(device),
+             "torch": torch.__version__}
     for task in args.tasks:
         result, name = run_task(task, model, args), "shapes" if task == "checker" else args.data
         report(task, result, name)
@@ -894,12 +870,11 @@ def run(args: argparse.Namespace, device: torch.device, command: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    command = " ".join(["python evaluate.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         rank, _, device = join_ranks(args.device)
         if rank:      # the first speaks for all
             sys.stdout = open(os.devnull, "w")
-        run(args, device, command)
+        run(args, device)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
