@@ -17,10 +17,8 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +38,7 @@ from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_
 from model import Clip, DiffDis, TextConfig
 from sample import (CKPT_HELP, SAMPLERS, Parser, denoise_queries, draw_images, draw_queries, fail,
                     find_checkpoint, fingerprint, finite, natural, pick_device, positive, share, to_pil,
-                    weight)
-from sample import best_of as favourite
+                    weight, best_of as favourite)
 
 
 # ---------------------------------------------------------------- ranks
@@ -69,10 +66,9 @@ def rank_and_world() -> tuple[int, int]:
 
 def everybody(value) -> list:
     """What every rank passes, in rank order."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -88,8 +84,7 @@ def in_turn(do: Callable):
 CONTROLS = ("none", "shuffle-images", "no-image", "shuffle-labels")
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """How images are read. text_steps, draws, guidance_scale, seed: as in `sample.draw_queries`."""
     text_steps: int = 1
     draws: int = 1
@@ -154,7 +149,7 @@ def over_images(model: "DiffDis | Clip | Inception", source: Source, reading: Re
     for own in skips:
         total.add(own.skipped, own.visited)
     total.check(final=True)
-    rows = sorted(chain.from_iterable(rows), key=lambda row: row[0])
+    rows = sorted(sum(rows, []), key=lambda row: row[0])          # by place
     if not rows:
         raise ValueError(f"{source.name} has no usable sample ({total})")
     order = shuffled(len(rows), reading.seed) if control == "shuffle-labels" else range(len(rows))
@@ -427,7 +422,7 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
         return read_queries(network, inputs, places, reading)
     read = over_images(network, source, reading, size=size)
     # The same walk over samples; of these their captions alone are used.
-    drawn = over_images(network, chosen, replace(reading, max_bad=1.0), features_of_drawn, size).values
+    drawn = over_images(network, chosen, reading._replace(max_bad=1.0), features_of_drawn, size).values
     count, width = min(len(drawn), len(read.values)), drawn.shape[1]
     if count < 2:
         raise ValueError(f"{count} pictures: a distance between sets needs two or more of each")
@@ -529,9 +524,9 @@ class LanguageGuidedHead(nn.Module):
 
 
 def stage_1_loss(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Half L_ccl, for which all pairs of a class are right, half L_dis, for which the model as it was is right
-    (Tian et al. 2022). logits, and the teacher's without gradient [B, B]: scaled cosines of B images with a
-    sentence about each one's class; labels [B]."""
+    """Half L_ccl, for which all pairs of a class are right, half L_dis, for which the teacher is (Tian et al.
+    2022). logits, and the teacher's, of the model as it was, without gradient [B, B]: scaled cosines of B
+    images with a sentence about each one's class; labels [B]."""
     def loss(of_images: Tensor, of_texts: Tensor, smoothing: float = 0.0) -> Tensor:
         return (F.cross_entropy(logits, of_images, label_smoothing=smoothing)
                 + F.cross_entropy(logits.T, of_texts, label_smoothing=smoothing)) / 2
@@ -680,6 +675,7 @@ def head_batches(model: DiffDis | Clip, data: LongTail, epochs: int, reading: Re
     """Text queries [B, D] of training images and soft targets [B, K]. The model is frozen: where nothing
     changes the images, each is read once."""
     one_hot, key, size = torch.eye(len(data.sentences)), (reading.seed, 8), reading.batch_size
+    steps = max(1, len(data.labels) // size)
     if not data.augment:
         queries = over_images(model, data.train, reading).values
         for epoch in range(epochs):
@@ -687,9 +683,8 @@ def head_batches(model: DiffDis | Clip, data: LongTail, epochs: int, reading: Re
                 yield queries[rows], one_hot[data.labels[rows]]
         return
     for i, batch in enumerate(balanced_batches(data, model.config.image_size, epochs, key, reading)):
-        epoch_and_step = divmod(i, max(1, len(data.labels) // size))
-        pixels, targets = mix(batch.images, one_hot[batch.labels],
-                              np.random.default_rng([*key, 9, *epoch_and_step]))
+        rng = np.random.default_rng([*key, 9, *divmod(i, steps)])
+        pixels, targets = mix(batch.images, one_hot[batch.labels], rng)
         inputs = model.read_batch(pixels.to(model.device))
         yield read_queries(model, inputs, list(batch.places), reading), targets
 
@@ -732,7 +727,7 @@ def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(b
     if head_epochs:
         # Other noise than the test images': what is alike must be the pictures.
         head = train_head(model, data, queries.split(list(map(len, sentences))), head_epochs, lr_scale,
-                          replace(reading, control="none", seed=reading.seed + 1, max_bad=0.0))
+                          reading._replace(control="none", seed=reading.seed + 1, max_bad=0.0))
         with torch.no_grad():
             scores = torch.cat([head.predict(part).cpu() for part in read.values.to(model.device).split(256)])
         result |= {"anchors": int(head.present.sum()),
