@@ -294,13 +294,16 @@ def test_a_control_breaks_the_test_images_alone(places, monkeypatch) -> None:
     assert readings == [("test", "no-image", 0), ("train", "none", 1), ("train", "none", 1)]
 
 
+HALL = "train/hall/00000000.png"
+
+
 @pytest.mark.parametrize("change, flags, message", [
     (lambda p: (p / "test.txt").unlink(), [], "no data at"),
     (lambda p: (p / "test" / "hall" / "00000001.png").unlink(), [], "1 of the 9 images in"),
     (lambda p: (p / "test.txt").write_text("test/hall/00000000.png\n"), [], "the same classes in both"),
     (lambda p: (p / "test.txt").write_text((p / "train.txt").read_text()), [], "17 images are in both"),
-    (lambda p: (p / "train/hall/00000000.png").write_text("none"), ["--batch-size", "16"], "unreadable image"),
-    (lambda p: (p / "train/hall/00000000.png").write_text("none"), ["--epochs", "0"], "unreadable image"),
+    (lambda p: (p / HALL).write_text("none"), ["--batch-size", "16"], "unreadable image"),
+    (lambda p: (p / HALL).write_text("none"), ["--epochs", "0"], "unreadable image"),
     (lambda p: None, ["--lr-scale", "1e30", *QUICK[:-2]], "stage 1, step"),
     (lambda p: None, ["--lr-scale", "1e38", "--epochs", "0", "--batch-size", "8"], "stage 2, step")])
 def test_mistakes_end_in_one_line(places, capsys, change, flags, message) -> None:
