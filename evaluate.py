@@ -1,35 +1,24 @@
 """The paper's measurements: how well images and texts find each other, and how good drawn pictures are.
 
-What it is: Algorithm 3 (sample.py) turned into the field's numbers, and a CLIP's numbers by the same code.
     python evaluate.py retrieval --data shapes        R@1/5/10, image -> text and text -> image
-    python evaluate.py zeroshot  --data DIR           top-1, top-5, mean per class
-    python evaluate.py fid       --data DIR           Fréchet distance of drawn pictures to real ones
-    python evaluate.py checker   --best-of 4          pictures for held-out prompts, judged from their pixels
-    python evaluate.py longtail  --data DIR           VL-LTR's two stages on few images of most classes
-    python evaluate.py retrieval zeroshot checker     several tasks in one command
-What it is not: training of DiffDis. The predictor receives only clean latents and noise (of a CLIP: pixels).
-Its text queries are compared with those of all candidate texts, and only then with the truth. `--control`
-breaks an evaluation on purpose: a sound one then falls to chance.
-
-Under torchrun the ranks share retrieval, zeroshot and fid. Read next: train.py.
+    python evaluate.py zeroshot fid --data DIR        top-1, top-5; Fréchet distance of drawn to real pictures
+    python evaluate.py checker --best-of 4            pictures for held-out prompts, judged from their pixels
+    python evaluate.py longtail --data DIR            VL-LTR's two stages on few images of most classes
+The predictor receives only clean latents and noise, of a CLIP pixels; what it reads meets all candidate
+texts, and only then the truth. `--control` breaks that on purpose: a sound evaluation then falls to chance.
+Under torchrun the ranks share the images. Read next: train.py.
 """
 import argparse
-import contextlib
 import copy
-import io
 import json
 import math
 import os
-import platform
 import sys
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,15 +31,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_batches,
-                  evenly_spaced, open_source, rand_augment, text_lines, to_square, usable_captions)
+from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_batches, evenly_spaced,
+                  open_source, rand_augment, text_lines, to_square)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
-                       sampling_timesteps, signal_and_noise)
+                       signal_and_noise)
 from model import Clip, DiffDis, TextConfig
 from sample import (CKPT_HELP, SAMPLERS, Parser, denoise_queries, draw_images, draw_queries,
-                    errors_in_one_line, find_checkpoint, fingerprint, finite, natural, pick_device, positive, share, to_pil,
-                    weight)
-from sample import best_of as favourite
+                    errors_in_one_line, find_checkpoint, fingerprint, finite, natural, pick_device, positive,
+                    share, to_pil, weight, best_of as favourite)
 
 
 # ---------------------------------------------------------------- ranks
@@ -78,10 +66,9 @@ def rank_and_world() -> tuple[int, int]:
 
 def everybody(value) -> list:
     """What every rank passes, in rank order."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -93,23 +80,11 @@ def in_turn(do: Callable):
     return result if first else do()
 
 
-def gather_rows(places: Sequence[int], values: list[Tensor]) -> Tensor:
-    """This rank's rows, in batches, and their places -> all ranks' rows [N, ...] in order, on the CPU. Raises
-    ValueError where a number is not finite: the output of every network passes through here."""
-    parts = everybody((list(places), torch.cat(values).cpu() if values else torch.empty(0)))
-    order = torch.tensor([place for numbers, _ in parts for place in numbers], dtype=torch.long).argsort()
-    rows = torch.cat([part for _, part in parts])[order]
-    if not torch.isfinite(rows).all():
-        raise ValueError("the network's outputs are not finite: its weights are not usable")
-    return rows
-
-
 # ---------------------------------------------------------------- reading a data set
 CONTROLS = ("none", "shuffle-images", "no-image", "shuffle-labels")
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """How images are read. text_steps, draws, guidance_scale, seed: as in `sample.draw_queries`."""
     text_steps: int = 1
     draws: int = 1
@@ -126,43 +101,14 @@ class Read(NamedTuple):
     values: Tensor                # [N, ...], on the CPU
     captions: list[list[str]]
     labels: list
-    skips: SkipReport
-    seconds: float                # per image and device, decoding included
+    skipped: dict                 # how many were visited, and of these left out, by cause
 
 
-@torch.no_grad()
-def over_images(model: "DiffDis | Clip | Inception", source: Source, reading: Reading,
-                values_of: Callable[[Tensor, list[int]], Tensor], size: int | None = None) -> Read:
-    """values_of(inputs [B, ...], numbers of the images [B]) -> [B, ...], for all usable images of a source.
-    The ranks share them, the controls act here. Raises ValueError where too many images are unusable.
-
-    inputs: what the model's read_batch makes of pixels, e.g. clean latents; size: px, without it the model's.
-    """
-    (rank, world), control, began = rank_and_world(), reading.control, time.perf_counter()
-    mine, skips, values, rows = source.subset(np.arange(rank, len(source), world)), SkipReport(), [], []
-    if control == "shuffle-images":          # every sample with the image of another
-        mine.image = source.subset(shuffled(len(source), reading.seed).numpy()[rank::world]).image
-    batches = evaluation_batches(mine, size or model.config.image_size, reading.batch_size, reading.workers)
-    for batch in tqdm(batches, "read", -(-len(mine) // reading.batch_size), leave=False, unit="batch",
-                      disable=None if rank == 0 else True):
-        skips.add(batch.skipped, batch.visited)
-        if batch.captions:
-            places = [i * world + rank for i in batch.places]
-            inputs = model.read_batch(batch.images.to(model.device))
-            values.append(values_of(torch.zeros_like(inputs) if control == "no-image" else inputs, places))
-            rows += zip(places, batch.captions, batch.labels)
-    seconds = time.perf_counter() - began
-    total = SkipReport(reading.max_bad, source.skipped.total(), +source.skipped)
-    for own in everybody(skips):
-        total.add(own.skipped, own.visited)
-    total.check(final=True)
-    whole = gather_rows([place for place, _, _ in rows], values)
-    rows = sorted(chain.from_iterable(everybody(rows)), key=lambda row: row[0])
-    if not rows:
-        raise ValueError(f"{source.name} has no usable sample ({total})")
-    order = shuffled(len(rows), reading.seed).tolist() if control == "shuffle-labels" else range(len(rows))
-    _, captions, labels = zip(*(rows[i] for i in order))
-    return Read(whole, list(captions), list(labels), total, seconds * world / len(rows))
+def all_finite(values: Tensor) -> Tensor:
+    """A network's outputs. Raises ValueError where one is no number: it would win or lose all comparisons."""
+    if not torch.isfinite(values).all():
+        raise ValueError("the network's outputs are not finite: its weights are not usable")
+    return values
 
 
 def read_queries(model: "DiffDis | Clip | Inception", inputs: Tensor, places: list[int], reading: Reading
@@ -175,20 +121,48 @@ def read_queries(model: "DiffDis | Clip | Inception", inputs: Tensor, places: li
                         reading.seed)
 
 
-def image_queries(model: "DiffDis | Clip | Inception", source: Source, reading: Reading,
-                  size: int | None = None) -> Read:
-    """`read_queries` of all usable images."""
-    return over_images(model, source, reading,
-                       lambda inputs, places: read_queries(model, inputs, places, reading), size)
+@torch.no_grad()
+def over_images(model: "DiffDis | Clip | Inception", source: Source, reading: Reading,
+                values_of: Callable[[Tensor, list[int]], Tensor] | None = None, size: int | None = None
+                ) -> Read:
+    """values_of(inputs [B, ...], numbers of the images [B]) -> [B, ...], without it `read_queries`, for all
+    usable images. The ranks share them, the controls act here. Raises ValueError where too many are unusable.
+
+    inputs: what the model's read_batch makes of pixels, e.g. clean latents; size: px, without it the model's.
+    """
+    (rank, world), control, skips, rows = rank_and_world(), reading.control, SkipReport(), []
+    values_of = values_of or partial(read_queries, model, reading=reading)
+    mine = source.subset(np.arange(rank, len(source), world))
+    if control == "shuffle-images":          # every sample with the image of another
+        mine.image = source.subset(shuffled(len(source), reading.seed)[rank::world]).image
+    batches = evaluation_batches(mine, size or model.config.image_size, reading.batch_size, reading.workers)
+    for batch in tqdm(batches, source.name, -(-len(mine) // reading.batch_size), leave=False, unit="batch",
+                      disable=None if rank == 0 else True):
+        skips.add(batch.skipped, batch.visited)
+        if batch.captions:
+            places = [i * world + rank for i in batch.places]
+            inputs = model.read_batch(batch.images.to(model.device))
+            values = values_of(torch.zeros_like(inputs) if control == "no-image" else inputs, places)
+            rows += zip(places, values.cpu().numpy(), batch.captions, batch.labels)
+    skips, rows = zip(*everybody((skips, rows)))
+    total = SkipReport(reading.max_bad, source.skipped.total(), +source.skipped)
+    for own in skips:
+        total.add(own.skipped, own.visited)
+    total.check(final=True)
+    rows = sorted(sum(rows, []), key=lambda row: row[0])          # by place
+    if not rows:
+        raise ValueError(f"{source.name} has no usable sample ({total})")
+    order = shuffled(len(rows), reading.seed) if control == "shuffle-labels" else range(len(rows))
+    _, values, captions, labels = zip(*rows)
+    return Read(all_finite(torch.from_numpy(np.stack(values))), [captions[i] for i in order],
+                [labels[i] for i in order], total.counts())
 
 
 @torch.no_grad()
 def encode_texts(model: DiffDis | Clip, texts: list[str], batch: int = 256) -> Tensor:
-    """Texts -> text queries e [K, D], unit norm, float32, on the CPU; the ranks share them."""
-    rank, world = rank_and_world()
-    mine = texts[rank::world]
-    parts = [model.encode_text(mine[i:i + batch])[1] for i in range(0, len(mine), batch)]
-    return gather_rows(range(rank, len(texts), world), parts)
+    """Texts -> text queries e [K, D], unit norm, float32, on the CPU."""
+    parts = [model.encode_text(texts[i:i + batch])[1] for i in range(0, len(texts), batch)]
+    return all_finite(torch.cat(parts).cpu())
 
 
 @torch.no_grad()
@@ -201,8 +175,8 @@ def score(model: DiffDis, images: Tensor, texts: list[str], text_steps: int = 1,
     return queries @ encode_texts(model, texts).to(queries.device).T
 
 
-def shuffled(n: int, seed: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+def shuffled(n: int, seed: int) -> np.ndarray:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
 
 
 # ---------------------------------------------------------------- retrieval, zero-shot, Diffusion Classifier
@@ -231,7 +205,7 @@ def retrieval(model: DiffDis | Clip, source: Source, reading: Reading = Reading(
     """R@1/5/10 both ways: a hit if any caption of the image is among the k most similar texts, any image with
     that caption among the k most similar images. Equal captions are one text; with Karpathy's files each is
     its own, as in the field's protocol."""
-    read, numbers = image_queries(model, source, reading), {}     # (text, where if that matters) -> number
+    read, numbers = over_images(model, source, reading), {}     # (text, where if that matters) -> number
     pairs = torch.tensor([(image, numbers.setdefault((text, source.texts and (image, j)), len(numbers)))
                           for image, own in enumerate(read.captions) for j, text in enumerate(own)])
     pairs, texts = pairs.unique(dim=0), encode_texts(model, [text for text, _ in numbers])
@@ -244,8 +218,7 @@ def retrieval(model: DiffDis | Clip, source: Source, reading: Reading = Reading(
             rate = result[f"{name}_r{k}"] = (ranks < k).double().mean().item()
             # An image's captions succeed and fail together: no more trials than images.
             result[f"{name}_r{k}_interval"] = wilson(rate, min(len(ranks), n))
-    return {**result, "mean_r1": (result["i2t_r1"] + result["t2i_r1"]) / 2, "seconds_per_image": read.seconds,
-            "skipped": read.skips.counts()}
+    return {**result, "mean_r1": (result["i2t_r1"] + result["t2i_r1"]) / 2, "skipped": read.skipped}
 
 
 # {} is the class's name, {a} its article, which the captions of class folders have in training too.
@@ -264,10 +237,9 @@ def pick_templates(model: DiffDis | Clip, source: Source, given: Sequence[str] |
     """The templates given, or what is built in. Raises ValueError."""
     if wrong := [template for template in given or () if "{}" not in template]:
         raise ValueError(f"template {wrong[0]!r} has no {{}} for the name of a class")
-    if given or source.name == "shapes":
-        return given or ("a {}",)
     # A vocabulary learnt here comes with a text encoder that has read little but "a photo of a CLASS".
-    return ENSEMBLE if model.config.text.vocab_size == TextConfig().vocab_size else ENSEMBLE[:1]
+    reads_all = model.config.text.vocab_size == TextConfig().vocab_size
+    return given or (("a {}",) if source.name == "shapes" else ENSEMBLE if reads_all else ENSEMBLE[:1])
 
 
 @torch.no_grad()
@@ -301,20 +273,15 @@ def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading()
     if loss_timesteps is None:
         prompts = [fill(template, name) for name in names for template in templates]
         classes = F.normalize(encode_texts(model, prompts).unflatten(0, (len(names), -1)).mean(dim=1), dim=-1)
-        read = image_queries(model, source, reading)
+        read = over_images(model, source, reading)
         similarity = read.values @ classes.T
     else:
         templates = templates[:1]
         with torch.no_grad():
             contexts = model.encode_text([fill(templates[0], name) for name in names])[0]
-
-        def scores_of(latents: Tensor, places: list[int]) -> Tensor:
-            pairs = torch.cartesian_prod(torch.arange(len(places)), torch.arange(len(names)))
-            return -torch.cat([denoising_errors(model, latents[i], [places[row] for row in i], contexts[k],
-                                                loss_timesteps, reading.seed)
-                               for i, k in (part.T for part in pairs.split(reading.batch_size))]
-                              ).view(len(places), len(names))
-        read = over_images(model, source, reading, scores_of)
+        read = over_images(model, source, reading, lambda latents, places: -torch.stack([
+            denoising_errors(model, latents, places, context.expand(len(places), -1, -1), loss_timesteps,
+                             reading.seed) for context in contexts], dim=1))
         similarity = read.values
     labels = torch.tensor(read.labels)
     hits = (similarity.topk(min(5, len(names))).indices == labels[:, None]).double()
@@ -323,31 +290,28 @@ def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading()
     return {"n": len(labels), "seed": reading.seed, "control": reading.control, "classes": len(names),
             "chance": 1 / len(names), "templates": list(templates), "loss_timesteps": loss_timesteps,
             "top1": top1, "top1_interval": wilson(top1, len(labels)), "top5": hits.sum(dim=1).mean().item(),
-            "mean_per_class": sum(per_class) / len(per_class), "seconds_per_image": read.seconds,
-            "skipped": read.skips.counts()}
+            "mean_per_class": sum(per_class) / len(per_class), "skipped": read.skipped}
 
 
 # ---------------------------------------------------------------- the checker's rates
-def checker(model: DiffDis, n: int = 64, steps: int = 50, guidance_scale: float | None = None,
-            best_of: int = 1, seed: int = 0, sampler: str = "ddim") -> dict:
+def checker(model: DiffDis, n: int = 64, best_of: int = 1, seed: int = 0, **drawing) -> dict:
     """Draw pictures for n held-out prompts of `shapes` and judge each from its pixels alone. Of best_of
-    pictures that one counts from which the model itself reads the prompt best; `all_single`: the first."""
-    scale = model.config.guidance_scale if guidance_scale is None else guidance_scale
+    pictures that one counts from which the model itself reads the prompt best; `all_single`: the first.
+    drawing: options of `draw_images`."""
     val, at_once, verdicts, firsts = Shapes("val"), max(1, 64 // best_of), [], []
     prompts = [val.captions(i)[0] for i in range(min(n, len(val)))]
     for i in tqdm(range(0, len(prompts), at_once), "draw", unit="batch", disable=None, leave=False):
         batch = [prompt for prompt in prompts[i:i + at_once] for _ in range(best_of)]
         seeds = [seed + i * best_of + k for k in range(len(batch))]
-        images = draw_images(model, batch, seeds, steps, scale, sampler=sampler)
+        images = draw_images(model, batch, seeds, **drawing)
         for prompt, own in zip(batch[::best_of], images.split(best_of)):
             choice = favourite(model, prompt, own, seed)[0] if best_of > 1 else 0
             judged = [check(to_square(to_pil(image), SIDE), prompt) for image in own]
             verdicts.append(judged[choice])
             firsts.append(judged[0]["all"])
     rates = {key: sum(verdict[key] for verdict in verdicts) / len(verdicts) for key in verdicts[0]}
-    return {"n": len(prompts), "seed": seed, "chance": 0.0, "best_of": best_of, "sampler": sampler,
-            "steps": steps, "guidance_scale": scale, **rates, "all_single": sum(firsts) / len(firsts),
-            "all_interval": wilson(rates["all"], len(prompts))}
+    return {"n": len(prompts), "seed": seed, "chance": 0.0, "best_of": best_of, **drawing, **rates,
+            "all_single": sum(firsts) / len(firsts), "all_interval": wilson(rates["all"], len(prompts))}
 
 
 # ---------------------------------------------------------------- FID and its Inception
@@ -441,40 +405,33 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, reading: Reading = Reading(),
-        n: int | None = None, steps: int = 50, guidance_scale: float | None = None, sampler: str = "ddim",
-        out: Path | None = None) -> dict:
+        n: int = 30_000, out: Path | None = None, **drawing) -> dict:
     """Fréchet distance between drawn pictures and the images of a source, centre squares of the model's size.
 
-    network: what compares, by `read_queries`; n: pictures, each for a sample's first caption, without it
-    30,000 or as many as there are; the i-th comes from seed + i; out: a folder for them.
+    network: what compares, by `read_queries`; n: pictures, of samples from all over the source by their first
+    captions, the i-th from seed + i; out: a folder for them; drawing: options of `draw_images`.
     """
-    size, (rank, world) = model.config.image_size, rank_and_world()
-    scale = model.config.guidance_scale if guidance_scale is None else guidance_scale
-    reference = image_queries(network, source, reading, size)
-    chosen = evenly_spaced(source, n or 30_000)
-    prompts = [captions[0] for captions in usable_captions(chosen, len(chosen))]
-    mine, rows = range(rank, len(prompts), world), []
-    for first in tqdm(range(0, len(mine), reading.batch_size), "draw", unit="batch",
-                      disable=None if rank == 0 else True):
-        places = list(mine[first:first + reading.batch_size])
-        pictures = [to_pil(image) for image in draw_images(
-            model, [prompts[i] for i in places], [reading.seed + i for i in places], steps, scale,
-            sampler=sampler)]
+    size, chosen = model.config.image_size, evenly_spaced(source, n)
+
+    def features_of_drawn(_: Tensor, places: list[int]) -> Tensor:
+        prompts, seeds = [chosen.captions(i)[0] for i in places], [reading.seed + i for i in places]
+        pictures = [to_pil(image) for image in draw_images(model, prompts, seeds, **drawing)]
         for i, picture in zip(places, pictures if out else ()):
             picture.save(out / f"{i:06d}.png")
         inputs = network.read_batch(torch.from_numpy(np.stack(pictures)).to(network.device))
-        rows.append(read_queries(network, inputs, places, reading))
-    drawn = gather_rows(mine, rows)
-    count, width = min(len(drawn), len(reference.values)), drawn.shape[1]
+        return read_queries(network, inputs, places, reading)
+    read = over_images(network, source, reading, size=size)
+    # The same walk over samples; of these their captions alone are used.
+    drawn = over_images(network, chosen, reading._replace(max_bad=1.0), features_of_drawn, size).values
+    count, width = min(len(drawn), len(read.values)), drawn.shape[1]
     if count < 2:
         raise ValueError(f"{count} pictures: a distance between sets needs two or more of each")
     if count < width:
         print(f"warning: {count} pictures and {width} features: the distance says more about the pictures' "
               "number than about the pictures")
-    return {"n": len(drawn), "n_reference": len(reference.values), "seed": reading.seed, "chance": None,
-            "fid": frechet_distance(drawn, reference.values), "features": type(network).__name__,
-            "image_size": size, "sampler": sampler, "steps": steps, "guidance_scale": scale,
-            "skipped": reference.skips.counts()}
+    return {"n": len(drawn), "n_reference": len(read.values), "seed": reading.seed, "chance": None,
+            "fid": frechet_distance(drawn, read.values), "features": type(network).__name__,
+            "image_size": size, **drawing, "skipped": read.skipped}
 
 
 # ---------------------------------------------------------------- long-tailed recognition (Table 8)
@@ -542,20 +499,19 @@ class LanguageGuidedHead(nn.Module):
         classes, _, width = anchors.shape
         self.register_buffer("anchors", anchors)
         self.register_buffer("present", present)
-        self.norm_q, self.norm_k = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_q, self.to_k = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.to_q, self.to_k = self.attention = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False)) for _ in range(2))
         self.visual = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, classes))
-        for layer in (self.to_q, self.to_k):
+        for _, layer in self.attention:
             nn.init.eye_(layer.weight)
-        for layer in (self.visual[0], self.visual[2]):
+        for layer in self.visual[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """query [B, D], unit norm -> logits of the visual and of the text branch, [B, K] each."""
         width = query.shape[1]
-        q, k = self.to_q(self.norm_q(query)), self.to_k(self.norm_k(self.anchors))
-        scores = torch.einsum("bd,ksd->bks", q, k) * width ** -0.5
+        scores = torch.einsum("bd,ksd->bks", self.to_q(query), self.to_k(self.anchors)) * width ** -0.5
         weights = scores.masked_fill(~self.present, -math.inf).softmax(dim=2)
         classes = F.normalize(torch.einsum("bks,ksd->bkd", weights, self.anchors), dim=2)
         text = torch.einsum("bkd,bd->bk", classes, query) / self.temperature
@@ -567,20 +523,16 @@ class LanguageGuidedHead(nn.Module):
         return self.visual_share * visual + (1 - self.visual_share) * text
 
 
-def class_contrast(logits: Tensor, labels: Tensor, smoothing: float = SMOOTHING) -> Tensor:
-    """Alignment loss of long-tailed recognition: all pairs of a class are right (Tian et al. 2022, L_ccl).
-    logits: scaled cosines of B images with a sentence about each one's class [B, B]; labels [B]."""
+def stage_1_loss(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Half L_ccl, for which all pairs of a class are right, half L_dis, for which the teacher is (Tian et al.
+    2022). logits, and the teacher's, of the model as it was, without gradient [B, B]: scaled cosines of B
+    images with a sentence about each one's class; labels [B]."""
+    def loss(of_images: Tensor, of_texts: Tensor, smoothing: float = 0.0) -> Tensor:
+        return (F.cross_entropy(logits, of_images, label_smoothing=smoothing)
+                + F.cross_entropy(logits.T, of_texts, label_smoothing=smoothing)) / 2
     same = (labels[:, None] == labels).float()
     targets = same / same.sum(dim=1, keepdim=True)
-    return (F.cross_entropy(logits, targets, label_smoothing=smoothing)
-            + F.cross_entropy(logits.T, targets, label_smoothing=smoothing)) / 2
-
-
-def distillation(logits: Tensor, teacher: Tensor) -> Tensor:
-    """How far the logits' distributions, of texts given an image and the reverse, are from the teacher's
-    (Tian et al. 2022, L_dis). Both [B, B]; the teacher's carry no gradient."""
-    return (F.cross_entropy(logits, teacher.softmax(dim=1))
-            + F.cross_entropy(logits.T, teacher.T.softmax(dim=1))) / 2
+    return (loss(targets, targets, SMOOTHING) + loss(teacher.softmax(dim=1), teacher.T.softmax(dim=1))) / 2
 
 
 def balanced(labels: Tensor, batch_size: int, *key: int) -> Tensor:
@@ -597,15 +549,19 @@ def augmented(source: Source, size: int, key: tuple[int, ...], index: int, side:
     return rand_augment(square, np.random.default_rng([*key, index]))
 
 
-def balanced_batches(data: LongTail, size: int, key: tuple[int, ...], reading: Reading) -> Iterator[Batch]:
-    """An epoch of training images at `size` px, a function of the key."""
-    source = data.train.subset(balanced(data.labels, reading.batch_size, *key).numpy())
-    if data.augment:
-        source.image = partial(augmented, copy.copy(source), size, key)
-    for batch in evaluation_batches(source, size, reading.batch_size, reading.workers):
-        if batch.skipped:
-            raise ValueError(f"train.txt has {dict(batch.skipped)}: take it out, a class may have no other")
-        yield batch
+def balanced_batches(data: LongTail, size: int, epochs: int, key: tuple[int, ...], reading: Reading
+                     ) -> Iterator[Batch]:
+    """Balanced epochs of training images at `size` px, a function of the key. Raises ValueError where an
+    image is unusable: its class may have no other."""
+    for epoch in range(epochs):
+        rows = balanced(data.labels, reading.batch_size, *key, epoch)
+        source = data.train.subset(rows.numpy())
+        if data.augment:
+            source.image = partial(augmented, copy.copy(source), size, (*key, epoch))
+        for batch in evaluation_batches(source, size, reading.batch_size, reading.workers):
+            if batch.skipped:
+                raise ValueError(f"train.txt has {dict(batch.skipped)}: take it out, also of the folder")
+            yield batch
 
 
 def mix(pixels: Tensor, targets: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -629,7 +585,7 @@ def descend(modules: list[tuple[nn.Module, float]], losses: Iterator[Tensor], st
     """A step of AdamW on each loss. modules: each with its peak learning rate, to which the rate rises for
     `warmup` steps before it falls to 0 as a cosine. Raises ValueError where a loss is not finite."""
     optimizer = torch.optim.AdamW([
-        {"params": [p for p in module.parameters() if p.requires_grad and (p.dim() > 1) == is_matrix],
+        {"params": [p for p in module.parameters() if (p.dim() > 1) == is_matrix],
          "peak_lr": rate, "weight_decay": WEIGHT_DECAY * is_matrix}
         for module, rate in modules for is_matrix in (True, False)])
     for step, loss in enumerate(tqdm(losses, stage, steps, unit="step", disable=None)):
@@ -645,14 +601,11 @@ def descend(modules: list[tuple[nn.Module, float]], losses: Iterator[Tensor], st
 
 def fine_tune(model: DiffDis | Clip, data: LongTail, epochs: int, lr_scale: float, reading: Reading
               ) -> DiffDis | Clip:
-    """VL-LTR's first stage, on a copy of the model, which then only reads: class-wise contrast of images and
-    sentences, and distillation from the model as it was, half of the loss each.
+    """VL-LTR's first stage, on a copy of the model, which then only reads.
 
     Our choice: a text query is denoised from pure noise, as in evaluation, so that no sentence can leak.
     """
-    student, seed = copy.deepcopy(model), reading.seed
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(not name.startswith("autoencoder."))
+    student, seed = copy.deepcopy(model).requires_grad_(True), reading.seed
 
     def logits_of(network: DiffDis | Clip, inputs: Tensor, chosen: list[str], step: int) -> Tensor:
         if isinstance(network, Clip):
@@ -663,20 +616,19 @@ def fine_tune(model: DiffDis | Clip, data: LongTail, epochs: int, lr_scale: floa
         return network.logit_scale.exp() * queries @ network.encode_text(chosen)[1].T
 
     def losses() -> Iterator[Tensor]:
-        for step, batch in enumerate(chain.from_iterable(balanced_batches(
-                data, model.config.image_size, (seed, 5, epoch), reading) for epoch in range(epochs))):
-            rng, labels = np.random.default_rng([seed, 6, step]), torch.tensor(batch.labels)
+        batches = balanced_batches(data, model.config.image_size, epochs, (seed, 5), reading)
+        for step, batch in enumerate(batches):
+            rng = np.random.default_rng([seed, 6, step])
             chosen = [data.sentences[k][rng.integers(len(data.sentences[k]))] for k in batch.labels]
-            with torch.no_grad():
+            with torch.no_grad():       # so the autoencoder stays as it is
                 inputs = model.read_batch(batch.images.to(model.device))
                 teacher = logits_of(model, inputs, chosen, step)
-            logits = logits_of(student, inputs, chosen, step)
-            yield (class_contrast(logits, labels.to(model.device)) + distillation(logits, teacher)) / 2
+            logits, labels = logits_of(student, inputs, chosen, step), torch.tensor(batch.labels)
+            yield stage_1_loss(logits, teacher, labels.to(model.device))
             with torch.no_grad():
                 student.logit_scale.clamp_(0, math.log(100))        # as train.py does
     steps = epochs * max(1, len(data.train) // reading.batch_size)
     descend([(student, LR * lr_scale)], losses(), steps, "stage 1", int(WARMUP * steps))
-    student.tasks = ("alignment",)
     return student.requires_grad_(False)
 
 
@@ -691,33 +643,28 @@ def by_shot(name: str, hits: Tensor, labels: Tensor, counts: Tensor) -> dict:
     return result
 
 
-def nearest(queries: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """The k most similar candidates of each query, best first [N, k]."""
-    k = min(k, len(candidates))
-    return torch.cat([(part @ candidates.T).topk(k).indices for part in queries.split(1024)])
-
-
 def sentence_accuracies(images: Tensor, labels: Tensor, texts: Tensor, owners: Tensor,
                         counts: Tensor) -> dict:
     """VL-LTR's three of its first stage. Image-Acc: the nearest sentence is of the image's class; Text-Acc:
     the nearest image is of the sentence's; KNN-Acc: most of the 5 nearest sentences are, ties to the nearest.
     images [N, D], labels [N]; texts [M, D], owners [M]: their classes; counts [K]: as in `by_shot`."""
-    near, of_image = owners[nearest(images, texts, 5)], labels[nearest(texts, images, 1)[:, 0]]
+    similarity = images @ texts.T
+    near = owners[similarity.topk(min(5, len(texts))).indices]
     votes = torch.tensor([Counter(row).most_common(1)[0][0] for row in near.tolist()])
     return {**by_shot("image_acc", near[:, 0] == labels, labels, counts),
-            "text_acc": (of_image == owners).double().mean().item(),
+            "text_acc": (labels[similarity.argmax(dim=0)] == owners).double().mean().item(),
             "knn_acc": (votes == labels).double().mean().item()}
 
 
-def select_anchors(images: Tensor, labels: Tensor, texts: Sequence[Tensor], scale: float, most: int = ANCHORS
+def select_anchors(images: Tensor, labels: Tensor, texts: Sequence[Tensor], scale: float
                    ) -> tuple[Tensor, Tensor]:
     """VL-LTR's anchor sentences: of each class those that tell its training images from the others' best.
     images [N, D], labels [N]; texts: of each class, text queries [M, D]; scale: inverse temperature
-    -> text queries [K, S, D], S up to `most`, and which of them are there [K, S]."""
+    -> text queries [K, S, D], S up to ANCHORS, and which of them are there [K, S]."""
     best = []
     for label, own in enumerate(texts):
         losses = -F.log_softmax(scale * own @ images.T, dim=1)[:, labels == label].mean(dim=1)
-        best.append(own[losses.argsort()[:most]])
+        best.append(own[losses.argsort()[:ANCHORS]])
     anchors = nn.utils.rnn.pad_sequence(best, batch_first=True)
     return anchors, anchors.any(dim=2)
 
@@ -727,20 +674,19 @@ def head_batches(model: DiffDis | Clip, data: LongTail, epochs: int, reading: Re
                  ) -> Iterator[tuple[Tensor, Tensor]]:
     """Text queries [B, D] of training images and soft targets [B, K]. The model is frozen: where nothing
     changes the images, each is read once."""
-    one_hot, key = torch.eye(len(data.sentences)), (reading.seed, 8)
+    one_hot, key, size = torch.eye(len(data.sentences)), (reading.seed, 8), reading.batch_size
+    steps = max(1, len(data.labels) // size)
     if not data.augment:
-        queries = image_queries(model, data.train, reading).values
+        queries = over_images(model, data.train, reading).values
         for epoch in range(epochs):
-            for rows in balanced(data.labels, reading.batch_size, *key, epoch).split(reading.batch_size):
+            for rows in balanced(data.labels, size, *key, epoch).split(size):
                 yield queries[rows], one_hot[data.labels[rows]]
         return
-    for epoch in range(epochs):
-        batches = balanced_batches(data, model.config.image_size, (*key, epoch), reading)
-        for step, batch in enumerate(batches):
-            rng = np.random.default_rng([*key, 9, epoch, step])
-            pixels, targets = mix(batch.images, one_hot[batch.labels], rng)
-            inputs = model.read_batch(pixels.to(model.device))
-            yield read_queries(model, inputs, list(batch.places), reading), targets
+    for i, batch in enumerate(balanced_batches(data, model.config.image_size, epochs, key, reading)):
+        rng = np.random.default_rng([*key, 9, *divmod(i, steps)])
+        pixels, targets = mix(batch.images, one_hot[batch.labels], rng)
+        inputs = model.read_batch(pixels.to(model.device))
+        yield read_queries(model, inputs, list(batch.places), reading), targets
 
 
 def train_head(model: DiffDis | Clip, data: LongTail, texts: Sequence[Tensor], epochs: int, lr_scale: float,
@@ -749,24 +695,23 @@ def train_head(model: DiffDis | Clip, data: LongTail, texts: Sequence[Tensor], e
     texts: of each class, its sentences' text queries [M, D]."""
     # At most 50 images of each class choose its anchors.
     few = torch.cat([torch.nonzero(data.labels == k)[:50, 0] for k in range(len(texts))]).sort().values
-    known = image_queries(model, data.train.subset(few.numpy()), reading).values
+    known = over_images(model, data.train.subset(few.numpy()), reading).values
     anchors = select_anchors(known, data.labels[few], texts, model.logit_scale.exp().item())
     torch.manual_seed(reading.seed)
     head = LanguageGuidedHead(*anchors).to(model.device)
-    attention = nn.ModuleList([head.norm_q, head.norm_k, head.to_q, head.to_k])
     losses = (sum(F.cross_entropy(logits, targets.to(model.device), label_smoothing=SMOOTHING)
                   for logits in head(features.to(model.device)))
               for features, targets in head_batches(model, data, epochs, reading))
-    descend([(attention, ATTENTION_LR * lr_scale), (head.visual, HEAD_LR * lr_scale)], losses,
+    descend([(head.attention, ATTENTION_LR * lr_scale), (head.visual, HEAD_LR * lr_scale)], losses,
             epochs * max(1, len(data.train) // reading.batch_size), "stage 2")
     return head
 
 
 def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(batch_size=128),
              templates: Sequence[str] | None = None, epochs: int = 50, head_epochs: int = 50,
-             lr_scale: float = 1.0, out: Path | None = None) -> dict:
+             lr_scale: float = 1.0) -> dict:
     """VL-LTR's two stages with this model as the backbone (Table 8). epochs, head_epochs: of stage 1 and 2, 0
-    leaves a stage out; lr_scale: times VL-LTR's learning rates; out: a folder for stage 1's model."""
+    leaves a stage out; lr_scale: times VL-LTR's learning rates."""
     templates, counts = pick_templates(model, data.test, templates), torch.bincount(data.labels)
     sentences = [list(dict.fromkeys([*(fill(template, name) for template in templates), *own]))
                  for name, own in zip(data.test.classes, data.sentences)]
@@ -774,9 +719,7 @@ def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(b
     owners = torch.tensor([label for label, own in enumerate(sentences) for _ in own])
     if epochs:
         model = fine_tune(model, data, epochs, lr_scale, reading)
-        if out:
-            models.save(out / "longtail.pt", model)
-    queries, read = encode_texts(model, texts), image_queries(model, data.test, reading)
+    queries, read = encode_texts(model, texts), over_images(model, data.test, reading)
     labels = torch.tensor(read.labels)
     result = {"n": len(labels), "n_train": int(counts.sum()), "classes": len(counts),
               "sentences": len(texts), "seed": reading.seed, "control": reading.control,
@@ -784,92 +727,79 @@ def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(b
     if head_epochs:
         # Other noise than the test images': what is alike must be the pictures.
         head = train_head(model, data, queries.split(list(map(len, sentences))), head_epochs, lr_scale,
-                          replace(reading, control="none", seed=reading.seed + 1, max_bad=0.0))
+                          reading._replace(control="none", seed=reading.seed + 1, max_bad=0.0))
         with torch.no_grad():
             scores = torch.cat([head.predict(part).cpu() for part in read.values.to(model.device).split(256)])
         result |= {"anchors": int(head.present.sum()),
                    **by_shot("top1", scores.argmax(dim=1) == labels, labels, counts)}
-    return {**result, "seconds_per_image": read.seconds, "skipped": read.skips.counts()}
+    return {**result, "skipped": read.skipped}
 
 
 # ---------------------------------------------------------------- command line
-DRAWS = ("fid", "checker")             # tasks that need weights trained for generation; the others read
-TASKS = ("retrieval", "zeroshot", "longtail", *DRAWS)
-NO_RATES = ("fid", "guidance_scale", "seconds_per_image")      # numbers of another kind
-
-
-def report(task: str, result: dict, name: str) -> None:
-    """Print the table of a task's result; name: of the data."""
-    control = f", control {result['control']}" if result.get("control", "none") != "none" else ""
-    print(f"{task} on {name}, seed {result['seed']}{control}  (n = {result['n']})")
-    for key, value in result.items():
-        if key == "skipped":
-            for cause, count in value["skipped"].items():
-                print(f"  skipped: {count} {cause}")
-        elif isinstance(value, float) and key not in NO_RATES:
-            interval = " – ".join(f"{100 * end:5.1f}" for end in result.get(f"{key}_interval", ()))
-            print(f"  {key:<17}{100 * value:7.2f} %{'   95 % interval ' * bool(interval)}{interval}")
-        elif key in (*NO_RATES, "n_reference", "features", "image_size", "sampler", "steps"):
-            print(f"  {key:<17} {round(value, 6) if isinstance(value, float) else value}")
-
-
-READS = ("retrieval", "zeroshot", "longtail", "fid")
-FLAGS_OF = {"text_steps": READS, "draws": READS, "template": ("zeroshot", "longtail"),
-            "loss_timesteps": ("zeroshot",), "n": DRAWS, "steps": DRAWS, "sampler": DRAWS,
-            "best_of": ("checker",), "features": ("fid",), "out": ("fid", "longtail"),
-            **dict.fromkeys(("epochs", "head_epochs", "lr_scale", "augment"), ("longtail",))}
+READS, DRAWS = ("retrieval", "zeroshot", "longtail"), ("fid", "checker")
+TASKS = (*READS, *DRAWS)
+COUNT, WHOLE = {"type": positive}, {"type": natural}
+# Flag, the tasks it is for, options, help.
+FLAGS = (
+    ("ckpt", TASKS, {}, f"{CKPT_HELP}; to read images also a CLIP"),
+    ("data", TASKS, {"default": "shapes"}, "as in train.py; longtail: shapes, or a folder with two lists"),
+    ("limit", TASKS, COUNT, "images of --data to use, evenly spaced; without it all"),
+    ("json", TASKS, {"metavar": "FILE"}, "also write the numbers here; rates are fractions"),
+    ("seed", TASKS, {**WHOLE, "default": 0}, "seed of all noise and of the controls' shuffling"),
+    ("device", TASKS, {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
+    ("batch-size", TASKS, COUNT, "images at once; without it 100, fid 16, longtail 128"),
+    ("workers", TASKS, WHOLE, "processes that decode images; without it 0 for shapes, else 2"),
+    ("max-bad", TASKS, {"type": share, "default": 0.05}, "share of samples that may be unusable"),
+    ("guidance-scale", TASKS, {"type": finite}, "1 + w; without it 1 to read, the checkpoint's own to draw"),
+    ("control", TASKS, {"choices": CONTROLS, "default": "none"}, "break what is read, to see chance"),
+    ("text-steps", (*READS, "fid"), {**COUNT, "default": 1}, "denoising steps of the text query"),
+    ("draws", (*READS, "fid"), {**COUNT, "default": 1}, "noise draws averaged per image"),
+    ("template", ("zeroshot", "longtail"), {"action": "append", "metavar": "TEXT"},
+     "prompt of a class, {} is its name, {a} its article; may be repeated; else what is built in"),
+    ("loss-timesteps", ("zeroshot",), COUNT, "by Diffusion Classifier, from the loss of so many timesteps"),
+    ("n", DRAWS, COUNT, "pictures to draw; without it 64, for fid 30,000 or a caption each"),
+    ("steps", DRAWS, {**COUNT, "default": 50}, "sampler steps"),
+    ("sampler", DRAWS, {"choices": SAMPLERS, "default": "ddim"}, "as in sample.py"),
+    ("best-of", ("checker",), {**COUNT, "default": 1}, "draw so many, keep the model's own favourite"),
+    ("features", ("fid",), {"metavar": "CKPT"}, "what compares, by what it reads; without it Inception"),
+    ("out", ("fid",), {"metavar": "FOLDER"}, "also write the pictures here"),
+    ("epochs", ("longtail",), {**WHOLE, "default": 50}, "of stage 1, which tunes the model; 0 leaves it out"),
+    ("head-epochs", ("longtail",), {**WHOLE, "default": 50}, "of stage 2, which trains a head; 0: as above"),
+    ("lr-scale", ("longtail",), {"type": weight, "default": 1.0}, "times VL-LTR's learning rates"))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"one or more of {', '.join(TASKS)}")
-    add("--ckpt", help=f"{CKPT_HELP}; to read images also a CLIP")
-    add("--data", default="shapes", help="as in train.py; longtail: shapes, or a folder with two lists")
-    add("--limit", type=positive, help="images of --data to use, evenly spaced; without it all")
-    add("--json", metavar="FILE", help="also write the numbers here; rates are fractions")
-    add("--seed", type=natural, default=0, help="seed of all noise and of the controls' shuffling")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    add("--batch-size", type=positive, help="images at once; without it 100, fid 16, longtail 128")
-    add("--workers", type=natural, help="processes that decode images; without it 0 for shapes, else 2")
-    add("--max-bad", type=share, default=0.05, help="share of samples that may be unusable; in training none")
-    add("--guidance-scale", type=finite, help="1 + w; without it 1 to read, the checkpoint's own to draw")
-    add = parser.add_argument_group("retrieval, zeroshot, longtail").add_argument
-    add("--control", choices=CONTROLS, default="none", help="break the evaluation on purpose, expect chance")
-    add("--text-steps", type=positive, default=1, help="denoising steps of the text query")
-    add("--draws", type=positive, default=1, help="noise draws averaged per image")
-    add("--template", action="append", metavar="TEXT",
-        help="prompt of a class, {} is its name, {a} its article; may be repeated; else what is built in")
-    add("--loss-timesteps", type=positive, metavar="N",
-        help="zeroshot by Diffusion Classifier: the loss of N timesteps under each class's prompt decides")
-    add = parser.add_argument_group("fid, checker").add_argument
-    add("--n", type=positive, help="pictures to draw; without it 64, for fid 30,000 or a caption each")
-    add("--steps", type=positive, default=50, help="sampler steps")
-    add("--sampler", choices=SAMPLERS, default="ddim", help="as in sample.py")
-    add("--best-of", type=positive, default=1, help="checker: draw so many, keep the model's own favourite")
-    add("--features", metavar="CKPT", help="fid: compare what this checkpoint reads; without it Inception's")
-    add("--out", metavar="FOLDER", help="fid: also write the pictures here; longtail: stage 1's model")
-    add = parser.add_argument_group("longtail").add_argument
-    add("--epochs", type=natural, default=50, help="of stage 1, which tunes the model; 0 leaves it out")
-    add("--head-epochs", type=natural, default=50, help="of stage 2, which trains a head; 0 leaves it out")
-    add("--lr-scale", type=weight, default=1.0, help="times VL-LTR's learning rates; more for small networks")
-    add("--augment", action=argparse.BooleanOptionalAction, default=None,
-        help="RandAugment, mixup and CutMix; without it: not on shapes, whose colours they change")
+    parser.add_argument("tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
+    flags = [(parser.add_argument(f"--{name}", help=text if tasks is TASKS else f"{', '.join(tasks)}: {text}",
+                                  **options), tasks) for name, tasks, options, text in FLAGS]
     args = parser.parse_intermixed_args(argv)
-    for flag, tasks in FLAGS_OF.items():
-        if getattr(args, flag) != parser.get_default(flag) and not set(tasks) & set(args.tasks):
-            warnings.warn(f"--{flag.replace('_', '-')} is for {', '.join(tasks)}: it changes nothing here")
+    for flag, tasks in flags:
+        if getattr(args, flag.dest) != flag.default and not set(tasks) & set(args.tasks):
+            warnings.warn(f"{flag.option_strings[0]} is for {', '.join(tasks)}: it changes nothing here")
     return args
+
+
+def report(task: str, result: dict, name: str) -> None:
+    """Print a task's result as a table; name: of the data."""
+    control = f", control {result['control']}" if result.get("control", "none") != "none" else ""
+    print(f"{task} on {name}, seed {result['seed']}{control}  (n = {result['n']})")
+    for key, value in result.items():
+        if isinstance(value, float) and key not in ("fid", "guidance_scale"):        # a rate
+            interval = " – ".join(f"{100 * end:5.1f}" for end in result.get(f"{key}_interval", ()))
+            print(f"  {key:<17}{100 * value:7.2f} %{'   95 % interval ' * bool(interval)}{interval}")
+        elif isinstance(value, int | float | str) and key not in ("n", "seed", "control"):
+            print(f"  {key:<17} {round(value, 6) if isinstance(value, float) else value}")
+    for cause, count in result.get("skipped", {"skipped": {}})["skipped"].items():
+        print(f"  skipped: {count} {cause}")
 
 
 def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
     """Refuse what these weights cannot do, before anything is computed. Raises ValueError."""
-    if isinstance(model, DiffDis):
-        sampling_timesteps(args.text_steps, model.config.timesteps, "trailing")
     for task in args.tasks:
         draws = task in DRAWS or task == "zeroshot" and args.loss_timesteps
-        needed = ["generation" if draws else "alignment"]
-        needed += ["alignment"] if task == "checker" and args.best_of > 1 else []
+        reads = not draws or task == "checker" and args.best_of > 1
+        needed = ["generation"] * bool(draws) + ["alignment"] * reads
         if not set(needed) <= set(model.tasks):
             raise ValueError(f"{task} of images needs weights trained with --tasks {','.join(needed)}, these "
                              f"were for {','.join(model.tasks)}: go on from them by train.py --init")
@@ -881,18 +811,19 @@ def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
 
 def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict:
     """Open the task's data and measure."""
-    scale, out, workers = args.guidance_scale, args.out and Path(args.out), 2 * (args.data != "shapes")
+    scale, workers, size = args.guidance_scale, 2 * (args.data != "shapes"), model.config.image_size
     reading = Reading(args.text_steps, args.draws, 1.0 if scale is None else scale, args.seed, args.control,
                       args.batch_size or {"fid": 16, "longtail": 128}.get(task, 100),
                       workers if args.workers is None else args.workers, args.max_bad)
-    if task == "checker":
-        return checker(model, args.n or 64, args.steps, scale, args.best_of, args.seed, args.sampler)
     if task == "longtail":
         data = open_longtail(args.data)
-        data = data._replace(test=evenly_spaced(data.test, args.limit),
-                             augment=data.augment if args.augment is None else args.augment)
-        return longtail(model, data, reading, args.template, args.epochs, args.head_epochs, args.lr_scale,
-                        out)
+        data = data._replace(test=evenly_spaced(data.test, args.limit))
+        return longtail(model, data, reading, args.template, args.epochs, args.head_epochs, args.lr_scale)
+    if task in DRAWS:
+        drawing = {"sampler": args.sampler, "steps": args.steps,
+                   "guidance_scale": model.config.guidance_scale if scale is None else scale}
+    if task == "checker":
+        return checker(model, args.n or 64, args.best_of, args.seed, **drawing)
     split = "classes" if args.data == "shapes" and task == "zeroshot" else "val"
     source = in_turn(lambda: open_source(args.data, split, args.max_bad))
     source = evenly_spaced(source, args.limit)
@@ -902,13 +833,12 @@ def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict
         return zeroshot(model, source, reading, args.template, args.loss_timesteps)
     network = (models.load(args.features, model.device) if args.features else
                in_turn(lambda: Inception(model.device)))
-    size = model.config.image_size
     if args.features and ("alignment" not in network.tasks or network.config.image_size != size):
         raise ValueError(f"--features {args.features}: expected a model that reads pictures of {size} px")
-    return fid(model, source, network, reading, args.n, args.steps, scale, args.sampler, out)
+    return fid(model, source, network, reading, args.n or 30_000, args.out and Path(args.out), **drawing)
 
 
-def run(args: argparse.Namespace, device: torch.device, command: str) -> None:
+def run(args: argparse.Namespace, device: torch.device) -> None:
     """All tasks on one model; their tables and the JSON."""
     if args.json and (not Path(args.json).resolve().parent.is_dir() or Path(args.json).is_dir()):
         raise ValueError(f"--json is {args.json!r}, expected a file in an existing folder")
@@ -917,11 +847,10 @@ def run(args: argparse.Namespace, device: torch.device, command: str) -> None:
     check_tasks(args, model)
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = {"settings": {name: value for name, value in vars(args).items() if name not in ("tasks", "json")},
-             "command": command, "date": date.today().isoformat(), "checkpoint": str(path),
-             "checkpoint_hash": fingerprint(path), "ranks": rank_and_world()[1], "torch": torch.__version__,
-             "device": f"{device} ({where})", "threads": torch.get_num_threads()}
+             "command": " ".join(sys.argv), "date": date.today().isoformat(), "checkpoint": str(path),
+             "checkpoint_hash": fingerprint(path), "ranks": rank_and_world()[1], "device": str(device),
+             "torch": torch.__version__}
     for task in args.tasks:
         result, name = run_task(task, model, args), "shapes" if task == "checker" else args.data
         report(task, result, name)
@@ -936,11 +865,11 @@ def run(args: argparse.Namespace, device: torch.device, command: str) -> None:
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    command = " ".join(["python evaluate.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         rank, _, device = join_ranks(args.device)
-        with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
-            run(args, device, command)
+        if rank:      # the first speaks for all
+            sys.stdout = open(os.devnull, "w")
+        run(args, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,13 +1,12 @@
 """CIFAR-10-LT, out of CIFAR-10 as class folders, for `evaluate.py longtail`.
 
     python tests/make_cifar10_lt.py data/cifar10 data/cifar10-lt
-    python tests/make_cifar10_lt.py data/cifar10 data/cifar10-lt-val --test-on val      to choose settings on
 
 4,400 training images of the first class, 44 of the last: class k of K has int(most · imbalance^(-k / (K-1)))
-(Cui et al. 2019). They and the validation images come from FOLDERS/train, test images are all of FOLDERS/val.
+(Cui et al. 2019), from FOLDERS/train; test images are all of FOLDERS/val.
 """
-import argparse
 import shutil
+import sys
 from pathlib import Path
 
 # What an encyclopedia would say first of each class: sentences for the text side to choose from.
@@ -45,46 +44,27 @@ ARTICLES = {
 }
 
 
-def cifar10_lt(folders: Path, out: Path, most: int = 4400, imbalance: float = 100, of_val: int = 40,
-               test_on: str = "test") -> list[int]:
-    """FOLDERS/{train,val}/CLASS/* -> OUT/{train,val,test}/CLASS/* with train.txt, test.txt and texts/.
-
-    of_val: validation images of each class; test_on: whether the list of test images names them or test's
-    -> training images of each class. Raises ValueError if there are too few, OSError if OUT has some already.
-    """
-    names, lists = sorted(ARTICLES), {"train": [], "val": [], "test": []}
+def cifar10_lt(folders: Path, out: Path, most: int = 4400, imbalance: float = 100) -> list[int]:
+    """FOLDERS/{train,val}/CLASS/* -> OUT/{train,test}/CLASS/* with train.txt, test.txt and texts/
+    -> training images of each class. An OUT that has some already would mix them in: it is an error."""
+    names, lists = sorted(ARTICLES), {"train": [], "test": []}
     counts = [int(most * imbalance ** (-k / (len(names) - 1))) for k in range(len(names))]
     for name, count in zip(names, counts):
         images = sorted((folders / "train" / name).iterdir())
-        if len(images) < count + of_val:
-            raise ValueError(f"{folders / 'train' / name}: {len(images)} images, expected {count + of_val}")
-        for split, chosen in (("train", images[:count]), ("val", images[count:count + of_val]),
-                              ("test", sorted((folders / "val" / name).iterdir()))):
-            (out / split / name).mkdir(parents=True)      # what lies there would be trained on too
+        assert len(images) >= count, f"{folders / 'train' / name}: {len(images)} images, expected {count}"
+        tests = sorted((folders / "val" / name).iterdir())
+        for split, chosen in (("train", images[:count]), ("test", tests)):
+            (out / split / name).mkdir(parents=True)
             for image in chosen:
                 shutil.copyfile(image, out / split / name / image.name)
                 lists[split].append(f"{split}/{name}/{image.name}\t{name}\n")
-    (out / "train.txt").write_text("".join(lists["train"]))
-    (out / "test.txt").write_text("".join(lists[test_on]))
+    for split, lines in lists.items():
+        (out / f"{split}.txt").write_text("".join(lines))
     (out / "texts").mkdir()
     for name, article in ARTICLES.items():
         (out / "texts" / f"{name}.txt").write_text(article.replace(". ", ".\n") + "\n")
     return counts
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folders", type=Path, help="CIFAR-10 as FOLDERS/{train,val}/CLASS/*")
-    parser.add_argument("out", type=Path, help="the new folder")
-    parser.add_argument("--test-on", choices=("test", "val"), default="test",
-                        help="which images the list of test images names")
-    args = parser.parse_args()
-    try:
-        counts = cifar10_lt(args.folders, args.out, test_on=args.test_on)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    print(f"wrote {args.out}: {sum(counts)} training images, by class {', '.join(map(str, counts))}")
-
-
 if __name__ == "__main__":
-    main()
+    print("training images by class:", *cifar10_lt(Path(sys.argv[1]), Path(sys.argv[2])))
