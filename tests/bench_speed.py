@@ -13,6 +13,7 @@ import platform
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
@@ -23,36 +24,44 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402  (the path comes first)
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
 from data import Tokenizer  # noqa: E402
 from model import CLIPS, PRESETS, Clip, DiffDis, UNet  # noqa: E402
 from sample import Parser, fail, natural, pick_device, positive  # noqa: E402
 
-LIKE = {"tiny": "clip-tiny", "small": "clip-small", "sd-v1": "clip-vit-l14"}     # preset -> its CLIP
-TASKS = {"generation": ("generation",), "alignment": ("alignment",), "joint": ("generation", "alignment")}
+# Preset -> the CLIP of like size, and pairs per step.
+LIKE = {"tiny": ("clip-tiny", 32), "small": ("clip-small", 16), "sd-v1": ("clip-vit-l14", 2)}
+TASKS = {"generation": ("generation",), "alignment": ("alignment",), "joint": ("generation", "alignment"),
+         "clip": ("alignment",)}
+# What kernels are called, to group them.
+KERNELS = {"attention": ("flash", "fmha", "attention"), "convolution": ("conv", "wgrad", "dgrad", "fprop"),
+           "matrix product": ("gemm", "nvjet", "cutlass", "cublas"), "triton": ("triton",),
+           "copy, layout": ("copy", "memcpy", "memset", "nchw", "nhwc", "cat"), "norm": ("norm",),
+           "element-wise": ("elementwise", "vectorized", "reduce"), "other": ("",)}
 
 
-def median_seconds(step: Callable, rounds: int, warm_up: int, device: torch.device) -> float:
-    """Median time of calling `step`, its work on the device included."""
-    times = []
+def in_turns(calls: dict[str, Callable], rounds: int, warm_up: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each call, its work on the device included; what disturbs one disturbs all."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(warm_up + rounds):
-        began = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[warm_up:])
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values[warm_up:]) for name, values in times.items()}
 
 
 class Steps:
     """Training steps on random pairs, as train.py does them: of DiffDis, or of a CLIP of like size."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, is_clip: bool = False) -> None:
+    def __init__(self, args: argparse.Namespace, device: torch.device, is_clip: bool) -> None:
         self.args, self.device = args, device
-        self.config = config = CLIPS[LIKE[args.preset]] if is_clip else PRESETS[args.preset]
+        self.config = config = CLIPS[LIKE[args.preset][0]] if is_clip else PRESETS[args.preset]
         count, size, length = args.batch_size, config.image_size, config.text.context_length
         torch.manual_seed(args.seed)
         merges = [f"{i} {i}" for i in range(config.text.vocab_size - 514)]      # no words, but as many
@@ -67,40 +76,56 @@ class Steps:
             self.noise = {name: value.to(device) for name, value in
                           train.sample_noise(config, shape, args.seed, 0, range(count)).items()}
 
-    def loss(self, tasks: tuple[str, ...]) -> torch.nn.Module:
+    def make_gradients(self, tasks: tuple[str, ...], cached: bool, compile: bool = False) -> Callable:
+        """What takes the gradients of one batch, from cached latents or from pixels."""
         self.model.requires_grad_(True)
+        bf16, images = self.args.precision == "bf16", self.moments if cached else self.pixels
         if isinstance(self.model, Clip):
-            return train.ClipLoss(self.model, self.args.precision == "bf16")
-        train.freeze_unused(self.model, tasks, self.config.autoencoder.kind != "kl")    # not a pretrained T
-        with torch.device(self.device):
-            return train.JointLoss(self.model, tasks, bf16=self.args.precision == "bf16")
+            loss = train.ClipLoss(self.model, bf16)
+        else:
+            train.freeze_unused(self.model, tasks, self.config.autoencoder.kind != "kl")  # not a pretrained T
+            with torch.device(self.device):
+                loss = train.JointLoss(self.model, tasks, bf16=bf16)
+        if compile:
+            torch._dynamo.reset()        # else at its limit, after some kinds, it no longer compiles
+            loss.compile(dynamic=False)
+        return lambda: train.backward(loss, [(images, self.tokens, self.noise)], 1.0)
 
     def flops(self, tasks: tuple[str, ...], cached: bool) -> float:
         """Of one pair: forward and backward, two per multiply-add."""
-        loss = self.loss(tasks)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:     # it knows no other
-            predicted = loss(self.moments if cached else self.pixels, self.tokens, self.noise)[1:4]
-            sum(value.sum() for value in predicted if value is not None and value.requires_grad).backward()
+            self.make_gradients(tasks, cached)()
         return counter.get_total_flops() / self.args.batch_size
 
-    def seconds(self, tasks: tuple[str, ...], cached: bool) -> float:
-        """Of a whole step, from cached latents or from pixels."""
-        loss, images, args = self.loss(tasks), self.moments if cached else self.pixels, self.args
+    def make_step(self, tasks: tuple[str, ...], cached: bool) -> Callable:
+        """A whole step."""
         self.model.to(memory_format=torch.channels_last)
-        if args.recompute and isinstance(self.model, DiffDis):
+        if self.args.recompute and isinstance(self.model, DiffDis):
             self.model.unet.recompute_activations()
-        if args.compile:
-            loss.compile(dynamic=False)
+        take_gradients = self.make_gradients(tasks, cached, self.args.compile)
         optimizer = train.make_optimizer(self.model, 1e-4, 0.99, 0.01)
         averages = train.Averages(self.model, 0.99)
 
         def step() -> None:
-            train.backward(loss, [(images, self.tokens, self.noise)], 1.0)
+            take_gradients()
             torch.nn.utils.clip_grad_norm_(averages.live.values(), train.MAX_NORM)
             optimizer.step()
             averages.update(0)
             optimizer.zero_grad(set_to_none=True)
-        return median_seconds(step, args.rounds, args.warm_up, self.device)
+        return step
+
+
+def where_time_goes(step: Callable, device: torch.device) -> dict:
+    """ms of a step by kernel, the ten that take the most, and shares by what kernels are called."""
+    is_cuda, times, groups = device.type == "cuda", Counter(), Counter()
+    with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as trace:
+        in_turns({"step": step}, 1, 0, device)
+    for row in trace.key_averages():
+        times[row.key[:110]] += (row.self_device_time_total if is_cuda else row.self_cpu_time_total) / 1000
+    for name, ms in times.items():
+        kind = next(kind for kind, words in KERNELS.items() if any(word in name.lower() for word in words))
+        groups[kind] += ms / times.total()
+    return {"ms": times.total(), "kernels": dict(times.most_common(10)), "groups": dict(groups.most_common())}
 
 
 def inference_seconds(steps: Steps, clip: Steps, args: argparse.Namespace) -> dict:
@@ -115,12 +140,8 @@ def inference_seconds(steps: Steps, clip: Steps, args: argparse.Namespace) -> di
              "read_pixels": lambda: model.unet.denoise_query(query, t, model.read_batch(steps.pixels), null),
              "read_latents": lambda: model.unet.denoise_query(query, t, latents, null),
              "clip_image": lambda: clip.model.encode_image(clip.model.read_batch(clip.pixels))}
-    times: dict[str, list[float]] = {name: [] for name in cases}
     with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-        for i in range(max(2, args.rounds)):            # in turns: what disturbs one disturbs all
-            for name, case in cases.items():
-                times[name].append(median_seconds(case, 1, 1 if i == 0 else 0, args.device))
-    return {name: statistics.median(values) for name, values in times.items()}
+        return in_turns(cases, max(2, args.rounds), 1, args.device)
 
 
 def ratios(cost: dict[str, float], ending: str) -> dict[str, float]:
@@ -133,43 +154,60 @@ def ratios(cost: dict[str, float], ending: str) -> dict[str, float]:
 
 def speed(args: argparse.Namespace) -> dict:
     """The paper's Table 6: joint training beside its two parts, and what either task costs after."""
-    kinds = {name + "_cached" * cached: (tasks, cached) for cached in (False, True)
-             if not cached or PRESETS[args.preset].autoencoder.kind == "kl" for name, tasks in TASKS.items()}
-    clip_kind = (("alignment",), False)
+    cuda, has_cached = args.device.type == "cuda", PRESETS[args.preset].autoencoder.kind == "kl"
+    if cuda:                                                 # as train.py has it
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    kinds = {name + "_cached" * cached: (name == "clip", tasks, cached) for cached in (False, True)
+             for name, tasks in TASKS.items() if not cached or has_cached and name != "clip"}
+    kinds = {args.only: kinds[args.only]} if args.only else kinds
     with FakeTensorMode():          # tensors without storage
-        counting = Steps(args, torch.device("cpu"))
-        flops = {name: counting.flops(*kind) for name, kind in kinds.items()}
-        flops["clip"] = Steps(args, torch.device("cpu"), is_clip=True).flops(*clip_kind)
-    steps, runs = Steps(args, args.device), {name: [] for name in flops}
-    for _ in tqdm(range(args.repeats), unit="repeat", disable=None):
-        for name, kind in kinds.items():
-            runs[name].append(steps.seconds(*kind))
-    clip = Steps(args, args.device, is_clip=True)       # only now: with the other it might not fit in memory
-    runs["clip"] = [clip.seconds(*clip_kind) for _ in range(args.repeats)]
-    seconds = {name: statistics.median(values) for name, values in runs.items()}
-    took = inference_seconds(steps, clip, args)
-    rows = {name: {"seconds": value, "images_per_s": args.batch_size / value,
-                   "gflops_per_image": flops[name] / 1e9} for name, value in seconds.items()}
-    return {"n": args.batch_size, "chance": None, "steps": rows, "inference_seconds": took,
-            **ratios(seconds, ""), **ratios(flops, "_limit"),
-            "draw_over_plain": took["draw_step"] / took["draw_step_plain"],
-            "read_over_clip": took["read_pixels"] / took["clip_image"],
-            "read_latents_over_clip": took["read_latents"] / took["clip_image"],
-            "memory_gib": train.memory_gib(args.device)}
+        counting = {is_clip: Steps(args, torch.device("cpu"), is_clip) for is_clip in (False, True)}
+        flops = {name: counting[is_clip].flops(*kind) for name, (is_clip, *kind) in kinds.items()}
+    networks: dict[bool, Steps] = {}
+    seconds, memory, result = {name: [] for name in kinds}, {}, {"n": args.batch_size, "chance": None}
+    for _ in range(args.repeats):
+        for name, (is_clip, *kind) in kinds.items():
+            networks[is_clip] = networks.get(is_clip) or Steps(args, args.device, is_clip)
+            torch.cuda.reset_peak_memory_stats() if cuda else None
+            step = networks[is_clip].make_step(*kind)
+            seconds[name] += in_turns({name: step}, args.rounds, args.warm_up, args.device).values()
+            memory[name] = train.memory_gib(args.device)
+            if args.profile and name == "joint":
+                result["profile"] = where_time_goes(step, args.device)
+            del step         # and with it the optimiser's moments
+    cost = {name: statistics.median(values) for name, values in seconds.items()}
+    result["steps"] = {name: {"seconds": value, "images_per_s": args.batch_size / value,
+                              "gflops_per_image": flops[name] / 1e9, "memory_gib": memory[name],
+                              "tflops": flops[name] * args.batch_size / value / 1e12}
+                       for name, value in cost.items()}
+    if not args.only:
+        took = inference_seconds(networks[False], networks[True], args)
+        result |= {"inference_seconds": took, **ratios(cost, ""), **ratios(flops, "_limit"),
+                   "draw_over_plain": took["draw_step"] / took["draw_step_plain"],
+                   "read_over_clip": took["read_pixels"] / took["clip_image"],
+                   "read_latents_over_clip": took["read_latents"] / took["clip_image"]}
+    n = 8192 if cuda else 1024
+    a, b = torch.randn(2, n, n, device=args.device).bfloat16()
+    product = in_turns({"a @ b": lambda: a @ b}, 10, 1, args.device)["a @ b"]
+    return result | {"memory_gib": max(memory.values()), "matrix_product_tflops": 2 * n ** 3 / product / 1e12}
 
 
 def print_speed(result: dict, args: argparse.Namespace) -> None:
     print(f"{args.preset}, batch {args.batch_size}, {args.precision}, {'not ' * (not args.compile)}compiled, "
-          f"seed {args.seed}; most memory of this process {result['memory_gib']:.1f} GiB")
-    print(f"  {'training step':<19}{'ms':>9}{'images/s':>10}{'GFLOP/image':>13}")
+          f"seed {args.seed}; a large matrix product reaches {result['matrix_product_tflops']:.3g} TFLOP/s")
+    print(f"  {'training step':<19}{'ms':>9}{'images/s':>10}{'GFLOP/image':>13}{'TFLOP/s':>9}{'GiB':>7}")
     for name, row in result["steps"].items():
         print(f"  {name:<19}{1000 * row['seconds']:9.1f}{row['images_per_s']:10.2f}"
-              f"{row['gflops_per_image']:13.1f}")
-    for name, seconds in result["inference_seconds"].items():
+              f"{row['gflops_per_image']:13.1f}{row['tflops']:9.3g}{row['memory_gib']:7.1f}")
+    for name, seconds in result.get("inference_seconds", {}).items():
         print(f"  {name:<19}{1000 * seconds:9.1f}{args.batch_size / seconds:10.2f}")
     for name in (name for name in result if "_over_" in name and not name.endswith("_limit")):
         limit = result.get(f"{name}_limit")
         print(f"  {name:<40}{result[name]:7.3f}" + (f"   by FLOPs {limit:.3f}" if limit else ""))
+    if "profile" in result:
+        print("  share of the joint step:", ", ".join(
+            f"{name} {share:.2f}" for name, share in result["profile"]["groups"].items()))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -177,9 +215,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add, switch = parser.add_argument, dict(action=argparse.BooleanOptionalAction)
     add("--preset", choices=tuple(PRESETS), default="tiny", help="whose networks, with random weights")
     add("--batch-size", type=positive, help="pairs per step, 2 or more; without it 32, small 16, sd-v1 2")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on CUDA")
+    add("--precision", choices=("fp32", "bf16"), help="without it bf16 on CUDA, else fp32")
     add("--compile", **switch, help="torch.compile; without it: on CUDA")
     add("--recompute", **switch, default=False, help="activation checkpointing")
+    add("--only", choices=tuple(TASKS), help="time this kind of step alone, from pixels, and nothing else")
+    add("--profile", action="store_true", help="also where the time of a joint step goes, by kernel")
     add("--rounds", type=positive, default=10, help="measured steps of each kind in a row")
     add("--warm-up", type=natural, default=2, help="steps before them")
     add("--repeats", type=positive, default=3, help="times that all kinds take their turn")
@@ -189,9 +229,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     cuda = args.device.type == "cuda"
-    args.precision = args.precision if args.precision != "auto" else "bf16" if cuda else "fp32"
+    args.precision = args.precision or ("bf16" if cuda else "fp32")
     args.compile = cuda if args.compile is None else args.compile
-    args.batch_size = args.batch_size or {"tiny": 32, "small": 16, "sd-v1": 2}[args.preset]
+    args.batch_size = args.batch_size or LIKE[args.preset][1]
     if args.batch_size < 2:
         raise ValueError("--batch-size is 1, but the alignment loss compares pairs: 2 or more")
     return args
