@@ -110,7 +110,7 @@ def main() -> None:
         train = f"train.py --preset tiny --steps 4 --val 40 --out {folder}"
         bench = f"tests/bench_speed.py --preset {args.preset} --rounds {args.rounds} --repeats 1 --warm-up 3"
         ckpt = f"--ckpt {folder}/eager/checkpoint.pt"
-        side, small, middle, large = (512, 32, 64, 128) if big else (32, 2, 4, 8)
+        side, steps, small, middle, large = (512, 20, 32, 64, 128) if big else (32, 4, 2, 4, 8)
         answers.ask("scripts", 120, {
             "train": f"{train}/eager --no-compile --precision fp32",
             "train, CPU": f"{train}/cpu --no-compile --precision fp32 --device cpu",
@@ -129,8 +129,8 @@ def main() -> None:
                 f"batch {batch}": f"{bench} --no-compile --profile --batch-size {batch}"})
         for batch in (1, 16) if big else (2,):
             answers.ask("draw", 90, {
-                f"draw {batch}": f"tests/bench_unet.py --preset {args.preset} --draw 20 --size {side} "
-                                 f"--batch {batch} --rounds 2 --dtype bfloat16"})
+                f"draw {batch}": f"tests/bench_unet.py --preset {args.preset} --batch {batch} --size {side} "
+                                 f"--draw {steps} --rounds 2 --warm-up 1 --dtype bfloat16"})
         if args.device == "cuda":
             answers.ask("compiled", 120, {
                 "train, compiled": f"{train}/compiled --compile --precision fp32",
