@@ -34,11 +34,14 @@ from sample import Parser, fail, natural, pick_device, positive  # noqa: E402
 
 # Preset -> the CLIP of like size, and pairs per step.
 LIKE = {"tiny": ("clip-tiny", 32), "small": ("clip-small", 16), "sd-v1": ("clip-vit-l14", 2)}
-TASKS = {"generation": ("generation",), "alignment": ("alignment",), "joint": ("generation", "alignment"),
-         "clip": ("alignment",)}
-# What kernels are called, to group them.
+# Kind of step -> its tasks, and whether it starts from cached latents.
+KINDS = {"generation": (("generation",), False), "alignment": (("alignment",), False),
+         "joint": (train.TASKS, False), "generation_cached": (("generation",), True),
+         "alignment_cached": (("alignment",), True), "joint_cached": (train.TASKS, True),
+         "clip": (("alignment",), False)}
+# Kinds of kernels -> what they are called by.
 KERNELS = {"attention": ("flash", "fmha", "attention"), "convolution": ("conv", "wgrad", "dgrad", "fprop"),
-           "matrix product": ("gemm", "nvjet", "cutlass", "cublas"), "triton": ("triton",),
+           "matrix product": ("gemm", "nvjet", "cutlass", "cublas", "::mm", "addmm"), "triton": ("triton",),
            "copy, layout": ("copy", "memcpy", "memset", "nchw", "nhwc", "cat"), "norm": ("norm",),
            "element-wise": ("elementwise", "vectorized", "reduce"), "other": ("",)}
 
@@ -76,10 +79,11 @@ class Steps:
             self.noise = {name: value.to(device) for name, value in
                           train.sample_noise(config, shape, args.seed, 0, range(count)).items()}
 
-    def make_gradients(self, tasks: tuple[str, ...], cached: bool, compile: bool = False) -> Callable:
-        """What takes the gradients of one batch, from cached latents or from pixels."""
+    def make_step(self, kind: str, compile: bool) -> tuple[Callable, Callable]:
+        """-> what takes the gradients of a batch, and a whole step."""
+        (tasks, cached), bf16 = KINDS[kind], self.args.precision == "bf16"
+        images = self.moments if cached else self.pixels
         self.model.requires_grad_(True)
-        bf16, images = self.args.precision == "bf16", self.moments if cached else self.pixels
         if isinstance(self.model, Clip):
             loss = train.ClipLoss(self.model, bf16)
         else:
@@ -89,22 +93,11 @@ class Steps:
         if compile:
             torch._dynamo.reset()        # else at its limit, after some kinds, it no longer compiles
             loss.compile(dynamic=False)
-        return lambda: train.backward(loss, [(images, self.tokens, self.noise)], 1.0)
-
-    def flops(self, tasks: tuple[str, ...], cached: bool) -> float:
-        """Of one pair: forward and backward, two per multiply-add."""
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:     # it knows no other
-            self.make_gradients(tasks, cached)()
-        return counter.get_total_flops() / self.args.batch_size
-
-    def make_step(self, tasks: tuple[str, ...], cached: bool) -> Callable:
-        """A whole step."""
-        self.model.to(memory_format=torch.channels_last)
-        if self.args.recompute and isinstance(self.model, DiffDis):
-            self.model.unet.recompute_activations()
-        take_gradients = self.make_gradients(tasks, cached, self.args.compile)
         optimizer = train.make_optimizer(self.model, 1e-4, 0.99, 0.01)
         averages = train.Averages(self.model, 0.99)
+
+        def take_gradients() -> None:
+            train.backward(loss, [(images, self.tokens, self.noise)], 1.0)
 
         def step() -> None:
             take_gradients()
@@ -112,7 +105,13 @@ class Steps:
             optimizer.step()
             averages.update(0)
             optimizer.zero_grad(set_to_none=True)
-        return step
+        return take_gradients, step
+
+    def flops(self, kind: str) -> float:
+        """Of one pair: forward and backward, two per multiply-add."""
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:     # it knows no other
+            self.make_step(kind, compile=False)[0]()
+        return counter.get_total_flops() / self.args.batch_size
 
 
 def where_time_goes(step: Callable, device: torch.device) -> dict:
@@ -128,20 +127,21 @@ def where_time_goes(step: Callable, device: torch.device) -> dict:
     return {"ms": times.total(), "kernels": dict(times.most_common(10)), "groups": dict(groups.most_common())}
 
 
-def inference_seconds(steps: Steps, clip: Steps, args: argparse.Namespace) -> dict:
-    """Seconds per batch of what the trained model does: drawing with the dual-stream blocks and with plain
-    ones, reading images from pixels and from latents, and CLIP reading as many."""
+def inference_seconds(steps: Steps, clip: Steps) -> dict[str, float]:
+    """Of what the trained model does with a batch: drawing with the dual-stream blocks and with plain ones,
+    reading images from pixels and from latents, and CLIP reading as many."""
     model, config, t = steps.model.requires_grad_(False), steps.config, steps.noise["t_image"]
     latents, query = model.read_batch(steps.moments), steps.noise["query_noise"]
     context, null = model.text_encoder(steps.tokens)[0], model.text_encoder(model.null_tokens)[0]
-    plain = UNet(replace(config, fusion=replace(config.fusion, fusion=False))).to(args.device)
-    cases = {"draw_step": lambda: model.unet.denoise_image(latents, t, context),
+    plain = UNet(replace(config, fusion=replace(config.fusion, fusion=False))).to(steps.device)
+    calls = {"draw_step": lambda: model.unet.denoise_image(latents, t, context),
              "draw_step_plain": lambda: plain.denoise_image(latents, t, context),
              "read_pixels": lambda: model.unet.denoise_query(query, t, model.read_batch(steps.pixels), null),
              "read_latents": lambda: model.unet.denoise_query(query, t, latents, null),
              "clip_image": lambda: clip.model.encode_image(clip.model.read_batch(clip.pixels))}
-    with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-        return in_turns(cases, max(2, args.rounds), 1, args.device)
+    is_bf16 = steps.args.precision == "bf16"
+    with torch.no_grad(), torch.autocast(steps.device.type, torch.bfloat16, enabled=is_bf16):
+        return in_turns(calls, max(2, steps.args.rounds), 1, steps.device)
 
 
 def ratios(cost: dict[str, float], ending: str) -> dict[str, float]:
@@ -158,67 +158,57 @@ def speed(args: argparse.Namespace) -> dict:
     if cuda:                                                 # as train.py has it
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    kinds = {name + "_cached" * cached: (name == "clip", tasks, cached) for cached in (False, True)
-             for name, tasks in TASKS.items() if not cached or has_cached and name != "clip"}
-    kinds = {args.only: kinds[args.only]} if args.only else kinds
+    kinds = [args.only] if args.only else [kind for kind in KINDS if has_cached or not KINDS[kind][1]]
     with FakeTensorMode():          # tensors without storage
         counting = {is_clip: Steps(args, torch.device("cpu"), is_clip) for is_clip in (False, True)}
-        flops = {name: counting[is_clip].flops(*kind) for name, (is_clip, *kind) in kinds.items()}
-    networks: dict[bool, Steps] = {}
-    seconds, memory, result = {name: [] for name in kinds}, {}, {"n": args.batch_size, "chance": None}
-    for _ in range(args.repeats):
-        for name, (is_clip, *kind) in kinds.items():
-            networks[is_clip] = networks.get(is_clip) or Steps(args, args.device, is_clip)
-            torch.cuda.reset_peak_memory_stats() if cuda else None
-            step = networks[is_clip].make_step(*kind)
-            seconds[name] += in_turns({name: step}, args.rounds, args.warm_up, args.device).values()
-            memory[name] = train.memory_gib(args.device)
-            if args.profile and name == "joint":
-                result["profile"] = where_time_goes(step, args.device)
-            del step         # and with it the optimiser's moments
-    cost = {name: statistics.median(values) for name, values in seconds.items()}
-    result["steps"] = {name: {"seconds": value, "images_per_s": args.batch_size / value,
-                              "gflops_per_image": flops[name] / 1e9, "memory_gib": memory[name],
-                              "tflops": flops[name] * args.batch_size / value / 1e12}
-                       for name, value in cost.items()}
+        flops = {kind: counting[kind == "clip"].flops(kind) for kind in kinds}
+    networks, seconds, memory, result = {}, {kind: [] for kind in kinds}, {}, {}
+    for kind in kinds * args.repeats:
+        is_clip = kind == "clip"          # made when it is needed: with the other it might not fit in memory
+        networks[is_clip] = networks.get(is_clip) or Steps(args, args.device, is_clip)
+        networks[is_clip].model.to(memory_format=torch.channels_last)
+        torch.cuda.reset_peak_memory_stats() if cuda else None
+        _, step = networks[is_clip].make_step(kind, args.compile)
+        seconds[kind] += in_turns({kind: step}, args.rounds, args.warm_up, args.device).values()
+        memory[kind] = train.memory_gib(args.device)
+        if args.profile and kind == "joint":
+            result["profile"] = where_time_goes(step, args.device)
+        del step         # and with it the optimiser's moments
+    cost = {kind: statistics.median(values) for kind, values in seconds.items()}
+    result["steps"] = {kind: {"seconds": cost[kind], "images_per_s": args.batch_size / cost[kind],
+                              "gflops_per_image": flops[kind] / 1e9, "memory_gib": memory[kind]}
+                       for kind in kinds}
     if not args.only:
-        took = inference_seconds(networks[False], networks[True], args)
+        took = inference_seconds(networks[False], networks[True])
         result |= {"inference_seconds": took, **ratios(cost, ""), **ratios(flops, "_limit"),
                    "draw_over_plain": took["draw_step"] / took["draw_step_plain"],
                    "read_over_clip": took["read_pixels"] / took["clip_image"],
                    "read_latents_over_clip": took["read_latents"] / took["clip_image"]}
-    n = 8192 if cuda else 1024
-    a, b = torch.randn(2, n, n, device=args.device).bfloat16()
-    product = in_turns({"a @ b": lambda: a @ b}, 10, 1, args.device)["a @ b"]
-    return result | {"memory_gib": max(memory.values()), "matrix_product_tflops": 2 * n ** 3 / product / 1e12}
+    return {"n": args.batch_size, "chance": None, **result, "memory_gib": max(memory.values())}
 
 
-def print_speed(result: dict, args: argparse.Namespace) -> None:
-    print(f"{args.preset}, batch {args.batch_size}, {args.precision}, {'not ' * (not args.compile)}compiled, "
-          f"seed {args.seed}; a large matrix product reaches {result['matrix_product_tflops']:.3g} TFLOP/s")
-    print(f"  {'training step':<19}{'ms':>9}{'images/s':>10}{'GFLOP/image':>13}{'TFLOP/s':>9}{'GiB':>7}")
+def print_speed(result: dict) -> None:
+    print(f"  {'training step':<19}{'ms':>9}{'images/s':>10}{'GFLOP/image':>13}{'most GiB':>10}")
     for name, row in result["steps"].items():
         print(f"  {name:<19}{1000 * row['seconds']:9.1f}{row['images_per_s']:10.2f}"
-              f"{row['gflops_per_image']:13.1f}{row['tflops']:9.3g}{row['memory_gib']:7.1f}")
+              f"{row['gflops_per_image']:13.1f}{row['memory_gib']:10.1f}")
     for name, seconds in result.get("inference_seconds", {}).items():
-        print(f"  {name:<19}{1000 * seconds:9.1f}{args.batch_size / seconds:10.2f}")
+        print(f"  {name:<19}{1000 * seconds:9.1f}{result['n'] / seconds:10.2f}")
     for name in (name for name in result if "_over_" in name and not name.endswith("_limit")):
         limit = result.get(f"{name}_limit")
         print(f"  {name:<40}{result[name]:7.3f}" + (f"   by FLOPs {limit:.3f}" if limit else ""))
-    if "profile" in result:
-        print("  share of the joint step:", ", ".join(
-            f"{name} {share:.2f}" for name, share in result["profile"]["groups"].items()))
+    for name, share in result.get("profile", {}).get("groups", {}).items():
+        print(f"  share of the joint step: {name:<15}{share:7.3f}")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n")[0])
-    add, switch = parser.add_argument, dict(action=argparse.BooleanOptionalAction)
-    add("--preset", choices=tuple(PRESETS), default="tiny", help="whose networks, with random weights")
+    add = parser.add_argument
+    add("--preset", choices=tuple(LIKE), default="tiny", help="whose networks, with random weights")
     add("--batch-size", type=positive, help="pairs per step, 2 or more; without it 32, small 16, sd-v1 2")
     add("--precision", choices=("fp32", "bf16"), help="without it bf16 on CUDA, else fp32")
-    add("--compile", **switch, help="torch.compile; without it: on CUDA")
-    add("--recompute", **switch, default=False, help="activation checkpointing")
-    add("--only", choices=tuple(TASKS), help="time this kind of step alone, from pixels, and nothing else")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; without it: on CUDA")
+    add("--only", choices=tuple(KINDS), help="time this kind of step and nothing else")
     add("--profile", action="store_true", help="also where the time of a joint step goes, by kernel")
     add("--rounds", type=positive, default=10, help="measured steps of each kind in a row")
     add("--warm-up", type=natural, default=2, help="steps before them")
@@ -227,27 +217,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     add("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args(argv)
-    args.device = pick_device(args.device)
-    cuda = args.device.type == "cuda"
-    args.precision = args.precision or ("bf16" if cuda else "fp32")
-    args.compile = cuda if args.compile is None else args.compile
-    args.batch_size = args.batch_size or LIKE[args.preset][1]
-    if args.batch_size < 2:
-        raise ValueError("--batch-size is 1, but the alignment loss compares pairs: 2 or more")
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
     try:
-        args = parse_args(argv)
-        result = {"task": "speed", "seed": args.seed, **speed(args)}
-        print_speed(result, args)
+        args.device = pick_device(args.device)
+        cuda, args.batch_size = args.device.type == "cuda", args.batch_size or LIKE[args.preset][1]
+        args.precision = args.precision or ("bf16" if cuda else "fp32")
+        args.compile = cuda if args.compile is None else args.compile
+        if args.batch_size < 2:
+            raise ValueError("--batch-size is 1, but the alignment loss compares pairs: 2 or more")
+        result = {"task": "speed", "preset": args.preset, "precision": args.precision,
+                  "compile": args.compile, "seed": args.seed, "date": date.today().isoformat(), "torch": torch.__version__,
+                  "command": " ".join(["python tests/bench_speed.py", *(argv or sys.argv[1:])]),
+                  "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+                  "threads": torch.get_num_threads()}
+        print(", ".join(f"{name} {value}" for name, value in result.items()))
+        result |= speed(args)
+        print_speed(result)
         if args.json:
-            device = torch.cuda.get_device_name() if args.device.type == "cuda" else platform.machine()
-            command = " ".join(["python tests/bench_speed.py", *(sys.argv[1:] if argv is None else argv)])
-            result |= {"preset": args.preset, "precision": args.precision, "command": command,
-                       "date": date.today().isoformat(), "device": device, "torch": torch.__version__,
-                       "threads": torch.get_num_threads()}
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     except (ValueError, OSError) as error:
         fail(error)

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-PEAK = 989            # TFLOP/s of an H100 or H200, dense bf16, by its data sheet
+PEAK = 989e3          # GFLOP/s of an H100 or H200, dense bf16, by its data sheet
 
 
 class Answers:
@@ -44,8 +44,8 @@ class Answers:
         print(f"{part}: {name}: {said or answer}", flush=True)
 
     def ask(self, part: str, limit: float, commands: dict[str, str]) -> None:
-        """Run commands side by side, for `limit` seconds at most and what is left -> what each writes as --json,
-        its last line, and "took": seconds until it was done."""
+        """Run commands side by side, for `limit` seconds at most and what is left; an answer is what a command
+        writes as --json, its last line, and "took": seconds until it was done."""
         if part not in self.args.parts.split(","):
             return
         began, jobs = time.monotonic(), {}
@@ -72,7 +72,7 @@ class Answers:
             if result.exists():
                 answer |= json.loads(result.read_text())
             for row in answer.get("steps", {}).values():
-                row["share_of_peak"] = row["tflops"] / PEAK
+                row["share_of_peak"] = row["gflops_per_image"] * row["images_per_s"] / PEAK
             shown = answer["last_line"] if part == "scripts" else f"\n{said}"
             self.add(part, name, answer, f"status {answer['status']}, {answer['took']} s; {shown}")
 
