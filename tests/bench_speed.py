@@ -39,11 +39,6 @@ KINDS = {"generation": (("generation",), False), "alignment": (("alignment",), F
          "joint": (train.TASKS, False), "generation_cached": (("generation",), True),
          "alignment_cached": (("alignment",), True), "joint_cached": (train.TASKS, True),
          "clip": (("alignment",), False)}
-# Kinds of kernels -> what they are called by.
-KERNELS = {"attention": ("flash", "fmha", "attention"), "convolution": ("conv", "wgrad", "dgrad", "fprop"),
-           "matrix product": ("gemm", "nvjet", "cutlass", "cublas", "::mm", "addmm"), "triton": ("triton",),
-           "copy, layout": ("copy", "memcpy", "memset", "nchw", "nhwc", "cat"), "norm": ("norm",),
-           "element-wise": ("elementwise", "vectorized", "reduce"), "other": ("",)}
 
 
 def in_turns(calls: dict[str, Callable], rounds: int, warm_up: int, device: torch.device) -> dict[str, float]:
@@ -115,16 +110,13 @@ class Steps:
 
 
 def where_time_goes(step: Callable, device: torch.device) -> dict:
-    """ms of a step by kernel, the ten that take the most, and shares by what kernels are called."""
-    is_cuda, times, groups = device.type == "cuda", Counter(), Counter()
+    """ms of a step by kernel: of all, and of the ten that take the most."""
+    is_cuda, times = device.type == "cuda", Counter()
     with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as trace:
         in_turns({"step": step}, 1, 0, device)
     for row in trace.key_averages():
         times[row.key[:110]] += (row.self_device_time_total if is_cuda else row.self_cpu_time_total) / 1000
-    for name, ms in times.items():
-        kind = next(kind for kind, words in KERNELS.items() if any(word in name.lower() for word in words))
-        groups[kind] += ms / times.total()
-    return {"ms": times.total(), "kernels": dict(times.most_common(10)), "groups": dict(groups.most_common())}
+    return {"ms": times.total(), "kernels": dict(times.most_common(10))}
 
 
 def inference_seconds(steps: Steps, clip: Steps) -> dict[str, float]:
@@ -197,8 +189,8 @@ def print_speed(result: dict) -> None:
     for name in (name for name in result if "_over_" in name and not name.endswith("_limit")):
         limit = result.get(f"{name}_limit")
         print(f"  {name:<40}{result[name]:7.3f}" + (f"   by FLOPs {limit:.3f}" if limit else ""))
-    for name, share in result.get("profile", {}).get("groups", {}).items():
-        print(f"  share of the joint step: {name:<15}{share:7.3f}")
+    for name, ms in result.get("profile", {}).get("kernels", {}).items():
+        print(f"  {name[:60]:<60}{ms:9.1f} ms of the joint step")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,23 +26,20 @@ from sample import draw_images
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="tiny")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=30, help="measured calls of each network")
-    parser.add_argument("--warm-up", type=int, default=3, help="calls before them")
-    parser.add_argument("--size", type=int, help="px; without it the preset's")
-    parser.add_argument("--draw", type=int, metavar="STEPS", help="draw pictures instead of training")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile both, to train")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="also write the figures here")
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--preset", choices=tuple(PRESETS), default="tiny")
+    add("--batch", type=int, default=32)
+    add("--rounds", type=int, default=30, help="measured calls of each network")
+    add("--warm-up", type=int, default=3, help="calls before them")
+    add("--size", type=int, help="px; without it the preset's")
+    add("--draw", type=int, metavar="STEPS", help="draw pictures instead of training")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--compile", action="store_true", help="torch.compile both, to train")
+    add("--device", default="cpu")
+    add("--json", help="also write the figures here")
+    args = parser.parse_args()
     config, device, dtype = PRESETS[args.preset], torch.device(args.device), getattr(torch, args.dtype)
     model = Steps(argparse.Namespace(preset=args.preset, batch_size=2, seed=0), device, is_clip=False).model
     for parameter in model.unet.parameters():
