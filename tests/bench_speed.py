@@ -74,8 +74,7 @@ class Steps:
             self.noise = {name: value.to(device) for name, value in
                           train.sample_noise(config, shape, args.seed, 0, range(count)).items()}
 
-    def make_step(self, kind: str, compile: bool) -> tuple[Callable, Callable]:
-        """-> what takes the gradients of a batch, and a whole step."""
+    def make_step(self, kind: str, compile: bool = False) -> Callable:
         (tasks, cached), bf16 = KINDS[kind], self.args.precision == "bf16"
         images = self.moments if cached else self.pixels
         self.model.requires_grad_(True)
@@ -91,21 +90,18 @@ class Steps:
         optimizer = train.make_optimizer(self.model, 1e-4, 0.99, 0.01)
         averages = train.Averages(self.model, 0.99)
 
-        def take_gradients() -> None:
-            train.backward(loss, [(images, self.tokens, self.noise)], 1.0)
-
         def step() -> None:
-            take_gradients()
+            train.backward(loss, [(images, self.tokens, self.noise)], 1.0)
             torch.nn.utils.clip_grad_norm_(averages.live.values(), train.MAX_NORM)
             optimizer.step()
             averages.update(0)
             optimizer.zero_grad(set_to_none=True)
-        return take_gradients, step
+        return step
 
     def flops(self, kind: str) -> float:
         """Of one pair: forward and backward, two per multiply-add."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:     # it knows no other
-            self.make_step(kind, compile=False)[0]()
+            self.make_step(kind)()
         return counter.get_total_flops() / self.args.batch_size
 
 
@@ -139,9 +135,9 @@ def inference_seconds(steps: Steps, clip: Steps) -> dict[str, float]:
 def ratios(cost: dict[str, float], ending: str) -> dict[str, float]:
     """What joint training costs, over its two parts, and over generation and a CLIP of its own."""
     return {name + tail + ending: cost["joint" + tail] / (cost["generation" + tail] + cost[other])
-            for tail in ("", "_cached") if "joint" + tail in cost
-            for name, other in (("joint_over_sum", "alignment" + tail),
-                                ("joint_over_generation_plus_clip", "clip"))}
+            for tail in ("", "_cached") for name, other in (("joint_over_sum", "alignment" + tail),
+                                                            ("joint_over_generation_plus_clip", "clip"))
+            if {"joint" + tail, "generation" + tail, other} <= cost.keys()}
 
 
 def speed(args: argparse.Namespace) -> dict:
@@ -150,7 +146,7 @@ def speed(args: argparse.Namespace) -> dict:
     if cuda:                                                 # as train.py has it
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    kinds = [args.only] if args.only else [kind for kind in KINDS if has_cached or not KINDS[kind][1]]
+    kinds = args.only or [kind for kind in KINDS if has_cached or not KINDS[kind][1]]
     with FakeTensorMode():          # tensors without storage
         counting = {is_clip: Steps(args, torch.device("cpu"), is_clip) for is_clip in (False, True)}
         flops = {kind: counting[kind == "clip"].flops(kind) for kind in kinds}
@@ -160,7 +156,7 @@ def speed(args: argparse.Namespace) -> dict:
         networks[is_clip] = networks.get(is_clip) or Steps(args, args.device, is_clip)
         networks[is_clip].model.to(memory_format=torch.channels_last)
         torch.cuda.reset_peak_memory_stats() if cuda else None
-        _, step = networks[is_clip].make_step(kind, args.compile)
+        step = networks[is_clip].make_step(kind, args.compile)
         seconds[kind] += in_turns({kind: step}, args.rounds, args.warm_up, args.device).values()
         memory[kind] = train.memory_gib(args.device)
         if args.profile and kind == "joint":
@@ -170,10 +166,10 @@ def speed(args: argparse.Namespace) -> dict:
     result["steps"] = {kind: {"seconds": cost[kind], "images_per_s": args.batch_size / cost[kind],
                               "gflops_per_image": flops[kind] / 1e9, "memory_gib": memory[kind]}
                        for kind in kinds}
+    result |= {**ratios(cost, ""), **ratios(flops, "_limit")}
     if not args.only:
         took = inference_seconds(networks[False], networks[True])
-        result |= {"inference_seconds": took, **ratios(cost, ""), **ratios(flops, "_limit"),
-                   "draw_over_plain": took["draw_step"] / took["draw_step_plain"],
+        result |= {"inference_seconds": took, "draw_over_plain": took["draw_step"] / took["draw_step_plain"],
                    "read_over_clip": took["read_pixels"] / took["clip_image"],
                    "read_latents_over_clip": took["read_latents"] / took["clip_image"]}
     return {"n": args.batch_size, "chance": None, **result, "memory_gib": max(memory.values())}
@@ -200,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--batch-size", type=positive, help="pairs per step, 2 or more; without it 32, small 16, sd-v1 2")
     add("--precision", choices=("fp32", "bf16"), help="without it bf16 on CUDA, else fp32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; without it: on CUDA")
-    add("--only", choices=tuple(KINDS), help="time this kind of step and nothing else")
+    add("--only", nargs="+", choices=tuple(KINDS), help="time these kinds of steps and nothing else")
     add("--profile", action="store_true", help="also where the time of a joint step goes, by kernel")
     add("--rounds", type=positive, default=10, help="measured steps of each kind in a row")
     add("--warm-up", type=natural, default=2, help="steps before them")
@@ -217,11 +213,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.batch_size < 2:
             raise ValueError("--batch-size is 1, but the alignment loss compares pairs: 2 or more")
         result = {"task": "speed", "preset": args.preset, "precision": args.precision,
-                  "compile": args.compile, "seed": args.seed, "date": date.today().isoformat(), "torch": torch.__version__,
-                  "command": " ".join(["python tests/bench_speed.py", *(argv or sys.argv[1:])]),
+                  "compile": args.compile, "seed": args.seed, "date": date.today().isoformat(),
+                  "torch": torch.__version__, "threads": torch.get_num_threads(),
                   "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-                  "threads": torch.get_num_threads()}
-        print(", ".join(f"{name} {value}" for name, value in result.items()))
+                  "command": " ".join(["python tests/bench_speed.py", *(argv or sys.argv[1:])])}
+        print(*(f"{name}: {value}" for name, value in result.items()), sep=", ")
         result |= speed(args)
         print_speed(result)
         if args.json:

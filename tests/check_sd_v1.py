@@ -99,9 +99,9 @@ def main() -> None:
     result = {"command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"),
               "torch": torch.__version__, "machine": platform.machine(), "loading": {}}
     for name, code in [*LOADERS.items()] * 2:      # the second turn counts: both with a warm page cache
-        said = subprocess.run([sys.executable, "-c", LOADING.format(folder=args.folder, code=code)], text=True,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, check=True)
-        numbers = map(float, said.stdout.split()[-3:])
+        command = [sys.executable, "-c", LOADING.format(folder=args.folder, code=code)]
+        said = subprocess.check_output(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True)
+        numbers = map(float, said.split()[-3:])
         result["loading"][name] = dict(zip(("seconds", "peak_gib", "weights_gib"), numbers))
     for name, row in result["loading"].items():
         print(f"{name:28}", *(f"{value:.2f} {what}" for what, value in row.items()), flush=True)

@@ -44,7 +44,7 @@ class Answers:
         print(f"{part}: {name}: {said or answer}", flush=True)
 
     def ask(self, part: str, limit: float, commands: dict[str, str]) -> None:
-        """Run commands side by side, for `limit` seconds at most and what is left; an answer is what a command
+        """Run commands side by side, for `limit` seconds at most and what is left; an answer is what one
         writes as --json, its last line, and "took": seconds until it was done."""
         if part not in self.args.parts.split(","):
             return
@@ -124,9 +124,9 @@ def main() -> None:
             "evaluate, fid": f"evaluate.py fid longtail {ckpt} --features {folder}/eager/checkpoint.pt "
                              "--limit 40 --n 20 --steps 4 --epochs 1 --head-epochs 1"})
         answers.add("scripts", "agree", agree(folder))
-        for batch in (small, middle) if big else (middle,):
+        for batch, more in ((small, "--profile"), (middle, "--only generation alignment joint clip")):
             answers.ask("steps", 150, {
-                f"batch {batch}": f"{bench} --no-compile --profile --batch-size {batch}"})
+                f"batch {batch}": f"{bench} --no-compile --batch-size {batch} {more}"})
         for batch in (1, 16) if big else (2,):
             answers.ask("draw", 90, {
                 f"draw {batch}": f"tests/bench_unet.py --preset {args.preset} --batch {batch} --size {side} "

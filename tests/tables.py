@@ -69,7 +69,7 @@ class Measure:
         self.is_floor = self.factor == 100 and max(map(mean, self.values.values()), default=0) < 0.01
 
     def effect(self, row: str) -> tuple[float, bool] | None:
-        """Difference of a row's mean from the base's, and whether that is beyond noise; None without either."""
+        """Difference of a row's mean from the base's, and whether it is beyond noise; None without either."""
         if row == BASE or not {row, BASE} <= self.values.keys():
             return None
         own, base = self.values[row], self.values[BASE]
