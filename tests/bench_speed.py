@@ -32,6 +32,7 @@ from data import Tokenizer  # noqa: E402
 from model import CLIPS, PRESETS, Clip, DiffDis, UNet  # noqa: E402
 from sample import Parser, fail, natural, pick_device, positive  # noqa: E402
 
+PEAK = 989e12            # FLOP/s of an H100 or H200, dense bf16, by its data sheet
 # Preset -> the CLIP of like size, and pairs per step.
 LIKE = {"tiny": ("clip-tiny", 32), "small": ("clip-small", 16), "sd-v1": ("clip-vit-l14", 2)}
 # Kind of step -> its tasks, and whether it starts from cached latents.
@@ -164,7 +165,8 @@ def speed(args: argparse.Namespace) -> dict:
         del step         # and with it the optimiser's moments
     cost = {kind: statistics.median(values) for kind, values in seconds.items()}
     result["steps"] = {kind: {"seconds": cost[kind], "images_per_s": args.batch_size / cost[kind],
-                              "gflops_per_image": flops[kind] / 1e9, "memory_gib": memory[kind]}
+                              "gflops_per_image": flops[kind] / 1e9, "memory_gib": memory[kind],
+                              "share_of_peak": flops[kind] * args.batch_size / cost[kind] / PEAK}
                        for kind in kinds}
     result |= {**ratios(cost, ""), **ratios(flops, "_limit")}
     if not args.only:
@@ -176,10 +178,10 @@ def speed(args: argparse.Namespace) -> dict:
 
 
 def print_speed(result: dict) -> None:
-    print(f"  {'training step':<19}{'ms':>9}{'images/s':>10}{'GFLOP/image':>13}{'most GiB':>10}")
+    print(f"  {'training step':<19}{'ms':>9}{'images/s':>10}{'GFLOP/image':>13}{'of peak':>9}{'GiB':>7}")
     for name, row in result["steps"].items():
         print(f"  {name:<19}{1000 * row['seconds']:9.1f}{row['images_per_s']:10.2f}"
-              f"{row['gflops_per_image']:13.1f}{row['memory_gib']:10.1f}")
+              f"{row['gflops_per_image']:13.1f}{row['share_of_peak']:9.3f}{row['memory_gib']:7.1f}")
     for name, seconds in result.get("inference_seconds", {}).items():
         print(f"  {name:<19}{1000 * seconds:9.1f}{result['n'] / seconds:10.2f}")
     for name in (name for name in result if "_over_" in name and not name.endswith("_limit")):

@@ -25,7 +25,6 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-PEAK = 989e3          # GFLOP/s of an H100 or H200, dense bf16, by its data sheet
 
 
 class Answers:
@@ -71,8 +70,6 @@ class Answers:
             answer["last_line"] = (said.splitlines() or [""])[-1][-300:]
             if result.exists():
                 answer |= json.loads(result.read_text())
-            for row in answer.get("steps", {}).values():
-                row["share_of_peak"] = row["gflops_per_image"] * row["images_per_s"] / PEAK
             shown = answer["last_line"] if part == "scripts" else f"\n{said}"
             self.add(part, name, answer, f"status {answer['status']}, {answer['took']} s; {shown}")
 

@@ -3,7 +3,7 @@
     python tests/soak.py --ranks 2 --kill-every 60 --steps 3000 [more FLAGS of train.py, as --data TARS]
 
 Ranks are killed (SIGKILL) at random times; torchrun starts them again. Both logs must have the same numbers,
-and both checkpoints the same bits; else it ends with status 1. The networks are those of small_run.py, on CPU.
+and both checkpoints the same bits; else the status is 1. The networks are those of small_run.py, on CPU.
 """
 import argparse
 import json
