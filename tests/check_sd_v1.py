@@ -8,6 +8,7 @@ and a guided trajectory; loading is measured in processes of their own.
 """
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 import diffusers
 import safetensors.torch
 import torch
-from conftest import randomise, write_folder
+from conftest import ROOT, draw_by_diffusers, randomise, write_folder
 from transformers import CLIPTextModel
 
 import model as models
@@ -27,6 +28,20 @@ from sample import draw_images
 
 PROMPT = "a dog on a beach"
 SCALE = models.AutoencoderConfig().scale
+# Loads `parts`, reads all of them, and prints seconds, peak memory and the weights' own, GiB.
+LOADING = """
+import re, sys, time
+from pathlib import Path
+import torch, diffusers, transformers, model as models
+memory = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 20
+base, start, file, config = memory(), time.perf_counter(), "{folder}/sd.safetensors", "{folder}/diffusers"
+{code}
+total = sum(float(p.sum()) for part in parts for p in part.parameters())
+weights = sum(p.numel() for part in parts for p in part.parameters()) * 4 / 2 ** 30
+print(time.perf_counter() - start, memory() - base, weights)"""
+LOADERS = {"ours, all parts": "parts = [models.load(file)]", "diffusers, UNet and VAE": """
+parts = [diffusers.UNet2DConditionModel.from_single_file(file, config=config, subfolder="unet"),
+         diffusers.AutoencoderKL.from_single_file(file, config=config, subfolder="vae")]"""}
 
 
 def write_layouts(folder: Path, vocabulary: str) -> None:
@@ -47,53 +62,28 @@ def write_layouts(folder: Path, vocabulary: str) -> None:
 @torch.no_grad()
 def compare(folder: Path, layout: str, steps: int) -> dict[str, float]:
     """The largest difference from the libraries for each part, and over a guided trajectory."""
-    ours, generator = models.load(folder / layout), torch.Generator().manual_seed(1)
-    found = {}
+    ours, generator, worst = models.load(folder / layout), torch.Generator().manual_seed(1), {}
 
     def differ(name: str, a: torch.Tensor, b: torch.Tensor) -> None:
-        found[name] = (a - b).abs().max().item()
-        print(f"{layout:16}{name:16}{found[name]:.1e}   (values up to {b.abs().max():.1f})", flush=True)
+        worst[name] = (a - b).abs().max().item()
+        print(f"{layout:16}{name:16}{worst[name]:.1e}   (values up to {b.abs().max():.1f})", flush=True)
     text = CLIPTextModel.from_pretrained(folder / "diffusers/text_encoder").eval()
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "diffusers/vae").eval()
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "diffusers/unet").eval()
     tokens = ours.tokenizer([PROMPT, ""])
     context = text(tokens).last_hidden_state
     differ("text encoder", ours.text_encoder(tokens)[0], context)
-    vae = diffusers.AutoencoderKL.from_pretrained(folder / "diffusers/vae").eval()
     images = torch.rand(1, 3, 256, 256, generator=generator) * 2 - 1
     mean = vae.encode(images).latent_dist.mean
     differ("VAE encode", ours.encode_image(images) / SCALE, mean)
     differ("VAE decode", ours.decode_image(mean * SCALE), vae.decode(mean).sample)
-    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "diffusers/unet").eval()
     latents, t = torch.randn(2, 4, 32, 32, generator=generator), torch.tensor([981, 1])
     differ("UNet", ours.denoise_image(latents, t, context), unet(latents, t, context).sample)
     if steps:
-        scheduler = diffusers.DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-            set_alpha_to_one=False, steps_offset=1)
-        scheduler.set_timesteps(steps)
-        z = torch.randn(4, 32, 32, generator=generator_of(0))[None]
-        for t in scheduler.timesteps:
-            conditional, unconditional = unet(z.repeat(2, 1, 1, 1), t, context).sample.chunk(2)
-            z = scheduler.step(unconditional + 7.5 * (conditional - unconditional), t, z).prev_sample
-        theirs = vae.decode(z / SCALE).sample.clamp(-1, 1)
-        differ(f"{steps} steps", draw_images(ours, [PROMPT], [0], steps, 7.5, (256, 256)), theirs)
-    return found
-
-
-def peak(code: str) -> dict[str, float]:
-    """Seconds and peak memory (GiB) of a piece of Python that loads `parts`, in a process of its own."""
-    wrapped = f"""
-import re, sys, time
-from pathlib import Path
-sys.path[:0] = {sys.path[:3]!r}
-import torch, diffusers, transformers, model as models
-memory = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 20
-base, start = memory(), time.perf_counter()
-{code}
-total = sum(float(p.sum()) for part in parts for p in part.parameters())      # so that all of it is read
-count = sum(p.numel() for part in parts for p in part.parameters())
-print(time.perf_counter() - start, memory() - base, count * 4 / 2 ** 30)"""
-    said = subprocess.run([sys.executable, "-c", wrapped], capture_output=True, text=True, check=True).stdout
-    return dict(zip(("seconds", "peak_gib", "weights_gib"), map(float, said.split()[-3:])))
+        z = torch.randn(1, 4, 32, 32, generator=generator_of(0))
+        differ(f"{steps} steps", draw_images(ours, [PROMPT], [0], steps, 7.5, (256, 256)),
+               draw_by_diffusers(unet, vae, z, context, steps))
+    return worst
 
 
 def main() -> None:
@@ -106,17 +96,15 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     if not (args.folder / "tokenizer").exists():
         write_layouts(args.folder, args.vocabulary)
-    file, config = str(args.folder / "sd.safetensors"), str(args.folder / "diffusers")
-    single = ", ".join(f"diffusers.{name}.from_single_file({file!r}, config={config!r}, subfolder={part!r})"
-                       for name, part in (("UNet2DConditionModel", "unet"), ("AutoencoderKL", "vae")))
-    loaders = {"ours, all parts": f"parts = [models.load({file!r})]",
-               "diffusers, UNet and VAE": f"parts = [{single}]"}
-    for _ in range(2):               # the second turn counts: both with a warm page cache
-        loading = {name: peak(code) for name, code in loaders.items()}
-    for name, row in loading.items():
-        print(f"{name:28}", *(f"{value:.2f} {what}" for what, value in row.items()), flush=True)
     result = {"command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"),
-              "torch": torch.__version__, "machine": platform.machine(), "loading": loading}
+              "torch": torch.__version__, "machine": platform.machine(), "loading": {}}
+    for name, code in [*LOADERS.items()] * 2:      # the second turn counts: both with a warm page cache
+        command = [sys.executable, "-c", LOADING.format(folder=args.folder, code=code)]
+        said = subprocess.check_output(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True)
+        numbers = map(float, said.split()[-3:])
+        result["loading"][name] = dict(zip(("seconds", "peak_gib", "weights_gib"), numbers))
+    for name, row in result["loading"].items():
+        print(f"{name:28}", *(f"{value:.2f} {what}" for what, value in row.items()), flush=True)
     for layout in ("sd.safetensors", "sd.ckpt", "diffusers"):
         result[layout] = compare(args.folder, layout, args.steps if layout == "sd.safetensors" else 0)
     if args.json:

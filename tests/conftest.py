@@ -102,12 +102,34 @@ def diffusers_unet(config: Config) -> torch.nn.Module:
         up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in unet.attention[::-1]])
 
 
+def diffusers_vae(config: Config) -> torch.nn.Module:
+    import diffusers
+    vae = config.autoencoder
+    return diffusers.AutoencoderKL(
+        latent_channels=vae.latent_channels, block_out_channels=vae.channels, layers_per_block=2,
+        down_block_types=["DownEncoderBlock2D"] * len(vae.channels),
+        up_block_types=["UpDecoderBlock2D"] * len(vae.channels))
+
+
+@torch.no_grad()
+def draw_by_diffusers(unet: torch.nn.Module, vae: torch.nn.Module | None, z: torch.Tensor,
+                      context: torch.Tensor, steps: int) -> torch.Tensor:
+    """z [B, C, h, w], context [2B, L, D] of the prompts and of "" -> images (without a VAE latents), by
+    diffusers' DDIM and its usual loop."""
+    import diffusers
+    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                        clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        conditional, unconditional = unet(z.repeat(2, 1, 1, 1), t, context).sample.chunk(2)
+        z = scheduler.step(unconditional + 7.5 * (conditional - unconditional), t, z).prev_sample
+    return z if vae is None else vae.decode(z / AutoencoderConfig().scale).sample.clamp(-1, 1)
+
+
 def write_folder(model: DiffDis, folder: Path) -> None:
     """The folder that diffusers and transformers write of a model's Stable Diffusion part."""
-    import diffusers
     import transformers
-    text, vae = model.config.text, model.config.autoencoder
-    end, levels = model.tokenizer.vocab_size - 1, len(vae.channels)
+    text, end = model.config.text, model.tokenizer.vocab_size - 1
 
     def put(part: str, network: torch.nn.Module, name: str) -> None:
         prefix = "text_model." if any(n.startswith("text_model.") for n in network.state_dict()) else ""
@@ -115,10 +137,7 @@ def write_folder(model: DiffDis, folder: Path) -> None:
                                  if not is_new(n)})
         network.save_pretrained(folder / name)
     put("unet", diffusers_unet(model.config), "unet")
-    put("autoencoder", diffusers.AutoencoderKL(
-        latent_channels=vae.latent_channels, block_out_channels=vae.channels, layers_per_block=2,
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels), "vae")
+    put("autoencoder", diffusers_vae(model.config), "vae")
     put("text_encoder", transformers.CLIPTextModel(transformers.CLIPTextConfig(
         vocab_size=end + 1, hidden_size=text.width, intermediate_size=4 * text.width,
         num_hidden_layers=text.layers, num_attention_heads=text.heads, projection_dim=text.width,

@@ -9,19 +9,18 @@ is within noise.
 """
 import json
 import math
-import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean, stdev, variance
 
-# Of evaluate.py's JSON: title, factor, digits, and whether more is better.
-METRICS = {"top1": ("zero-shot top-1", 100, 1, True), "mean_r1": ("mean R@1", 100, 1, True),
-           "denoising_error": ("denoising error ×1000", 1000, 2, False),
-           "fid": ("Fréchet distance", 1, 3, False),
-           "colour": ("colours right", 100, 1, True), "shape": ("shapes right", 100, 1, True),
-           "size": ("sizes right", 100, 1, True), "relation": ("relation right", 100, 1, True),
-           "all": ("all right", 100, 1, True)}
-LONGTAIL = {name: (title, 100, 1, True) for name, title in {
+# Of evaluate.py's JSON: title, factor, digits, and whether more is better (1) or less (-1).
+METRICS = {"top1": ("zero-shot top-1", 100, 1, 1), "mean_r1": ("mean R@1", 100, 1, 1),
+           "denoising_error": ("denoising error ×1000", 1000, 2, -1), "fid": ("Fréchet distance", 1, 3, -1),
+           "colour": ("colours right", 100, 1, 1), "shape": ("shapes right", 100, 1, 1),
+           "size": ("sizes right", 100, 1, 1), "relation": ("relation right", 100, 1, 1),
+           "all": ("all right", 100, 1, 1)}
+LONGTAIL = {name: (title, 100, 1, 1) for name, title in {
     "image_acc": "stage 1: Image-Acc", "text_acc": "Text-Acc", "knn_acc": "KNN-Acc",
     "image_acc_many": "Image-Acc, many", "image_acc_few": "Image-Acc, few", "top1": "stage 2",
     "top1_many": "many", "top1_medium": "medium", "top1_few": "few", "linear": "linear layer",
@@ -37,99 +36,92 @@ PAPER = {"text-noise": (22.62 - 23.44, 29.38 - 28.64, 10.78 - 11.52),           
 BASE = "joint"
 
 
-def read(path: Path) -> dict[str, dict[int, dict]]:
-    """A folder of NAME-SEED.json, or a file of lines that say theirs under "file" -> row -> seed -> the
-    numbers; those of several tasks side by side."""
-    rows: dict[str, dict[int, dict]] = defaultdict(dict)
+def read(path: Path) -> dict[str, list[dict]]:
+    """A folder of NAME-SEED.json, or a file of lines that say theirs under "file" -> row -> a dict of numbers
+    for each seed; those of several tasks side by side."""
+    rows: dict[str, list[dict]] = defaultdict(list)
     runs = ([json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else
             [{"file": file.stem, **json.loads(file.read_text())} for file in sorted(path.glob("*.json"))])
     for numbers in runs:
         name, _, seed = numbers["file"].rpartition("-")
         if name and seed.isdecimal():
             tasks = [part for part in numbers.values() if isinstance(part, dict) and "task" in part]
-            rows[name][int(seed)] = {key: part[key] for part in tasks for key in part} if tasks else numbers
+            rows[name].append({key: part[key] for part in tasks for key in part} if tasks else numbers)
     first = [name for name in dict.fromkeys((BASE, "generation", "alignment", *PAPER)) if name in rows]
     return {name: rows[name] for name in [*first, *sorted(set(rows) - set(first))]}
 
 
-def summary(rows: dict, metric: str) -> tuple[dict[str, list[float]], float]:
-    """-> row -> its values over seeds, and their standard deviation pooled over rows."""
-    values = {name: [run[metric] for run in seeds.values() if metric in run] for name, seeds in rows.items()}
-    values = {name: own for name, own in values.items() if own}
-    # The base's own checkpoints measured in another way would count its seeds again.
-    again = {run.get("checkpoint") for run in rows.get(BASE, {}).values()} - {None}
-    several = [own for name, own in values.items() if len(own) > 1 and (
-        name == BASE or again.isdisjoint(run.get("checkpoint") for run in rows[name].values()))]
-    degrees = sum(len(own) - 1 for own in several)
-    squares = sum(statistics.variance(own) * (len(own) - 1) for own in several)
-    return values, math.sqrt(squares / degrees) if degrees else math.inf
+class Measure:
+    """One column: the values of every row over its seeds, and their standard deviation pooled over rows."""
+
+    def __init__(self, rows: dict[str, list[dict]], name: str, metric: tuple) -> None:
+        self.title, self.factor, self.digits, self.better = metric
+        values = {row: [run[name] for run in runs if name in run] for row, runs in rows.items()}
+        self.values = {row: own for row, own in values.items() if own}
+        # The base's own checkpoints measured in another way would count its seeds again.
+        again = {run.get("checkpoint") for run in rows.get(BASE, ())} - {None}
+        several = [own for row, own in self.values.items() if len(own) > 1 and (
+            row == BASE or again.isdisjoint(run.get("checkpoint") for run in rows[row]))]
+        degrees = sum(len(own) - 1 for own in several)
+        squares = sum(variance(own) * (len(own) - 1) for own in several)
+        self.deviation = math.sqrt(squares / degrees) if degrees else math.inf
+        # At the floor one lucky picture would look like an effect.
+        self.is_floor = self.factor == 100 and max(map(mean, self.values.values()), default=0) < 0.01
+
+    def effect(self, row: str) -> tuple[float, bool] | None:
+        """Difference of a row's mean from the base's, and whether it is beyond noise; None without either."""
+        if row == BASE or not {row, BASE} <= self.values.keys():
+            return None
+        own, base = self.values[row], self.values[BASE]
+        error = self.deviation * math.sqrt(1 / len(own) + 1 / len(base))
+        return mean(own) - mean(base), abs(mean(own) - mean(base)) >= 2 * error > 0
+
+    def cell(self, row: str) -> str:
+        """Mean ± deviation of a row, marked where it is better or worse than the base beyond noise."""
+        if row not in self.values:
+            return ""
+        own, (difference, is_beyond) = self.values[row], self.effect(row) or (0, False)
+        mark = "" if not is_beyond else " ▲" if difference * self.better > 0 else " ▼"
+        spread = stdev(own) if len(own) > 1 else 0.0
+        return f"{self.factor * mean(own):.{self.digits}f} ± {self.factor * spread:.{self.digits}f}{mark}"
+
+    def against(self, row: str, paper: float | None) -> str:
+        """Whether an effect of ours has the sign of the paper's."""
+        effect = self.effect(row)
+        if effect is None or paper is None:
+            return "–"
+        difference, is_beyond = effect
+        words = ("within noise" if not is_beyond else "agrees" if difference * paper > 0
+                 else "disagrees" if paper else "paper: none")
+        return f"{paper:+.2f}, {self.factor * difference:+.{self.digits}f}: {words}"
 
 
-def effect(values: dict[str, list[float]], deviation: float, name: str) -> tuple[float, float] | None:
-    """Difference of a row's mean from the base's, and in standard errors; None where there is none."""
-    if name == BASE or name not in values or BASE not in values:
-        return None
-    error = deviation * math.sqrt(1 / len(values[name]) + 1 / len(values[BASE]))
-    difference = statistics.mean(values[name]) - statistics.mean(values[BASE])
-    return difference, difference / error if error else 0.0
-
-
-def verdict(ours: tuple[float, float] | None, paper: float | None) -> str:
-    """Whether an effect of ours has the sign of the paper's."""
-    if ours is None or paper is None:
-        return "–"
-    if abs(ours[1]) < 2:
-        return "within noise"
-    return "agrees" if ours[0] * paper > 0 else "disagrees" if paper else "paper: none"
-
-
-def cell(values: dict[str, list[float]], deviation: float, name: str, metric: tuple) -> str:
-    """Mean ± deviation of a row, marked where it is better or worse than the base beyond noise."""
-    if name not in values:
-        return ""
-    _, factor, digits, more_is_better = metric
-    mean, own, ours = statistics.mean(values[name]), values[name], effect(values, deviation, name)
-    spread = statistics.stdev(own) if len(own) > 1 else 0.0
-    mark = "" if ours is None or abs(ours[1]) < 2 else " ▲" if (ours[1] > 0) == more_is_better else " ▼"
-    return f"{factor * mean:.{digits}f} ± {factor * spread:.{digits}f}{mark}"
-
-
-def against_paper(rows: dict, found: dict) -> list[str]:
-    lines = ["", "| row | zero-shot: paper, ours | R@1: paper, ours | FID: paper, our Fréchet distance |",
-             "|---|---|---|---|"]
-    for name in filter(rows.get, PAPER):
-        cells = [name]
-        for metric, theirs in zip(("top1", "mean_r1", "fid"), PAPER[name]):
-            ours, (_, factor, digits, _) = effect(*found.get(metric, ({}, 0)), name), METRICS[metric]
-            cells.append("–" if theirs is None or ours is None else
-                         f"{theirs:+.2f}, {factor * ours[0]:+.{digits}f}: {verdict(ours, theirs)}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def table(rows: dict) -> str:
-    kinds = {run.get("task") == "longtail" for seeds in rows.values() for run in seeds.values()}
+def table(rows: dict[str, list[dict]]) -> str:
+    kinds = {run.get("task") == "longtail" for runs in rows.values() for run in runs}
     assert len(kinds) == 1, "results of longtail and of other tasks: expected a folder for each"
     metrics = LONGTAIL if kinds == {True} else METRICS
-    found = {metric: summary(rows, metric) for metric in metrics}
-    found = {metric: measured for metric, measured in found.items() if measured[0]}
-    # At the floor one lucky picture would look like an effect.
-    floor = [metric for metric, (values, _) in found.items()
-             if metrics[metric][1] == 100 and max(map(statistics.mean, values.values())) < 0.01]
-    found = {metric: measured for metric, measured in found.items() if metric not in floor}
-    titles = [metrics[metric][0] for metric in found]
-    lines = [f"| row | seeds | {' | '.join(titles)} |", "|---|" + "---|" * (len(found) + 1)]
-    for name, seeds in rows.items():
-        cells = [cell(*found[metric], name, metrics[metric]) for metric in found]
-        lines.append(f"| {' | '.join([name, str(len(seeds)), *cells])} |")
-    below = f"Under 1 % in every row: {', '.join(metrics[m][0] for m in floor)}." if floor else ""
+    measures = {name: Measure(rows, name, metric) for name, metric in metrics.items()}
+    floor = [column.title for column in measures.values() if column.values and column.is_floor]
+    columns = {name: column for name, column in measures.items() if column.values and not column.is_floor}
+    shown = columns.values()
+    lines = [f"| row | seeds | {' | '.join(column.title for column in shown)} |",
+             "|---|---|" + "---|" * len(shown)]
+    lines += [f"| {' | '.join([row, str(len(runs)), *(column.cell(row) for column in shown)])} |"
+              for row, runs in rows.items()]
+    below = f"Under 1 % in every row: {', '.join(floor)}." if floor else ""
     if metrics is LONGTAIL:      # of which many rows share a first stage: nothing to pool
         return "\n".join([*lines, below])
-    pooled = "; ".join(f"{title} {factor * found[m][1]:.{digits}f}" for m, (title, factor, digits, _)
-                       in metrics.items() if m in found and math.isfinite(found[m][1]))
+    pooled = "; ".join(f"{column.title} {column.factor * column.deviation:.{column.digits}f}"
+                       for column in shown if math.isfinite(column.deviation))
     pooled = pooled or "unknown, with one seed nothing is told from noise"
-    lines += ["", f"Pooled standard deviation over seeds: {pooled}.{' ' * bool(floor)}{below}"]
-    return "\n".join([*lines, *against_paper(rows, found)])
+    lines += ["", f"Pooled standard deviation over seeds: {pooled}.{' ' * bool(floor)}{below}", "",
+              "| row | zero-shot: paper, ours | R@1: paper, ours | FID: paper, our Fréchet distance |",
+              "|---|---|---|---|"]
+    for row in filter(rows.get, PAPER):
+        cells = [columns[name].against(row, paper) if name in columns else "–"
+                 for name, paper in zip(("top1", "mean_r1", "fid"), PAPER[row])]
+        lines.append(f"| {' | '.join([row, *cells])} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
