@@ -786,8 +786,11 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
     else:
         config, tensors = clip_config(path / "config.json"), read_file(path / "model.safetensors")[0]
     config = config or replace(PRESETS["sd-v1"], image_size=512)      # what v1 was trained at
-    return {"config": asdict(model.config), "tokenizer": asdict(model.tokenizer), "data": model.data,
-            "tasks": list(model.tasks)}
+    folders = [folder / name for folder in (path, path.parent) for name in ("tokenizer", "")]
+    given = [folder for folder in folders if (folder / "vocab.json").is_file()]
+    tokenizer = Tokenizer.from_file(given[0] if given else download("vocabulary"), config.text.context_length)
+    return {"config": asdict(config), "tokenizer": asdict(tokenizer), "data": None, "foreign": True,
+            "tasks": ["generation"] if isinstance(config, Config) else ["alignment"]}, tensors
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema",

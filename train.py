@@ -36,7 +36,7 @@ import model as models
 from data import (Batch, SkipReport, Source, Tokenizer, evaluation_batches, evenly_spaced, hold_out,
                   open_source, to_float, training_batches, usable_captions)
 from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
-                       noise_of, q_sample, read_prediction, signal_and_noise)
+                       q_sample, read_prediction, signal_and_noise)
 from evaluate import (Reading, checker, denoising_errors, everybody, in_turn, join_ranks, over_images,
                       rank_and_world, report, retrieval, zeroshot)
 from model import (CLIPS, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextConfig, is_new)
