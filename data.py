@@ -158,9 +158,8 @@ class Tokenizer:
         return bytes(byte_of[symbol] for symbol in text).decode("utf-8", errors="replace").strip()
 
     def __call__(self, captions: list[str]) -> Tensor:
-        """captions -> tokens [B, L] int64: start, ids, end, then further ends, as Stable Diffusion pads.
-        Longer captions are cut. The text query is read at the first end; as attention is causal, the further
-        ones change nothing there."""
+        """captions, cut to fit -> tokens [B, L] int64: start, ids, end, further ends, as Stable Diffusion
+        pads. The text query is read at the first end: attention is causal, what follows changes nothing."""
         tokens, room = torch.full((len(captions), self.context_length), self.end), self.context_length - 1
         for row, caption in zip(tokens, captions):
             ids = [self.start, *self.encode(caption)]
@@ -558,8 +557,7 @@ def open_karpathy(table: Path, split: str) -> Source:
         if min(map(len, texts), default=5) < least:
             raise ValueError(f"an image of {' and '.join(wanted)} has fewer than {least} captions")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{table} is damaged, or not Karpathy's table of images and their sentences "
-                         f"({type(error).__name__}: {error}): fetch it again") from None
+        raise ValueError(f"{table} is damaged, or not Karpathy's table ({error!r}): fetch it again") from None
     return Source(table.stem, images, texts=texts)
 
 
@@ -866,10 +864,9 @@ def best_fit(mask: np.ndarray) -> Fit:
 
 
 def check(image: np.ndarray, caption: str) -> dict[str, bool]:
-    """Whether a picture, uint8 [32, 32, 3], shows what a caption of `shapes` says, decided from its pixels
-    alone -> {"colour", "shape", "size", "relation", "all"}: the mentioned colours are there, and nothing else
-    stands out; each thing of its colour has the right shape, cleanly; the right size; and they stand as the
-    caption says. Raises ValueError on other captions."""
+    """What of a caption of `shapes` a picture, uint8 [32, 32, 3], shows, decided from its pixels alone ->
+    {"colour": the mentioned ones, and nothing else stands out; "shape": of each thing, cleanly; "size";
+    "relation": they stand as the caption says; "all"}. Raises ValueError on other captions."""
     things, relation = parse(caption)
     masks, mentioned = colour_masks(image), {thing.colour for thing in things}
     # Only pixels mostly of a colour count here: faint noise all over the ground must not add up to a thing.

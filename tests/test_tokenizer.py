@@ -35,9 +35,6 @@ def test_same_ids_as_transformers(tokenizer: Tokenizer, tmp_path) -> None:
         expected = theirs(clean(text))["input_ids"][1:-1]     # cleaned first: theirs has no ftfy
         assert tokenizer.encode(text) == expected, \
             f"{text!r}: pretrained text encoders would see other tokens"
-    said = "a <|endoftext|> dog"
-    assert tokenizer.end in theirs(said)["input_ids"][1:-1] and tokenizer.end not in tokenizer.encode(said), \
-        "transformers parses control tokens out of captions; ours must not, whatever a caption says"
     captions = [*CAPTIONS, " ".join(CAPTIONS)]            # the last is cut
     padded = theirs(captions, padding="max_length", max_length=16, truncation=True)["input_ids"]
     assert tokenizer(captions).tolist() == padded, "Stable Diffusion pads with the end token"
