@@ -754,7 +754,7 @@ FLAGS = (
     ("control", TASKS, {"choices": CONTROLS, "default": "none"}, "break what is read, to see chance"),
     ("text-steps", (*READS, "fid"), {**COUNT, "default": 1}, "denoising steps of the text query"),
     ("draws", (*READS, "fid"), {**COUNT, "default": 1}, "noise draws averaged per image"),
-    ("template", ("zeroshot", "longtail"), {"action": "append", "metavar": "TEXT"},
+    ("template", ("zeroshot", "longtail"), {"action": "append"},
      "prompt of a class, {} is its name, {a} its article; may be repeated; else what is built in"),
     ("loss-timesteps", ("zeroshot",), COUNT, "by Diffusion Classifier, from the loss of so many timesteps"),
     ("n", DRAWS, COUNT, "pictures to draw; without it 64, for fid 30,000 or a caption each"),

@@ -210,7 +210,8 @@ def test_zeroshot_equals_a_slow_reference(base) -> None:
     seven, oracle = Numbered(35), Oracle(base, TEXTS)
     generator = torch.Generator().manual_seed(0)
     texts, oracle.queries = (F.normalize(torch.randn(n, 32, generator=generator), dim=-1) for n in (14, 35))
-    texts[1] = -0.9 * texts[0] + 0.1 * texts[1]          # the first class's mean is short
+    texts[1] = -0.9 * texts[0] + 0.1 * texts[1]          # the first class's mean is short, and yet
+    oracle.queries[0] = F.normalize(texts[0] + texts[1], dim=0)
     seven.classes, seven.labels = [f"kind{k}" for k in range(7)], [i % 7 if i < 28 else 6 for i in range(35)]
     prompts = [f"{article} kind{k}" for k in range(7) for article in ("a", "the")]
     oracle.encode_text = lambda names: (None, texts[[prompts.index(name) for name in names]])
@@ -372,7 +373,7 @@ def measure(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", f"file://{folder}/{world}", rank=rank, world_size=world)
-    readings = [Reading(draws=2, control=name, batch_size=4, max_bad=0.5) for name in ("none", CONTROLS[0])]
+    readings = [Reading(draws=2, control=name, batch_size=4, max_bad=0.5) for name in evaluate.CONTROLS]
     found = [task(build(), Broken(23), reading, **options) for reading in readings for task, options in (
         (evaluate.retrieval, {}), (evaluate.zeroshot, {}), (evaluate.zeroshot, {"loss_timesteps": 2}))]
     if rank == 0:
