@@ -70,28 +70,7 @@ def test_names_are_those_that_diffusers_reads(whole, tmp_path) -> None:
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.equal(found[name].reshape(value.shape), value), f"{part} {name} landed elsewhere"
-
-
-REAL_NAMES = """
-    model.diffusion_model.time_embed.2.bias
-    model.diffusion_model.input_blocks.8.1.transformer_blocks.0.attn2.to_k.weight
-    model.diffusion_model.middle_block.2.emb_layers.1.bias
-    model.diffusion_model.output_blocks.2.1.conv.weight
-    first_stage_model.encoder.down.2.block.0.nin_shortcut.weight
-    first_stage_model.decoder.up.3.upsample.conv.bias
-    cond_stage_model.transformer.text_model.encoder.layers.11.mlp.fc2.weight
-"""
-
-
-def test_real_names_of_stable_diffusion_v1() -> None:
-    """Names of the published file, of many kinds."""
-    with torch.device("meta"):
-        config = models.PRESETS["sd-v1"]
-        ours = [f"unet.{name}" for name in models.UNet(config).state_dict()]
-        ours += [f"autoencoder.{name}" for name in models.KLAutoencoder(config.autoencoder).state_dict()]
-        ours += [f"text_encoder.{name}" for name in models.TextEncoder(config.text).state_dict()]
-    theirs = set(models.to_compvis(ours, config).values())
-    assert set(REAL_NAMES.split()) <= theirs and len(theirs) == len(ours)
+    assert "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc2.weight" in raw
 
 
 @pytest.mark.parametrize("layout", ["flat.ckpt", "nested.ckpt", "plain.safetensors"])
@@ -107,9 +86,8 @@ def test_original_layouts(whole, tmp_path, capsys, layout: str) -> None:
         torch.save(tensors if layout == "flat.ckpt" else nested, tmp_path / layout)
     loaded = models.load(tmp_path / layout)
     assert same(whole, loaded) and not loaded.training
-    said = capsys.readouterr().out
-    fresh = [name for name in whole.state_dict() if models.is_new(name)]
-    assert f"from random weights: {len(fresh)};" in said and "ignored: 4" in said
+    fresh = sum(map(models.is_new, whole.state_dict()))
+    assert f"from random weights: {fresh}; ignored: 4" in capsys.readouterr().out
     assert all(torch.isfinite(value).all() for value in loaded.state_dict().values())
 
 
@@ -119,23 +97,20 @@ def test_averages_of_an_original_file(whole, tmp_path) -> None:
                 for name, value in tensors.items() if name.startswith("model.")}
     averaged["model_ema.decay"] = torch.tensor(0.9)
     torch.save({"state_dict": tensors | averaged}, tmp_path / "full.ckpt")
-    raw, ema = (models.load(tmp_path / "full.ckpt", weights=weights) for weights in ("raw", "ema"))
-    assert same(whole, raw)
-    for name, value in whole.state_dict().items():
-        if not models.is_new(name):
-            assert torch.equal(ema.state_dict()[name], value + 1 if name.startswith("unet.") else value), name
+    assert same(whole, models.load(tmp_path / "full.ckpt", weights="raw"))
+    for name, value in models.load(tmp_path / "full.ckpt").state_dict().items():
+        expected = whole.state_dict()[name] + name.startswith("unet.")
+        assert models.is_new(name) or torch.equal(value, expected), name
 
 
 def test_folders_that_the_libraries_write(whole, tmp_path) -> None:
     write_folder(whole, tmp_path / "folder")
     assert same(whole, models.load(tmp_path / "folder"))
     file = tmp_path / "folder/vae/diffusion_pytorch_model.safetensors"
-    file.write_text("{}")
-    with pytest.raises(ValueError, match="vae/diffusion_pytorch_model.safetensors"):
-        models.load(tmp_path / "folder")
-    file.unlink()
-    with pytest.raises(ValueError, match="vae/diffusion_pytorch_model.safetensors"):
-        models.load(tmp_path / "folder")
+    for spoil in (lambda: file.write_text("{}"), file.unlink):
+        spoil()
+        with pytest.raises(ValueError, match="vae/diffusion_pytorch_model.safetensors"):
+            models.load(tmp_path / "folder")
 
 
 def test_half_precision_spares_the_autoencoder(whole, tmp_path) -> None:
@@ -217,11 +192,8 @@ class Exploit:
         return (open, (str(self.path), "w"))
 
 
-@pytest.mark.parametrize("key", ["state_dict", "format"])
-def test_a_file_cannot_run_code(whole, tmp_path, key: str) -> None:
-    """Neither as another program's checkpoint nor as one of ours."""
-    value = original_names(whole) if key == "state_dict" else models.FORMAT
-    torch.save({key: value, "config": Exploit(tmp_path / "ran")}, tmp_path / "evil.ckpt")
+def test_a_file_cannot_run_code(tmp_path) -> None:
+    torch.save({"format": models.FORMAT, "config": Exploit(tmp_path / "ran")}, tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match=r"open"):
         models.load(tmp_path / "evil.ckpt")
     assert not (tmp_path / "ran").exists()
@@ -325,17 +297,15 @@ def test_stable_diffusion_is_fine_tuned_resumed_and_sampled(whole, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     torch.save(original_names(whole), tmp_path / "sd.ckpt")
     flags = ["--init", "sd.ckpt", "--preset", "sd-v1", "--batch-size", "4", "--out", "run", "--device", "cpu",
-             "--image-size", "64", "--workers", "0", "--val", "4", "--save-every", "1", "--align-blocks", "2"]
+             "--image-size", "64", "--workers", "0", "--val", "4", "--align-blocks", "2", "--steps", "2"]
     monkeypatch.setattr(train.Trainer, "validate", lambda self: None)
-    train.main([*flags, "--steps", "2"])
+    train.main(flags)
     tuned = models.load("run/checkpoint.pt")
     assert len(tuned.unet.query_head.blocks) == 2 and tuned.config.image_size == 64
-    before = {name: value.clone() for name, value in tuned.state_dict().items()}
-    assert any(not torch.equal(value, whole.state_dict()[name]) for name, value in before.items()
-               if name.startswith("unet.down_blocks") and not models.is_new(name)), "nothing was trained"
-    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in before.items()
-               if name.startswith(("autoencoder.", "text_encoder."))), "these stay as they came"
-    train.main([*flags, "--steps", "2", "--resume"])
+    stays = {part: same(getattr(whole, part), getattr(tuned, part))
+             for part in ("unet", "autoencoder", "text_encoder")}
+    assert stays == {"unet": False, "autoencoder": True, "text_encoder": True}
+    train.main([*flags, "--resume"])
     capsys.readouterr()
     sample.main(["a dog on a beach", "--ckpt", "run/checkpoint.pt", "--steps", "2", "--sampler", "dpm++",
                  "--dtype", "bf16", "--best-of", "2", "--device", "cpu"])
