@@ -73,24 +73,22 @@ def main() -> None:
     if args.compile:
         model.unet.compile(dynamic=False)
         theirs.compile(dynamic=False)
-    result = {}
+    seconds = {}
     for layout, memory_format in LAYOUTS.items():
         for network in networks:
             network.to(memory_format=memory_format)
         latents = latents.contiguous(memory_format=memory_format)
-        result |= {f"{name}, {layout}": seconds for name, seconds in
-                   in_turns(calls, args.rounds, args.warm_up, device).items()}
-    ratio = (min(result[f"ours, {layout}"] for layout in LAYOUTS)
-             / min(result[f"diffusers, {layout}"] for layout in LAYOUTS))
-    memory = train.memory_gib(device)
-    for name, seconds in result.items():
-        print(f"{name:26s} {1000 * seconds:8.1f} ms")
-    print(f"ratio ours / diffusers, each at its best: {ratio:.3f}   (largest difference of the UNets' "
-          f"outputs: {difference:.1e}; most memory held: {memory:.1f} GiB)")
+        for name, value in in_turns(calls, args.rounds, args.warm_up, device).items():
+            seconds[f"{name}, {layout}"] = value
+            print(f"{name + ', ' + layout:26s} {1000 * value:8.1f} ms")
+    own, other = (min(seconds[f"{name}, {layout}"] for layout in LAYOUTS) for name in calls)
+    result = {"ratio": own / other, "difference": difference, "memory_gib": train.memory_gib(device)}
+    print("ours / diffusers, each at its best; largest difference of the UNets' outputs; most memory held:\n",
+          result)
     if args.json:
         Path(args.json).write_text(json.dumps({
-            "seconds": result, "ratio": ratio, "difference": difference, "memory_gib": memory, **vars(args),
-            "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine(),
+            "seconds": seconds, **result, **vars(args), "torch": torch.__version__,
+            "threads": torch.get_num_threads(), "machine": platform.machine(),
             "diffusers": diffusers.__version__, "date": time.strftime("%Y-%m-%d")}, indent=1) + "\n")
 
 

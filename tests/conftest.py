@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import types
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,23 +34,19 @@ from model import (AutoencoderConfig, Clip, ClipConfig, Config, DiffDis, TextCon
 def import_oracle(name: str) -> types.ModuleType:
     """A module of torchvision or pytorch-fid, or of open_clip, which needs the former; or skip the test.
 
-    They stand in a folder of their own (README): a torchvision that is built for another torch lacks two
-    operators, without which it cannot be imported, and transformers would try to where it finds one.
+    They stand in a folder of their own (README): without two operators a torchvision built for another torch
+    cannot be imported, and transformers would try to where it finds one.
     """
-    try:
+    with suppress(ImportError, RuntimeError):
         return importlib.import_module(name)       # one that fits this torch
-    except (ImportError, RuntimeError):
-        pass
     if not (ROOT / ".oracles").is_dir():
         pytest.skip(f"{name} is not here to compare with: see the README, \"Two commands\"")
-    for name_only in ("nms", "qnms"):       # all that the import asks for; nothing ever calls them
-        if not hasattr(torch.ops.torchvision, name_only):
-            torch.library.define(f"torchvision::{name_only}", "(Tensor boxes, Tensor scores) -> Tensor")
-    sys.path.append(str(ROOT / ".oracles"))
-    try:
+    for operator in ("nms", "qnms"):       # all that the import asks for; nothing ever calls them
+        if not hasattr(torch.ops.torchvision, operator):
+            torch.library.define(f"torchvision::{operator}", "(Tensor boxes, Tensor scores) -> Tensor")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(ROOT / ".oracles")])
         return pytest.importorskip(name)
-    finally:
-        sys.path.remove(str(ROOT / ".oracles"))
 
 
 def tiny_config(**changes) -> Config:

@@ -40,10 +40,9 @@ def convert(file: Path, folder: Path) -> None:
         raise ValueError(f"{file} is of another make than OpenAI's: {', '.join(strange)}")
     towers[0]["head_width"] = towers[0]["width"] // towers[0]["head_width"]      # from here on: heads
     config, tensors = {"model_type": "clip", "projection_dim": model["embed_dim"]}, {}
-    for (name, fields), tower, theirs in zip(CLIP_FIELDS.items(), towers, FIELDS.values()):
-        config[name] = {"hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
-                        "intermediate_size": 4 * tower["width"],
-                        **dict(zip(fields, (tower[field] for field in theirs)))}
+    for (name, fields), tower in zip(CLIP_FIELDS.items(), towers):      # both in the order of FIELDS
+        config[name] = dict(zip(fields, tower.values()), intermediate_size=4 * tower["width"],
+                            hidden_act="quick_gelu" if model.get("quick_gelu") else "gelu")
     for name, value in read_file(file)[0].items():
         for pattern, spelling in RULES.items():
             name = re.sub(pattern, spelling, name)

@@ -13,8 +13,8 @@ def test_speed_measures_every_kind_of_step(monkeypatch, tmp_path) -> None:
     config = tiny_config(autoencoder=AutoencoderConfig("kl", 4, 2, 0.5, (32, 32)))
     monkeypatch.setitem(models.PRESETS, "tiny", config)
     monkeypatch.setitem(bench_speed.CLIPS, "clip-tiny", ClipConfig(32, 1, 2, 16, 32, 32, config.text))
-    bench_speed.main(["--batch-size", "2", "--rounds", "1", "--repeats", "1", "--warm-up", "0", "--device", "cpu",
-                      "--profile", "--json", str(tmp_path / "speed.json")])
+    flags = "--batch-size 2 --rounds 1 --repeats 1 --warm-up 0 --device cpu --profile --json"
+    bench_speed.main([*flags.split(), str(tmp_path / "speed.json")])
     result = json.loads((tmp_path / "speed.json").read_text())
     steps = result["steps"]
     assert set(steps) == set(bench_speed.KINDS) and len(result["profile"]["kernels"]) == 10

@@ -46,14 +46,6 @@ def places(tmp_path):
 
 
 # ---------------------------------------------------------------- the layout
-def test_lists_and_articles_are_read(places) -> None:
-    found = open_longtail(str(places))
-    assert found.train.classes == found.test.classes == ["airfield", "art gallery", "hall"]
-    assert found.labels.tolist() == [0] * 12 + [1] * 4 + [2]
-    assert len(found.test) == 9 and found.test.read(8).label == 2
-    assert found.sentences == [["An airfield is a place.", "It is flat."], [], []]
-
-
 def test_places_lt_becomes_lists_and_articles_by_name(places) -> None:
     for split in ("train", "test"):
         lines = (places / f"{split}.txt").read_text().replace("\tairfield", " 0").replace("\thall", " 2")
@@ -66,6 +58,7 @@ def test_places_lt_becomes_lists_and_articles_by_name(places) -> None:
     found = open_longtail(str(places))
     assert found.test.classes == ["airfield", "art gallery", "beer hall"] and len(found.test) == 9
     assert found.labels.tolist() == [0] * 12 + [1] * 4 + [2]
+    assert found.test.read(8).label == 2 and found.sentences[1:] == [[], []]
     assert found.sentences[0] == [
         "An airfield is a place.", "Planes land there, e.g. small ones!", "It is flat.",
         "The first one was in the U.S.", "Army.", "Others followed?", "Sport."]

@@ -86,7 +86,6 @@ def test_impossible_configurations_are_refused(change: dict, message: str) -> No
 
 
 def test_presets_are_consistent_and_survive_a_dictionary() -> None:
-    assert set(PRESETS) == {"tiny", "small", "sd-v1"}
     for config in PRESETS.values():
         assert models.from_dict(Config, json.loads(json.dumps(asdict(config)))) == config
         assert config.condition_timestep == config.timesteps

@@ -106,6 +106,8 @@ def test_the_condition_is_the_empty_prompt_encoded_once(base, monkeypatch) -> No
     draw_queries(base, torch.randn(2, 192, 4, 4), [0, 1], steps=3, guidance_scale=2.0)
     assert len(calls) == 1 and len(conditions) == 6
     assert all(torch.equal(condition, empty) for condition in conditions)
+    assert sample.denoise_queries.__annotations__.keys() == {
+        "model", "latents", "noise", "steps", "guidance_scale", "return"}, "no text may enter"
 
 
 def test_queries_depend_on_the_image_index_not_on_the_batch(base) -> None:
