@@ -50,7 +50,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:        # torch.save's word for a full disk is a RuntimeError
-        raise OSError(f"cannot write {path} ({error}); whatever was there before is intact") from None
+        raise OSError(f"cannot write {path}, is the disk full? ({error}); what was there is intact") from None
     finally:
         part.unlink(missing_ok=True)                # also after Ctrl-C
 

@@ -718,7 +718,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 # ---------------------------------------------------------------- downloads
-MODELS = ("sd-v1-5",)        # 4.3 GB; licence: CreativeML OpenRAIL-M
+MODELS = {"sd-v1-5": "4.3 GB"}        # its licence: CreativeML OpenRAIL-M
 DOWNLOADS = {
     "sd-v1-5": ("https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/"
                 "v1-5-pruned-emaonly.safetensors",
@@ -735,7 +735,7 @@ def download(name: str) -> Path:
     path = CACHE / url.rsplit("/", 1)[1]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {url} to {path}")
+        print(f"downloading {url} ({MODELS.get(name, 'small')}) to {path}")
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError, ValueError) as error:

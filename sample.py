@@ -61,8 +61,8 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
         return guide(conditional, unconditional, scale)
 
     denoise = make_denoiser(predict, config.image_target, alphas_cumprod)
-    # A noise-predicting model is sampled as Stable Diffusion is, from t = 981 to 1 (in 50 steps) and to ᾱ_0. At
-    # T-1 its x̂0 would be its error divided by √ᾱ, a fifteenfold; v and data targets have no such trouble.
+    # A noise-predicting model is sampled as Stable Diffusion is, from t = 981 to 1 (in 50 steps): at T-1 its
+    # x̂0 would be its error divided by √ᾱ, a fifteenfold. v and data targets have no such trouble.
     predicts_noise = config.image_target == "noise"
     timesteps = sampling_timesteps(steps, config.timesteps, "leading" if predicts_noise else "trailing")
     if sampler == "dpm++":

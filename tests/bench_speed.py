@@ -10,6 +10,7 @@ twice, from pixels and from cached latents.
 import argparse
 import json
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -40,6 +41,12 @@ KINDS = {"generation": (("generation",), False), "alignment": (("alignment",), F
          "joint": (train.TASKS, False), "generation_cached": (("generation",), True),
          "alignment_cached": (("alignment",), True), "joint_cached": (train.TASKS, True),
          "clip": (("alignment",), False)}
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory this process has held: of the device's, or of the machine's."""
+    return (torch.cuda.max_memory_allocated(device) / 2 ** 30 if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
 
 
 def in_turns(calls: dict[str, Callable], rounds: int, warm_up: int, device: torch.device) -> dict[str, float]:
@@ -159,7 +166,7 @@ def speed(args: argparse.Namespace) -> dict:
         torch.cuda.reset_peak_memory_stats() if cuda else None
         step = networks[is_clip].make_step(kind, args.compile)
         seconds[kind] += in_turns({kind: step}, args.rounds, args.warm_up, args.device).values()
-        memory[kind] = train.memory_gib(args.device)
+        memory[kind] = memory_gib(args.device)
         if args.profile and kind == "joint":
             result["profile"] = where_time_goes(step, args.device)
         del step         # and with it the optimiser's moments

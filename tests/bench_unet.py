@@ -16,10 +16,9 @@ from pathlib import Path
 
 import diffusers
 import torch
-from bench_speed import Steps, in_turns
+from bench_speed import Steps, in_turns, memory_gib
 from conftest import diffusers_unet, diffusers_vae, draw_by_diffusers     # which also finds the project
 
-import train
 from model import PRESETS, is_new
 from sample import draw_images
 
@@ -82,7 +81,7 @@ def main() -> None:
             seconds[f"{name}, {layout}"] = value
             print(f"{name + ', ' + layout:26s} {1000 * value:8.1f} ms")
     own, other = (min(seconds[f"{name}, {layout}"] for layout in LAYOUTS) for name in calls)
-    result = {"ratio": own / other, "difference": difference, "memory_gib": train.memory_gib(device)}
+    result = {"ratio": own / other, "difference": difference, "memory_gib": memory_gib(device)}
     print("ours / diffusers, each at its best; largest difference of the UNets' outputs; most memory held:\n",
           result)
     if args.json:

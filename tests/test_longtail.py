@@ -187,7 +187,7 @@ def test_the_head_equals_a_slow_reference_and_starts_as_the_identity() -> None:
 
 def test_steps_are_adamws_at_a_rate_that_rises_and_falls(monkeypatch) -> None:
     monkeypatch.setattr(evaluate, "WEIGHT_DECAY", 0.5)
-    layer, slow, rates = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1), []
+    layer, slow = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     slow.load_state_dict(layer.state_dict())
     x = torch.randn(8, 2)
 

@@ -68,7 +68,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(model, tmp_path) -> None:
     old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, old_limit[1]))
-        with pytest.raises(OSError, match="disk full.*was there before is intact"):
+        with pytest.raises(OSError, match="disk full.*what was there is intact"):
             models.save(tmp_path / "c.pt", model)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
