@@ -702,7 +702,7 @@ def run(args: argparse.Namespace) -> None:
 
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C; the steps stop in their own way
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C; the steps have their own way
     try:
         run(parse_args(argv))
     finally:
