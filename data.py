@@ -365,7 +365,7 @@ class TarSource(Source):
         super().__init__(name)
         self.tars = tars
         stamp = repr([(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in tars])
-        saved = CACHE / f"index-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npz"
+        saved = CACHE / f"index2-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npz"
         try:
             self.keys, self.places, skipped = np.load(saved).values()
             self.skipped = Counter(json.loads(str(skipped)))
@@ -389,9 +389,9 @@ class TarSource(Source):
                     break
                 end = tar.offset
                 folder, base = os.path.split(member.name)
-                stem, _, suffix = base.partition(".")
+                stem, _, suffix = base.rpartition(".")
                 kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
-                if not member.isreg() or not stem or kind not in self.KINDS:     # links, macOS's shadow files
+                if not member.isreg() or base[0] == "." or kind not in self.KINDS:       # links, shadow files
                     continue
                 key = os.path.join(folder, stem)
                 # A kind seen again is another sample of the same name: never mix the two.
@@ -541,6 +541,8 @@ def open_list(table: Path, split: str) -> Source:
     folders = {image.parent for image, (_, _, tag) in zip(images, rows) if not tag.strip()}
     if len({folder.name for folder in folders}) < len(folders):
         raise ValueError(f"{table} lists images of two folders of one name: expected lines 'PATH<TAB>CLASS'")
+    if len(set(tags)) == 1:       # all would be captioned alike, whatever is beside them
+        raise ValueError(f"{table} lists images of one class: expected lines 'PATH<TAB>CLASS' of several")
     return Source(table.stem, images, *class_names(table.parent, tags))
 
 
@@ -661,7 +663,7 @@ def training_batches(source: Source, image_size: int, batch_size: int, seed: int
             Stream(source, image_size, seed, **options), batch_sampler=rows, num_workers=workers,
             collate_fn=partial(make_batch, image_size, tokenizer, draw, batch_size),
             prefetch_factor=4 if workers else None, worker_init_fn=leave_signals)
-    except ValueError as error:        # out of a worker it comes as pages of traceback
+    except (ValueError, RuntimeError) as error:        # out of a worker: pages of traceback, or its death
         raise ValueError(str(error).split("ValueError: ")[-1].strip()) from None
 
 

@@ -132,7 +132,7 @@ def sampling_timesteps(steps: int, total: int, spacing: str) -> list[int]:
     if not 1 <= steps <= most:
         raise ValueError(f"sampling steps is {steps}, expected 1 to {most}")
     if spacing == "leading":
-        return [min(i * (total // steps) + 1, total - 1) for i in reversed(range(steps))]
+        return [i * (total // steps) + 1 for i in reversed(range(steps))]
     return [round(total - i * total / steps) - 1 for i in range(steps)]
 
 

@@ -6,7 +6,7 @@
     python evaluate.py longtail --data DIR            VL-LTR's two stages on few images of most classes
 The predictor receives only clean latents and noise, of a CLIP pixels; what it reads meets all candidate
 texts, and only then the truth. `--control` breaks that on purpose: a sound evaluation then falls to chance.
-Under torchrun the ranks share the images. Read next: train.py.
+Under torchrun the ranks share the images (but of checker; give `--` before evaluate.py). Read next: train.py.
 """
 import argparse
 import copy
@@ -36,7 +36,7 @@ from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, evaluat
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        signal_and_noise)
 from model import Clip, DiffDis, TextConfig
-from sample import (CKPT_HELP, SAMPLERS, Parser, denoise_queries, draw_images, draw_queries,
+from sample import (CKPT_HELP, SAMPLERS, Parser, all_finite, denoise_queries, draw_images, draw_queries,
                     errors_in_one_line, find_checkpoint, fingerprint, finite, natural, pick_device, positive,
                     share, to_pil, weight, best_of as favourite)
 
@@ -102,13 +102,6 @@ class Read(NamedTuple):
     captions: list[list[str]]
     labels: list
     skipped: dict                 # how many were visited, and of these left out, by cause
-
-
-def all_finite(values: Tensor) -> Tensor:
-    """A network's outputs. Raises ValueError where one is no number: it would win or lose all comparisons."""
-    if not torch.isfinite(values).all():
-        raise ValueError("the network's outputs are not finite: its weights are not usable")
-    return values
 
 
 def read_queries(model: "DiffDis | Clip | Inception", inputs: Tensor, places: list[int], reading: Reading
@@ -211,7 +204,7 @@ def retrieval(model: DiffDis | Clip, source: Source, reading: Reading = Reading(
     pairs, texts = pairs.unique(dim=0), encode_texts(model, [text for text, _ in numbers])
     n, n_texts = len(read.values), len(texts)
     result = {"n": n, "n_texts": n_texts, "seed": reading.seed, "control": reading.control,
-              "chance": len(pairs) / n / n_texts, "t2i_r1_chance": len(pairs) / n_texts / n}
+              "chance": len(pairs) / n / n_texts}
     for name, ranks in (("i2t", ranks_of_best_match(read.values, texts, pairs)),
                         ("t2i", ranks_of_best_match(texts, read.values, pairs.flip(1)))):
         for k in (1, 5, 10):
@@ -467,8 +460,10 @@ def open_longtail(name: str) -> LongTail:
     if shared := set(train.images) & set(test.images):
         raise ValueError(f"{len(shared)} images are in both lists of {root}: what is tested on must not be "
                          "trained on")
-    texts = [root / "texts" / f"{name}.txt" for name in train.classes]
-    sentences = [text_lines(path) if path.is_file() else [] for path in texts]
+    texts = {path.stem.replace("_", " "): path for path in (root / "texts").glob("*.txt")}
+    sentences = [text_lines(texts[name]) if name in texts else [] for name in train.classes]
+    if texts and not any(sentences):
+        raise ValueError(f"no file in {root / 'texts'} is called as a class: expected {train.classes[0]}.txt")
     return LongTail(train, torch.tensor(train.labels), test, sentences)
 
 
@@ -737,23 +732,23 @@ def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(b
 
 # ---------------------------------------------------------------- command line
 READS, DRAWS = ("retrieval", "zeroshot", "longtail"), ("fid", "checker")
-TASKS = (*READS, *DRAWS)
+TASKS, OF_DATA = (*READS, *DRAWS), (*READS, "fid")
 COUNT, WHOLE = {"type": positive}, {"type": natural}
 # Flag, the tasks it is for, options, help.
 FLAGS = (
     ("ckpt", TASKS, {}, f"{CKPT_HELP}; to read images also a CLIP"),
-    ("data", TASKS, {"default": "shapes"}, "as in train.py; longtail: shapes, or a folder with two lists"),
-    ("limit", TASKS, COUNT, "images of --data to use, evenly spaced; without it all"),
+    ("data", OF_DATA, {"default": "shapes"}, "as in train.py; longtail: shapes, or a folder with two lists"),
+    ("limit", OF_DATA, COUNT, "images of --data to use, evenly spaced; without it all"),
     ("json", TASKS, {"metavar": "FILE"}, "also write the numbers here; rates are fractions"),
     ("seed", TASKS, {**WHOLE, "default": 0}, "seed of all noise and of the controls' shuffling"),
     ("device", TASKS, {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
-    ("batch-size", TASKS, COUNT, "images at once; without it 100, fid 16, longtail 128"),
-    ("workers", TASKS, WHOLE, "processes that decode images; without it 0 for shapes, else 2"),
-    ("max-bad", TASKS, {"type": share, "default": 0.05}, "share of samples that may be unusable"),
+    ("batch-size", OF_DATA, COUNT, "images at once; without it 100, fid 16, longtail 128"),
+    ("workers", OF_DATA, WHOLE, "processes that decode images; without it 0 for shapes, else 2"),
+    ("max-bad", OF_DATA, {"type": share, "default": 0.05}, "share of samples that may be unusable"),
     ("guidance-scale", TASKS, {"type": finite}, "1 + w; without it 1 to read, the checkpoint's own to draw"),
     ("control", TASKS, {"choices": CONTROLS, "default": "none"}, "break what is read, to see chance"),
-    ("text-steps", (*READS, "fid"), {**COUNT, "default": 1}, "denoising steps of the text query"),
-    ("draws", (*READS, "fid"), {**COUNT, "default": 1}, "noise draws averaged per image"),
+    ("text-steps", OF_DATA, {**COUNT, "default": 1}, "denoising steps of the text query"),
+    ("draws", OF_DATA, {**COUNT, "default": 1}, "noise draws averaged per image"),
     ("template", ("zeroshot", "longtail"), {"action": "append"},
      "prompt of a class, {} is its name, {a} its article; may be repeated; else what is built in"),
     ("loss-timesteps", ("zeroshot",), COUNT, "by Diffusion Classifier, from the loss of so many timesteps"),

@@ -1,15 +1,13 @@
 """The building blocks of DiffDis's attention: Stable Diffusion's transformer block, and its dual-stream form.
 
-What it is: the paper's "dual-stream deep fusion attention" (section 3.3). A Stable Diffusion attention block
-lets image tokens attend to each other and to a text. DiffDis adds one more token, the noised *text query*,
-which travels with the image tokens through every attention block of the UNet's encoder half and is denoised
-by what it sees there. `SpatialTransformer` is that block; `AlignmentTransformer` follows the middle block.
-What it is not: the UNet itself (model.py), nor anything about noise and timesteps (diffusion.py).
+A Stable Diffusion attention block lets image tokens attend to each other and to a text. The paper's
+"dual-stream deep fusion attention" (section 3.3) adds one more token, the noised *text query*, which travels
+with the image tokens through every attention block of the UNet's encoder half and is denoised by what it
+sees there. `SpatialTransformer` is that block; `AlignmentTransformer` follows the middle block.
 
 Letters: B batch, N image tokens, C their width, L text tokens, D width of the text query.
 Module names are Stable Diffusion's own wherever it has the module, so that its weights load by name; all that
 DiffDis adds is named `query_...`, so that `"query_" in name` tells new parameters from pretrained ones.
-
 Read next: data.py, or straight on to model.py, which stacks these blocks.
 """
 from dataclasses import dataclass

@@ -887,11 +887,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("command", choices=("export",), help="what to do")
     parser.add_argument("ckpt", help="a checkpoint that sample.py takes")
     parser.add_argument("out", type=Path, help="OUT.safetensors, under Stable Diffusion's original names")
+    parser.error = lambda error: parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     args = parser.parse_args(argv)
     try:
         export(load(args.ckpt), args.out)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
+        parser.error(error)
     print(f"wrote {args.out}")
 
 

@@ -30,11 +30,17 @@ from diffusion import (ddim, dpm_solver, guide, make_alphas_cumprod, make_denois
                        sampling_timesteps)
 from model import DiffDis
 
-
-# ---------------------------------------------------------------- Algorithm 2: text -> image
 SAMPLERS = ("ddim", "dpm++")
 
 
+def all_finite(values: Tensor) -> Tensor:
+    """A network's outputs. Raises ValueError where one is no number: it would win or lose all comparisons."""
+    if not torch.isfinite(values).all():
+        raise ValueError("the network's outputs are not finite: its weights are not usable")
+    return values
+
+
+# ---------------------------------------------------------------- Algorithm 2: text -> image
 @torch.no_grad()
 def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int = 50,
                 guidance_scale: float | None = None, size: tuple[int, int] | None = None,
@@ -70,10 +76,7 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
     else:
         last = float(alphas_cumprod[0]) if predicts_noise else 1.0
         latents = ddim(denoise, z_T, timesteps, alphas_cumprod, 1.0, last, progress)
-    images = model.decode_image(latents).float()
-    if not torch.isfinite(images).all():
-        raise ValueError("the model draws numbers that are not finite: its weights are not usable")
-    return images.clamp(-1, 1)
+    return all_finite(model.decode_image(latents).float()).clamp(-1, 1)
 
 
 # ---------------------------------------------------------------- Algorithm 3: image -> text query
@@ -112,9 +115,7 @@ def draw_queries(model: DiffDis, latents: Tensor, indices: list[int], steps: int
         noise = noise_of((model.config.text.width,), [(seed, index, draw) for index in indices])
         query = denoise_queries(model, latents, noise, steps, guidance_scale)
         total = total + F.normalize(query, dim=-1)
-    if not torch.isfinite(total).all():
-        raise ValueError("the model's text queries are not finite: its weights are not usable")
-    return F.normalize(total, dim=-1)
+    return F.normalize(all_finite(total), dim=-1)
 
 
 @torch.no_grad()
@@ -266,7 +267,8 @@ def draw_all(model: DiffDis, prompts: list[str], seed: int, n: int, best: int, s
 
 def run(args: argparse.Namespace) -> None:
     """One picture, or a grid with a row per prompt; what made it stands in the PNG's text chunks."""
-    if Path(args.out).suffix.lower() != ".png" or not Path(args.out).resolve().parent.is_dir():
+    out = Path(args.out).resolve()
+    if out.suffix.lower() != ".png" or not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"--out is {args.out!r}, expected a .png in an existing folder")
     device, path = pick_device(args.device), models.locate(find_checkpoint(args.ckpt, otherwise="sd-v1-5"))
     model = models.load(path, device, dtype=DTYPES[args.dtype])
@@ -292,7 +294,7 @@ def run(args: argparse.Namespace) -> None:
                         "seeds": ", ".join(str(note["seed"]) for note in notes),
                         "checkpoint": fingerprint(path), **settings}.items():
         text.add_itxt(name, str(value))
-    write_atomically(Path(args.out), lambda file: picture.save(file, "PNG", pnginfo=text))
+    write_atomically(out, lambda file: picture.save(file, "PNG", pnginfo=text))
     for note in notes:
         print("  ".join(f"{name}: {value}" for name, value in note.items()))
     print(f"wrote {args.out}")

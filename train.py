@@ -34,14 +34,15 @@ from tqdm import tqdm
 
 import model as models
 from data import (Batch, SkipReport, Source, Tokenizer, evaluation_batches, evenly_spaced, hold_out,
-                  open_source, to_float, training_batches, usable_captions)
+                  open_source, to_float, training_batches, usable_captions,
+                  write_atomically)
 from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
                        q_sample, read_prediction, signal_and_noise)
 from evaluate import (Reading, checker, denoising_errors, everybody, in_turn, join_ranks, over_images,
                       rank_and_world, report, retrieval, zeroshot)
 from model import (CLIPS, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextConfig, is_new)
-from sample import (Parser, draw_images, errors_in_one_line, make_grid, natural, pick_device, positive, share,
-                    weight)
+from sample import (Parser, draw_all, errors_in_one_line, make_grid, natural, pick_device, positive, share,
+                    weight, within)
 
 TASKS = ("generation", "alignment")
 # What training starts from where no flag says otherwise. sd-v1: the paper's run on CC3M; a CLIP's rate, decay
@@ -80,7 +81,7 @@ FLAGS = {"the run": (
      f"{', '.join(TASKS)} or {','.join(TASKS)}; without it both, of a CLIP alignment"),
     ("seed", {"default": 0, **WHOLE}, "of everything"),
     ("val", {"default": 500, **N}, "pairs held out of --data (shapes and cc3m have their own)"),
-    ("image_size", N, "px; without it the preset's"),
+    ("image_size", {"type": within(int, 1, 4096), "metavar": "N"}, "px; without it the preset's"),
     ("device", {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
     ("precision", {"choices": ("fp32", "bf16")}, "without it bf16 on CUDA, else fp32"),
     ("compile", SWITCH, "torch.compile the step; without it on CUDA"),
@@ -155,7 +156,7 @@ def settle(args: argparse.Namespace, device: torch.device, world: int, base: Con
     preset, cuda = args.preset or own, device.type == "cuda"
     if preset is None or own not in (None, preset) or is_clip != (preset in CLIPS):
         raise ValueError(f"{args.init or args.out} has the networks of {own or 'no preset'}, --preset is "
-                         f"{args.preset}: {'leave it out' if own else 'name the one whose recipe to take'}")
+                         f"{args.preset}: give {own or 'the one whose recipe to take'} as --preset")
     not_for_clip = ("recompute", "latents", *(name for name, *_ in [*FLAGS.values()][-1]))
     foreign = [name for name in not_for_clip if is_clip and getattr(args, name) is not None]
     defaults = RECIPES[preset] | {
@@ -381,7 +382,7 @@ def add_latents(source: Source, model: DiffDis, folder: Path, workers: int) -> N
     everybody(None)
     with models.reading(path):
         np.load(path, "r")     # refuses a file cut short, which "r+" would fill up with zeros
-    moments, done = np.load(path, "r+"), np.load(marks, "r+")
+        moments, done = np.load(path, "r+"), np.load(marks, "r+")
     todo = np.array_split(np.flatnonzero(~done), world)[rank]
     everybody(None)            # each has its share before any is marked as done
     for batch in tqdm(evaluation_batches(source.subset(todo), size, 32, workers), "latents",
@@ -432,7 +433,8 @@ def read_log(path: Path) -> list[dict]:
     """The lines of a log; the last one may have been cut short by a kill. Raises ValueError."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     with models.reading(path):
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [{"step": line.pop("step"), **line} for line in map(
+            json.loads, [line for line in lines if line.endswith("\n")])]
 
 
 class Trainer:
@@ -504,9 +506,12 @@ class Trainer:
         self.waited = self.worked = 0.0
         everybody(None)          # every rank knows the folder's name before it is taken
         if self.rank == 0:
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            # Without these flags the folder is new: another run that began just now may have taken it.
+            self.folder.mkdir(parents=True, exist_ok=bool(self.args.out or self.args.resume))
+            (self.folder / "samples").mkdir(exist_ok=True)
             lines = [line for line in read_log(self.folder / "log.jsonl") if line["step"] <= self.step]
-            (self.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            write_atomically(self.folder / "log.jsonl", lambda file: file.write(text.encode()))
             trainable = sum(parameter.numel() for parameter in self.averages.live.values())
             print(f"data: {len(source):,} samples of {self.args.data}; left out: {dict(+source.skipped)}\n"
                   f"run: {self.folder}  seed: {self.args.seed}  device: {self.device} x {self.world}  "
@@ -646,7 +651,8 @@ class Trainer:
             scores["val_denoising_error"] = round(errors.values.mean().item(), 6)
             if self.rank == 0:       # always of the same prompts, from the same noise
                 prompts = [captions[0] for captions in usable_captions(self.val, 32)]
-                images = draw_images(self.model, prompts, list(range(len(prompts))), steps=25)
+                side = self.model.config.image_size
+                images, _ = draw_all(self.model, prompts, 0, 1, 1, (side, side), steps=25)
                 path = self.folder / "samples" / f"step_{self.step:06d}.png"
                 make_grid(images, columns=8, scale=max(1, 96 // images.shape[3])).save(path)
         self.averages.swap()

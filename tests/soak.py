@@ -20,7 +20,7 @@ import torch
 
 SMALL_RUN = str(Path(__file__).resolve().parent / "small_run.py")
 # Timings, and what a resumed run counts anew.
-FREE = ("images_per_s", "data_wait", "memory_gib", "skipped", "skipped_by_cause")
+FREE = ("images_per_s", "data_wait", "skipped")
 TIMEOUT = 300             # seconds without a new line in the log: it hangs
 
 

@@ -50,6 +50,8 @@ def test_a_run_from_latents_is_the_run_from_pictures(begin) -> None:
     from_pictures, from_latents = (run.loss(*run.parts(batch)[0])[0] for run, batch in zip(runs, batches))
     error = (from_pictures - from_latents).abs().max() / from_pictures.abs().max()
     assert 0 < error < 2e-3, "half precision, and no more, lies between the two"
+    mean = runs[0].model.read_batch(batches[0].images)
+    assert (from_pictures - mean).abs().max() > 0.1, "training sees samples of the posterior, not its mean"
     records = [run.train_step(batch) for run, batch in zip(runs, batches)]
     for name, value in records[0].items():
         assert abs(value - records[1][name]) < 2e-3 * max(1, abs(value)), name

@@ -295,7 +295,8 @@ HALL = "train/hall/00000000.png"
 @pytest.mark.parametrize("change, flags, message", [
     (lambda p: (p / "test.txt").unlink(), [], "no data at"),
     (lambda p: (p / "test" / "hall" / "00000001.png").unlink(), [], "1 of the 9 images in"),
-    (lambda p: (p / "test.txt").write_text("test/hall/00000000.png\n"), [], "the same classes in both"),
+    (lambda p: (p / "test.txt").write_text("test/hall/00000000.png\ntest/airfield/00000000.png\n"), [],
+     "the same classes in both"),
     (lambda p: (p / "test.txt").write_text((p / "train.txt").read_text()), [], "17 images are in both"),
     (lambda p: (p / HALL).write_text("none"), ["--batch-size", "16"], "unreadable image"),
     (lambda p: (p / HALL).write_text("none"), ["--epochs", "0"], "unreadable image"),

@@ -189,7 +189,7 @@ def test_weights_that_are_not_finite_draw_nothing(tmp_path, monkeypatch, capsys)
         assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
     broken.unet.query_head.predictor.bias.data[0] = torch.nan
-    with pytest.raises(ValueError, match="text queries are not finite"):
+    with pytest.raises(ValueError, match="not finite"):
         draw_queries(broken, torch.zeros(1, 192, 4, 4), [0])
 
 

@@ -125,6 +125,7 @@ def test_a_small_hostile_tar(tmp_path) -> None:
         ("e.jpg", jpg), ("f.jpg", jpg), ("f.txt", b"f"), ("e.txt", b"late"),          # not side by side
         ("g.JPG", jpg), ("g.json", json.dumps({"caption": "from json", "captions": ["one", "two"]}).encode()),
         ("._h.jpg", b"shadow"), ("h.jpg", jpg), ("h.txt", "café".encode("latin-1")),
+        ("n.v1.jpg", jpg), ("n.v1.txt", b"dotted"),
         ("../../evil.jpg", jpg), ("../../evil.txt", b"evil"),
         ("i.jpg", jpg[:200]), ("i.txt", b"truncated"),
         ("j.jpg", jpg), ("j.txt", b" \n "), ("m.jpg", jpg), ("m.json", deep),
@@ -133,7 +134,7 @@ def test_a_small_hostile_tar(tmp_path) -> None:
     before = sorted(tmp_path.rglob("*"))
     source = TarSource("test", [path])
     found, skipped = read_all(source)
-    assert sorted(found) == sorted(["a", "d", "f", "g", "h", "../../evil", "k"])
+    assert sorted(found) == sorted(["a", "d", "f", "g", "h", "n.v1", "../../evil", "k"])
     assert [s.captions for s in found["d"]] == [["red"], ["blue"]]
     for sample in found["d"]:
         channel = 0 if sample.captions == ["red"] else 2

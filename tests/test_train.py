@@ -438,9 +438,9 @@ def test_defaults_follow_what_is_given(small, capsys, monkeypatch) -> None:
     rates = {group["peak_lr"] for group in trainer.optimizer.param_groups}
     assert trainer.args.preset == "sd-v1" and rates == {1e-4, 1e-5}, "the recipe of the weights' own preset"
     assert trainer.args.warmup == 1000 and not trainer.args.train_text_encoder
-    assert "leave it out" in fail_of(capsys, "--init", "start.pt", "--preset", "small")
+    assert "give sd-v1" in fail_of(capsys, "--init", "start.pt", "--preset", "small")
     monkeypatch.delitem(models.PRESETS, "sd-v1")
-    assert "name the one" in fail_of(capsys, "--init", "start.pt")
+    assert "the one whose recipe" in fail_of(capsys, "--init", "start.pt")
     assert small("--init", "start.pt", "--preset", "small", "--out", "small").args.warmup == 500
 
 
@@ -461,7 +461,7 @@ def test_starting_from_another_checkpoint_keeps_its_weights_and_vocabulary(small
     ("--gamma 2", "gamma"), ("--p-drop-image 1.5", "from 0 to 1"), ("--max-bad -1", "--max-bad"),
     ("--no-fusion --no-own-ffn", "without fusion"), ("--align-weight inf", "--align-weight"),
     ("--align-weight -1", "--align-weight"), ("--seed -3", "--seed"), ("--init nowhere.pt", "nowhere.pt"),
-    ("--image-size 1600000", "up to"), ("--image-size 33", "multiple"), ("--preset huge", "--preset"),
+    ("--image-size 1600000", "to 4096"), ("--image-size 33", "multiple"), ("--preset huge", "--preset"),
     ("--condition-timestep 5000", "condition_timestep"), ("--micro-batch 3", "--micro-batch 3"),
     ("--out file/run", "file"), ("--augment", "--augment"), ("--preset sd-v1", "--init"),
     ("--preset clip-tiny --gamma 0.5", "--gamma"), ("--preset clip-tiny --recompute", "--recompute"),
