@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import model as models
 from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_batches, evenly_spaced,
-                  open_source, rand_augment, text_lines, to_square)
+                  open_source, rand_augment, text_lines, to_square, usable_captions)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        signal_and_noise)
 from model import Clip, DiffDis, TextConfig
@@ -404,18 +404,21 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
     network: what compares, by `read_queries`; n: pictures, of samples from all over the source by their first
     captions, the i-th from seed + i; out: a folder for them; drawing: options of `draw_images`.
     """
-    size, chosen = model.config.image_size, evenly_spaced(source, n)
-
-    def features_of_drawn(_: Tensor, places: list[int]) -> Tensor:
-        prompts, seeds = [chosen.captions(i)[0] for i in places], [reading.seed + i for i in places]
-        pictures = [to_pil(image) for image in draw_images(model, prompts, seeds, **drawing)]
+    size, (rank, world), rows = model.config.image_size, rank_and_world(), []
+    read = over_images(network, source, reading, size=size)
+    chosen = evenly_spaced(source, n)
+    prompts = [captions[0] for captions in usable_captions(chosen, len(chosen))]
+    mine, at_once = range(rank, len(prompts), world), reading.batch_size
+    for places in tqdm([mine[i:i + at_once] for i in range(0, len(mine), at_once)], "draw", unit="batch",
+                       disable=None if rank == 0 else True):
+        pictures = [to_pil(image) for image in draw_images(
+            model, [prompts[i] for i in places], [reading.seed + i for i in places], **drawing)]
         for i, picture in zip(places, pictures if out else ()):
             picture.save(out / f"{i:06d}.png")
         inputs = network.read_batch(torch.from_numpy(np.stack(pictures)).to(network.device))
-        return read_queries(network, inputs, places, reading)
-    read = over_images(network, source, reading, size=size)
-    # The same walk over samples; of these their captions alone are used.
-    drawn = over_images(network, chosen, reading._replace(max_bad=1.0), features_of_drawn, size).values
+        rows += zip(places, read_queries(network, inputs, list(places), reading).cpu().numpy())
+    rows = sorted(sum(everybody(rows), []), key=lambda row: row[0])
+    drawn = all_finite(torch.from_numpy(np.stack([features for _, features in rows])))
     count, width = min(len(drawn), len(read.values)), drawn.shape[1]
     if count < 2:
         raise ValueError(f"{count} pictures: a distance between sets needs two or more of each")

@@ -433,8 +433,8 @@ def read_log(path: Path) -> list[dict]:
     """The lines of a log; the last one may have been cut short by a kill. Raises ValueError."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     with models.reading(path):
-        return [{"step": line.pop("step"), **line} for line in map(
-            json.loads, [line for line in lines if line.endswith("\n")])]
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        return sorted(records, key=lambda record: record["step"])
 
 
 class Trainer:
