@@ -140,16 +140,15 @@ class SpatialTransformer(nn.Module):
 
     With `fusion` it carries the text query along: FC_in adds the state left by the previous block to the
     noised query (the skip connection across blocks), FC_out hands the state on.
-    block: the class of the transformer blocks.
     """
 
     def __init__(self, width: int, heads: int, context_width: int, depth: int = 1,
-                 fusion: FusionConfig | None = None, block: type = TransformerBlock) -> None:
+                 fusion: FusionConfig | None = None) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(32, width, eps=1e-6)     # 1e-6 here, 1e-5 in the ResNet blocks: SD's own mix
         self.proj_in = nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
-            block(width, heads, context_width, fusion) for _ in range(depth))
+            TransformerBlock(width, heads, context_width, fusion) for _ in range(depth))
         self.proj_out = nn.Conv2d(width, width, 1)
         if fusion is not None:
             self.query_in = nn.Linear(fusion.query_width, width)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import CACHE, Tokenizer, to_float, write_atomically
-from fusion import AlignmentTransformer, Attention, FusionConfig, SpatialTransformer, TransformerBlock
+from fusion import AlignmentTransformer, Attention, FusionConfig, SpatialTransformer
 
 TARGETS = ("noise", "v", "data")       # what a network may be asked to predict; formulas in diffusion.py
 SCHEDULES = ("linear", "cosine")
@@ -175,18 +175,6 @@ class ResBlock(nn.Module):
 
 
 # ---------------------------------------------------------------- UNet
-class TwoTaskBlock(TransformerBlock):
-    """For a batch of which only the last rows have a query: both tasks in one pass (UNet.denoise_both)."""
-
-    def self_attention(self, x: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, C], query [B', 1, C] of its last B' rows, or None -> the same."""
-        if query is None or len(query) == len(x):
-            return super().self_attention(x, query)
-        alone, x = x.tensor_split([len(x) - len(query)])
-        x, query = super().self_attention(x, query)
-        return torch.cat([super().self_attention(alone, None)[0], x]), query
-
-
 class Level(nn.Module):
     """Residual blocks with these channels into each, an attention block after the first `attentions` of them:
     a level of the UNet, or its middle. With `fusion` the text query passes through (section 3.3)."""
@@ -197,7 +185,7 @@ class Level(nn.Module):
         unet = config.unet
         self.resnets = nn.ModuleList(ResBlock(channels, width, 4 * unet.channels[0]) for channels in inputs)
         self.attentions = nn.ModuleList(
-            SpatialTransformer(width, unet.heads, config.text.width, unet.depth, fusion, TwoTaskBlock)
+            SpatialTransformer(width, unet.heads, config.text.width, unet.depth, fusion)
             for _ in range(attentions))
         self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()      # one in all, or none
 
@@ -247,9 +235,9 @@ class UNet(nn.Module):
 
     def encode(self, latents: Tensor, t_image: Tensor, context: Tensor, noisy_query: Tensor | None = None,
                t_text: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
-        """The encoder half: latents [B, C, H, W], t_image [B], context [B or 1, L, D], and e_t [B', D] with
-        t_text [B'] of the last B' rows, or neither -> middle features, skips for the decoder half, timestep
-        embedding, the query's last state h_e."""
+        """The encoder half: latents [B, C, H, W], t_image [B], context [B or 1, L, D], and e_t [B, D] with
+        t_text [B], or neither -> middle features, skips for the decoder half, timestep embedding, the query's
+        last state h_e."""
         emb, dtype, query, state = self.time_embedding(t_image), self.conv_in.weight.dtype, None, None
         if noisy_query is not None:
             query = noisy_query.to(dtype) + self.query_time_embedding(t_text)
@@ -289,18 +277,6 @@ class UNet(nn.Module):
         t_image = torch.full_like(t_text, self.condition_timestep)      # for all: 0 … T-1 mean noisy images
         features, _, _, state = self.encode(latents, t_image, null_context, noisy_query, t_text)
         return self.query_head(state, features)
-
-    def denoise_both(self, noisy_latents: Tensor, t_image: Tensor, context: Tensor, noisy_query: Tensor,
-                     t_text: Tensor, latents: Tensor, null_context: Tensor) -> tuple[Tensor, Tensor]:
-        """`denoise_image` and `denoise_query` of as many pairs each, the encoder half in one pass over all of
-        them: its weights are read, and their gradients written, once. -> what the two would return."""
-        count = len(noisy_latents)
-        images = torch.cat([noisy_latents, latents])
-        times = torch.cat([t_image, torch.full_like(t_text, self.condition_timestep)])
-        both = torch.cat([context, null_context.expand(len(latents), -1, -1)])
-        x, skips, emb, state = self.encode(images, times, both, noisy_query, t_text)
-        pred = self.decode(x[:count], [skip[:count] for skip in skips], emb[:count], context)
-        return pred, self.query_head(state, x[count:])
 
     forward = denoise_image
 

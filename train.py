@@ -34,13 +34,14 @@ from tqdm import tqdm
 
 import model as models
 from data import (Batch, SkipReport, Source, Tokenizer, evaluation_batches, evenly_spaced, hold_out,
-                  open_source, to_float, training_batches, usable_captions,
-                  write_atomically)
+                  open_source, to_float, training_batches, usable_captions, write_atomically)
 from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
                        q_sample, read_prediction, signal_and_noise)
 from evaluate import (Reading, checker, denoising_errors, everybody, in_turn, join_ranks, over_images,
                       rank_and_world, report, retrieval, zeroshot)
-from model import (CLIPS, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextConfig, is_new)
+from fusion import SpatialTransformer
+from model import (CLIPS, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, ClipLayer, Config, DiffDis, ResBlock,
+                   TextConfig, is_new)
 from sample import (Parser, draw_all, errors_in_one_line, make_grid, natural, pick_device, positive, share,
                     weight, within)
 
@@ -208,10 +209,7 @@ def sample_noise(config: Config, latent_shape: tuple, seed: int, step: int, rows
 
 
 class JointLoss(nn.Module):
-    """Algorithm 1, both tasks in one pass: every trainable parameter is used once, as DDP wants it.
-
-    InfoNCE (Eq. 8), which needs the whole global batch, is for `backward` to add.
-    """
+    """Algorithm 1, both tasks. InfoNCE (Eq. 8), over the whole global batch, is for `backward` to add."""
 
     def __init__(self, model: DiffDis, tasks: tuple[str, ...] = TASKS, p_drop_image: float = 0.0,
                  bf16: bool = False) -> None:
@@ -235,12 +233,8 @@ class JointLoss(nn.Module):
             c, clean = null.where(no_text[:, None, None], c), z.masked_fill(no_image[:, None, None, None], 0)
             z_t = q_sample(z, t_z, eps_z, self.image_alphas)                                # Eq. 4
             e_t = q_sample(e.detach(), t_e, eps_e, self.text_alphas, config.gamma)          # Eq. 6
-            if draws and reads:      # Φ_u and Φ_θ, the encoder half in one pass
-                pred, query_pred = unet.denoise_both(z_t, t_z, c, e_t, t_e, clean, null)
-            elif draws:              # Φ_u, e masked
-                pred = unet.denoise_image(z_t, t_z, c)
-            else:                    # Φ_θ (Eq. 7)
-                query_pred = unet.denoise_query(e_t, t_e, clean, null)
+            pred = unet.denoise_image(z_t, t_z, c) if draws else None                       # Φ_u, e masked
+            query_pred = unet.denoise_query(e_t, t_e, clean, null) if reads else None       # Φ_θ (Eq. 7)
         if draws:
             scales = signal_and_noise(t_z, z, self.image_alphas)
             image_loss = generation_loss(pred, make_target(config.image_target, z, eps_z, *scales))   # L_IG
@@ -295,6 +289,14 @@ def backward(loss: nn.Module, parts: list[Part], align_weight: float) -> dict[st
                 total = total + align_weight * alignment.mean()                         # + λ L_ITA
             total.backward()
     return result | ({"generation": torch.cat(image_losses)} if image_losses else {})
+
+
+def compile_blocks(model: DiffDis | Clip) -> None:
+    """torch.compile, each block of one shape once: of the whole loss it takes longer than anybody waits."""
+    torch._dynamo.config.recompile_limit = 100         # sd-v1's residual blocks have 14 shapes
+    for block in model.modules():
+        if isinstance(block, (ResBlock, SpatialTransformer, ClipLayer)):
+            block.forward = torch.compile(block.forward, dynamic=False)
 
 
 # ---------------------------------------------------------------- optimiser, averages
@@ -492,10 +494,10 @@ class Trainer:
         args, bf16 = self.args, self.args.precision == "bf16"
         loss = (ClipLoss(self.model, bf16) if isinstance(self.model, Clip)
                 else JointLoss(self.model, args.tasks, args.p_drop_image, bf16)).to(self.device)
+        if args.compile:
+            compile_blocks(self.model)
         if args.recompute:
             self.model.unet.recompute_activations()
-        if args.compile:
-            loss.compile(dynamic=False)
         # The buffers never change, and gradients need no second copy beside the buckets they are sent in.
         return loss if self.world == 1 else DistributedDataParallel(
             loss, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -634,6 +636,7 @@ class Trainer:
                   f"left {(self.args.steps - self.step) / steps_per_s:.0f} s", flush=True)
 
     # ------------------------------------------------------------ held-out scores
+    @torch.compiler.set_stance("force_eager")        # other batch sizes, each to be compiled for minutes
     def evaluate(self) -> dict:
         """The averaged weights on held-out pairs, by all ranks -> scores; a grid of pictures."""
         args, scores = self.args, {}
@@ -658,6 +661,7 @@ class Trainer:
         self.averages.swap()
         return scores
 
+    @torch.compiler.set_stance("force_eager")
     def validate(self) -> None:
         """The run's last word: what the averaged weights can do on pairs that training never saw."""
         if self.result is not None:

@@ -82,7 +82,7 @@ class Steps:
             self.noise = {name: value.to(device) for name, value in
                           train.sample_noise(config, shape, args.seed, 0, range(count)).items()}
 
-    def make_step(self, kind: str, compile: bool = False) -> Callable:
+    def make_step(self, kind: str) -> Callable:
         (tasks, cached), bf16 = KINDS[kind], self.args.precision == "bf16"
         images = self.moments if cached else self.pixels
         self.model.requires_grad_(True)
@@ -92,9 +92,6 @@ class Steps:
             train.freeze_unused(self.model, tasks, self.config.autoencoder.kind != "kl")  # not a pretrained T
             with torch.device(self.device):
                 loss = train.JointLoss(self.model, tasks, bf16=bf16)
-        if compile:
-            torch._dynamo.reset()        # else at its limit, after some kinds, it no longer compiles
-            loss.compile(dynamic=False)
         optimizer = train.make_optimizer(self.model, 1e-4, 0.99, 0.01)
         averages = train.Averages(self.model, 0.99)
 
@@ -123,6 +120,7 @@ def where_time_goes(step: Callable, device: torch.device) -> dict:
     return {"ms": times.total(), "kernels": dict(times.most_common(10))}
 
 
+@torch.compiler.set_stance("force_eager")
 def inference_seconds(steps: Steps, clip: Steps) -> dict[str, float]:
     """Of what the trained model does with a batch: drawing with the dual-stream blocks and with plain ones,
     reading images from pixels and from latents, and CLIP reading as many."""
@@ -161,10 +159,12 @@ def speed(args: argparse.Namespace) -> dict:
     networks, seconds, memory, result = {}, {kind: [] for kind in kinds}, {}, {}
     for kind in kinds * args.repeats:
         is_clip = kind == "clip"          # made when it is needed: with the other it might not fit in memory
-        networks[is_clip] = networks.get(is_clip) or Steps(args, args.device, is_clip)
-        networks[is_clip].model.to(memory_format=torch.channels_last)
+        if is_clip not in networks:
+            networks[is_clip] = Steps(args, args.device, is_clip)
+            networks[is_clip].model.to(memory_format=torch.channels_last)
+            train.compile_blocks(networks[is_clip].model) if args.compile else None
         torch.cuda.reset_peak_memory_stats() if cuda else None
-        step = networks[is_clip].make_step(kind, args.compile)
+        step = networks[is_clip].make_step(kind)
         seconds[kind] += in_turns({kind: step}, args.rounds, args.warm_up, args.device).values()
         memory[kind] = memory_gib(args.device)
         if args.profile and kind == "joint":

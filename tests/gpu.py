@@ -134,9 +134,9 @@ def main() -> None:
                 "train, compiled": f"{train}/compiled --compile --precision fp32",
                 "train, CLIP": f"{train}/clip --preset clip-tiny --compile"})
             answers.add("scripts", "agree, compiled", agree(folder))
-            for kind in ("clip", "alignment", "generation", "joint"):
-                answers.ask("compiled", 150, {
-                    f"{kind} {middle}": f"{bench} --compile --only {kind} --batch-size {middle}"})
+            answers.ask("compiled", 300, {
+                f"batch {middle}, compiled": f"{bench} --compile --batch-size {middle} --profile "
+                                             "--only joint generation alignment clip"})
         for kind in ("alignment", "generation", "joint"):
             answers.ask("large", 60, {
                 f"{kind} {large}": f"{bench} --no-compile --only {kind} --batch-size {large}"})

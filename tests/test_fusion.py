@@ -99,15 +99,14 @@ def test_k_transformer_blocks_follow_one_another() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("fusion", [True, False])
 def test_the_query_enters_as_its_noised_self_plus_its_timestep(fusion: bool) -> None:
-    """Step 1, in both entry points: what the first thing that sees the query is handed, e_t + Embed(t_e)."""
+    """Step 1: what the first thing that sees the query is handed, e_t + Embed(t_e)."""
     model = build(tiny_config(fusion=FusionConfig(32, fusion, align_blocks=1, head_width=16)))
     unet, seen = model.unet, []
     first = unet.down_blocks[0].attentions[0].query_in if fusion else unet.query_head.query_fc
     first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     z, e_t, context = torch.randn(2, 192, 4, 4), torch.randn(2, 32), torch.randn(2, 24, 32)
-    t, t_z = torch.tensor([3, 900]), torch.tensor([5, 6])
+    t = torch.tensor([3, 900])
     unet.denoise_query(e_t, t, z, context[:1])
-    unet.denoise_both(z, t_z, context, e_t, t, z, context[:1])
     embedding = unet.query_time_embedding
     for i in range(2):
         angles = torch.tensor([t[i] * 10000 ** (-k / 16) for k in range(16)])
@@ -115,7 +114,7 @@ def test_the_query_enters_as_its_noised_self_plus_its_timestep(fusion: bool) -> 
         expected = e_t[i] + embedding.linear_2(torch.nn.functional.silu(embedding.linear_1(sinusoid)))
         for given in seen:
             assert torch.allclose(given[i], expected, atol=1e-4), "t_e must tell how noisy the query is"
-    assert len(seen) == 2
+    assert len(seen) == 1
 
 
 @torch.no_grad()
@@ -151,23 +150,3 @@ def test_the_condition_timestep_is_one_that_generation_never_draws() -> None:
     model.unet.time_embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
     model.denoise_query(torch.randn(2, 32), torch.tensor([0, 999]), torch.randn(2, 192, 4, 4))
     assert seen == [[1000, 1000]]
-
-
-@pytest.mark.parametrize("fusion", [dict(), dict(fusion=False), dict(shared_attention=False),
-                                    dict(own_ffn=False)])
-def test_one_pass_for_both_tasks_is_the_two_passes(fusion: dict) -> None:
-    """In float64, where only a real difference shows: outputs, and the gradients of all weights."""
-    model = build(tiny_config(fusion=FusionConfig(32, align_blocks=1, head_width=16, **fusion))).double()
-    unet, make = model.unet.requires_grad_(True), dict(dtype=torch.float64)
-    z, noisy = torch.randn(3, 192, 4, 4, **make), torch.randn(3, 192, 4, 4, **make)
-    query = torch.randn(3, 32, **make)
-    t, s = torch.tensor([1, 500, 999]), torch.tensor([7, 70, 700])
-    context, null = torch.randn(3, 24, 32, **make), torch.randn(1, 24, 32, **make)
-    two = unet.denoise_image(noisy, t, context), unet.denoise_query(query, s, z, null)
-    one = unet.denoise_both(noisy, t, context, query, s, z, null)
-    for a, b in zip(one, two):
-        assert a.shape == b.shape and b.abs().max() > 1e-3 and torch.allclose(a, b, atol=1e-9)
-    gradients = [torch.autograd.grad(pair[0].square().sum() + pair[1].square().sum(), list(unet.parameters()))
-                 for pair in (one, two)]
-    for (name, _), a, b in zip(unet.named_parameters(), *gradients):
-        assert torch.allclose(a, b, rtol=1e-8, atol=1e-9), name

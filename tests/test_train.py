@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ import sample
 import train
 from data import Shapes, to_float, to_square
 from diffusion import make_alphas_cumprod
+from fusion import SpatialTransformer
+from model import ClipLayer, ResBlock, UNetConfig
 
 SMALL = ["--batch-size", "8", "--val", "8", "--device", "cpu"]
 CPU = torch.device("cpu")
@@ -273,22 +276,33 @@ def test_recomputing_keeps_a_fraction_of_the_activations() -> None:
     assert held[1] < 0.5 * held[0], held
 
 
-@pytest.mark.parametrize("tasks", [train.TASKS, ("generation",), ("alignment",)])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_compiled_loss_has_no_graph_breaks(tasks: tuple, recompute: bool) -> None:
-    """One graph, fixed shapes, compiled once (with the compiler's tracing, not its code generation)."""
+def test_blocks_are_compiled_once_for_a_shape(recompute: bool, monkeypatch) -> None:
+    """Whole, without graph breaks (with the compiler's tracing, not its code generation); the same losses and
+    gradients; not in scores."""
     from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()
-    model, counter = build().requires_grad_(True), CompileCounter()
-    if recompute:
-        model.unet.recompute_activations()
-    loss = train.JointLoss(model, tasks)
-    loss.compile(backend=counter, dynamic=False, fullgraph=True)
-    for step in range(3):
-        noise = train.sample_noise(model.config, model.latent_shape(32, 32), 0, step, range(4))
-        pixels = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
-        train.backward(loss, [(pixels, model.tokenizer(["a red circle"] * 4), noise)], 1.0)
-    assert counter.frame_count == 1, f"{counter.frame_count} compilations"
+    counter, compiled, results, counts = CompileCounter(), torch.compile, [], []
+    monkeypatch.setattr(torch, "compile", partial(compiled, backend=counter, fullgraph=True))
+    for compile in (False, True):
+        model = build(tiny_config(unet=UNetConfig((32, 64), (True, True), 3, 2))).requires_grad_(True)
+        if compile:
+            train.compile_blocks(model)
+        if recompute:
+            model.unet.recompute_activations()
+        loss = train.JointLoss(model)
+        for step in range(3):
+            noise = train.sample_noise(model.config, model.latent_shape(32, 32), 0, step, range(4))
+            pixels = torch.full((4, 32, 32, 3), 40 * step, dtype=torch.uint8)
+            model.zero_grad()
+            losses = train.backward(loss, [(pixels, model.tokenizer(["a red circle"] * 4), noise)], 1.0)
+            counts.append(counter.frame_count)
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append(losses | gradients)
+    blocks = sum(isinstance(module, (ResBlock, SpatialTransformer, ClipLayer)) for module in model.modules())
+    assert counts[:3] == [0] * 3 and 0 < counts[3] == counts[5] < blocks, (counts, blocks)
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
     torch._dynamo.reset()
 
 
