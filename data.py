@@ -275,14 +275,13 @@ class Sample(NamedTuple):
     image: Image.Image | np.ndarray      # RGB, or moments: see Source
     captions: list[str] | str            # in training the one that is chosen
     label: int | None
-    key: str
     place: int                           # its number in the source; in training in the stream
 
 
 class Source:
     """Image-caption samples by index: images as files, each of a class, with texts, or with KEY.txt or
-    KEY.json beside it. `rows` are those in use, of all there are. Other kinds have a key and a content, or
-    captions and an image, of their own."""
+    KEY.json beside it. `rows` are those in use, of all there are. Other kinds have a content, or captions and
+    an image, of their own."""
     # Instead of images what the autoencoder makes of them, mean and log-variance (train.py --latents):
     moments: np.ndarray | None = None          # float16 [all rows, 2C, h, w], NaN where an image is unusable
 
@@ -305,9 +304,6 @@ class Source:
         part = copy.copy(self)
         part.rows, part.skipped = np.asarray(self.rows)[indices], Counter()
         return part
-
-    def key(self, index: int) -> str:
-        return str(self.images[self.rows[index]])
 
     def content(self, index: int, kind: str) -> bytes:
         """A sample's "image", "txt" or "json"; empty where there is none, or none that can be read."""
@@ -345,7 +341,7 @@ class Source:
     def read(self, index: int, side: int | None = None) -> Sample:
         captions = self.captions(index)          # first: a bad one costs no decoding
         label = self.labels and self.labels[self.rows[index]]
-        return Sample(self.image(index, side), captions, label, self.key(index), index)
+        return Sample(self.image(index, side), captions, label, index)
 
     def __getitem__(self, index: int) -> tuple[Sample | None, list[str]]:
         """As `make_batch` takes it."""
@@ -365,22 +361,21 @@ class TarSource(Source):
         super().__init__(name)
         self.tars = tars
         stamp = repr([(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in tars])
-        saved = CACHE / f"index2-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npz"
+        saved = CACHE / f"index3-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npz"
         try:
-            self.keys, self.places, skipped = np.load(saved).values()
+            self.places, skipped = np.load(saved).values()
             self.skipped = Counter(json.loads(str(skipped)))
         except Exception:            # none there, or damaged, which has many names
             shards = enumerate(tqdm(tars, "index", unit="shard", delay=2, disable=None))
-            self.keys, self.places = map(np.concatenate, zip(*(self.index_shard(*shard) for shard in shards)))
+            self.places = np.concatenate([self.index_shard(*shard) for shard in shards])
             with suppress(OSError):              # costs only its use
                 CACHE.mkdir(parents=True, exist_ok=True)
                 write_atomically(saved, lambda file: np.savez(
-                    file, keys=self.keys, places=self.places, skipped=json.dumps(self.skipped)))
-        self.rows = range(len(self.keys))
+                    file, places=self.places, skipped=json.dumps(self.skipped)))
+        self.rows = range(len(self.places))
 
-    def index_shard(self, shard: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """One tar's samples: keys [N], and places [N, 7]: shard, then offset and size of each kind (size -1:
-        absent). A damaged tar is said, and what is lost with it counted as the samples that it would hold."""
+    def index_shard(self, shard: int, path: Path) -> np.ndarray:
+        """Where one tar's samples are [N, 7]: shard, then offset and size of each kind (size -1: absent). A damaged tar is said, and what is lost with it counted as the samples that it would hold."""
         samples, size, end, rest = [], path.stat().st_size, 0, b""
         with (suppress(OSError, tarfile.TarError, EOFError, ValueError, RecursionError),        # judged below
               path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar):
@@ -405,17 +400,13 @@ class TarSource(Source):
             self.skipped["damaged shard"] += max(1, round((len(samples) - 1) * (size / max(1, end) - 1)))
             print(f"warning: {path} is damaged, or compressed: {size - end:,} of {size:,} bytes are lost",
                   file=sys.stderr)
-        keys, places = [], []
-        for key, parts in samples:
+        places = []
+        for _, parts in samples:
             if "image" in parts and len(parts) > 1:
-                keys.append(key.encode(errors="replace")[:200])
                 places.append([shard, *chain.from_iterable(parts.get(kind, (0, -1)) for kind in self.KINDS)])
             else:
                 self.skipped["no caption" if "image" in parts else "no image"] += 1
-        return np.array(keys, bytes), np.array(places, np.int64).reshape(-1, 7)
-
-    def key(self, index: int) -> str:
-        return self.keys[self.rows[index]].decode(errors="replace")
+        return np.array(places, np.int64).reshape(-1, 7)
 
     def content(self, index: int, kind: str) -> bytes:
         shard, *places = self.places[self.rows[index]].tolist()
@@ -436,10 +427,11 @@ def evenly_spaced(source: Source, count: int | None) -> Source:
     return source.subset(np.linspace(0, len(source) - 1, count).astype(np.int64))
 
 
-def hold_out(source: Source, count: int) -> tuple[Source, Source]:
-    """Split off `count` samples for validation (at most a twentieth), evenly spaced; `shapes` has its own."""
-    if isinstance(source, Shapes):
-        return source, evenly_spaced(Shapes("val", source.seed), count)
+def hold_out(source: Source, name: str, count: int) -> tuple[Source, Source]:
+    """What to train on, and `count` samples to take scores on: of the data's own val where `name` has one, else
+    of the source, at most a twentieth, evenly spaced. Raises ValueError."""
+    if name == "shapes" or (data_path(name) / "val").is_dir():
+        return source, evenly_spaced(open_source(name, "val"), count)
     if len(source) < 2:
         raise ValueError(f"{source.name} has {len(source)} sample, and one is held out: training needs more")
     held = evenly_spaced(source, max(1, min(count, len(source) // 20)))
@@ -455,6 +447,10 @@ def usable_captions(source: Source, limit: int) -> Iterator[list[str]]:
 
 
 # ---------------------------------------------------------------- what --data names
+def data_path(name: str) -> Path:
+    return Path("data/cc3m" if name == "cc3m" and not Path(name).is_dir() else name).absolute()
+
+
 def open_source(name: str, split: str = "train", max_bad: float = 1.0) -> Source:
     """What `--data` names -> a source. Raises FileNotFoundError or ValueError.
 
@@ -462,7 +458,7 @@ def open_source(name: str, split: str = "train", max_bad: float = 1.0) -> Source
     NAME.txt; or a folder, of which `split` takes its half. max_bad: share that indexing may leave out."""
     if name == "shapes":
         return Shapes(split)
-    path = Path("data/cc3m" if name == "cc3m" and not Path(name).is_dir() else name).absolute()
+    path = data_path(name)
     layouts = {"folder": open_folder, ".tar": lambda tar, split: TarSource(tar.name, [tar]),
                ".json": open_karpathy, ".txt": open_list}
     layout = "folder" if path.is_dir() else path.suffix.lower()
@@ -568,10 +564,8 @@ class Batch(NamedTuple):
     images: Tensor                # uint8 [B, S, S, 3]; from cached latents moments, float16 [B, 2C, h, w]
     captions: list                # B captions; in evaluation B lists of captions
     labels: list                  # B class numbers, or None each
-    keys: list[str]
     places: list[int]             # of the samples in their source; in training in the stream
     skipped: Counter              # bad samples met on the way, by cause
-    visited: int                  # samples tried, good and bad
     tokens: Tensor | None = None  # [B, L] int64, in training
     drawn: dict | None = None     # what the `draw` of training_batches made for this step
 
@@ -581,11 +575,10 @@ def make_batch(size: int, tokenizer: Tokenizer | None, draw: Callable[[int], dic
     """For each row a sample, or none, and why others were skipped -> a batch, put together in the workers."""
     samples = [sample for sample, _ in rows if sample]
     skipped = Counter(cause for _, causes in rows for cause in causes)
-    images, captions, labels, keys, places = map(list, zip(*samples)) if samples else ([],) * 5
+    images, captions, labels, places = map(list, zip(*samples)) if samples else ([],) * 4
     arrays = [image if isinstance(image, np.ndarray) else to_square(image, size) for image in images]
-    return Batch(torch.from_numpy(np.array(arrays)), captions, labels, keys, places, skipped,
-                 len(samples) + skipped.total(), tokenizer and tokenizer(captions),
-                 draw and draw(places[0] // batch_size))
+    return Batch(torch.from_numpy(np.array(arrays)), captions, labels, places, skipped,
+                 tokenizer and tokenizer(captions), draw and draw(places[0] // batch_size))
 
 
 def evaluation_batches(source: Source, image_size: int, batch_size: int, workers: int = 0) -> Iterator[Batch]:
@@ -674,8 +667,9 @@ class SkipReport:
     visited: int = 0
     skipped: Counter = field(default_factory=Counter)
 
-    def add(self, skipped: Counter, visited: int) -> None:
-        self.visited, self.skipped = self.visited + visited, self.skipped + skipped
+    def add(self, batch: Batch) -> None:
+        self.visited += len(batch.places) + batch.skipped.total()
+        self.skipped += batch.skipped
 
     def check(self, final: bool = False) -> None:
         """Raises ValueError when more than max_bad were bad; judged from the 100th sample on, or at last."""
@@ -806,9 +800,6 @@ class Shapes(Source):
         meaning = (TRAIN_PAIRS[group.integers(len(TRAIN_PAIRS))],
                    (sizes[group.integers(2)], sizes[group.integers(2)]), list(RELATIONS)[group.integers(4)])
         return pair_scene(*(same_words(*meaning, rng) if row % 2 else meaning), rng)
-
-    def key(self, index: int) -> str:
-        return f"shapes-{self.split}-{self.rows[index]}" + f"-seed{self.seed}" * (self.seed > 0)
 
     def captions(self, index: int) -> list[str]:
         return [self.scene(index).caption()]

@@ -131,16 +131,15 @@ def over_images(model: "DiffDis | Clip | Inception", source: Source, reading: Re
     batches = evaluation_batches(mine, size or model.config.image_size, reading.batch_size, reading.workers)
     for batch in tqdm(batches, source.name, -(-len(mine) // reading.batch_size), leave=False, unit="batch",
                       disable=None if rank == 0 else True):
-        skips.add(batch.skipped, batch.visited)
+        skips.add(batch)
         if batch.captions:
             places = [i * world + rank for i in batch.places]
             inputs = model.read_batch(batch.images.to(model.device))
             values = values_of(torch.zeros_like(inputs) if control == "no-image" else inputs, places)
             rows += zip(places, values.cpu().numpy(), batch.captions, batch.labels)
     skips, rows = zip(*everybody((skips, rows)))
-    total = SkipReport(reading.max_bad, source.skipped.total(), +source.skipped)
-    for own in skips:
-        total.add(own.skipped, own.visited)
+    total = SkipReport(reading.max_bad, sum(own.visited for own in skips) + source.skipped.total(),
+                       sum((own.skipped for own in skips), +source.skipped))
     total.check(final=True)
     rows = sorted(sum(rows, []), key=lambda row: row[0])          # by place
     if not rows:

@@ -81,7 +81,7 @@ FLAGS = {"the run": (
     ("tasks", {"choices": (*TASKS, ",".join(TASKS)), "metavar": "TASKS"},
      f"{', '.join(TASKS)} or {','.join(TASKS)}; without it both, of a CLIP alignment"),
     ("seed", {"default": 0, **WHOLE}, "of everything"),
-    ("val", {"default": 500, **N}, "pairs held out of --data (shapes and cc3m have their own)"),
+    ("val", {"default": 500, **N}, "pairs held out of --data, or of its own val/"),
     ("image_size", {"type": within(int, 1, 4096), "metavar": "N"}, "px; without it the preset's"),
     ("device", {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
     ("precision", {"choices": ("fp32", "bf16")}, "without it bf16 on CUDA, else fp32"),
@@ -349,14 +349,7 @@ class Averages:
             parameter.data, self.values[name] = self.values[name], parameter.data
 
 
-# ---------------------------------------------------------------- data, latents
-def split(source: Source, name: str, count: int) -> tuple[Source, Source]:
-    """What is trained on, and `count` pairs that scores are taken on."""
-    if name == "cc3m" and any(Path(folder, "val").is_dir() for folder in ("cc3m", "data/cc3m")):
-        return source, evenly_spaced(in_turn(lambda: open_source("cc3m", "val")), count)
-    return hold_out(source, count)
-
-
+# ---------------------------------------------------------------- latents
 def latents_name(source: Source, model: DiffDis) -> str:
     """Of this data, at this size, by this autoencoder: others make others."""
     digest = hashlib.sha256(repr((len(source), model.config.image_size, model.config.autoencoder)).encode())
@@ -456,7 +449,7 @@ class Trainer:
         if args.resume and not checkpoint and rank == 0:
             print(f"nothing to resume, {path} is not there: starting anew")
         source = in_turn(lambda: open_source(args.data, "train", args.max_bad))
-        self.source, self.val = split(source, args.data, args.val)
+        self.source, self.val = in_turn(lambda: hold_out(source, args.data, args.val))
         torch.manual_seed(args.seed)
         self.model = make_model(args, self.source, path if checkpoint else args.init,
                                 partial(settle, args, device, world))
@@ -473,7 +466,7 @@ class Trainer:
             self.restore(checkpoint)
         if args.latents:
             add_latents(source, self.model, Path(args.latents), args.workers)
-            self.source, self.val = split(source, args.data, args.val)      # again: now they have the latents
+            self.source, self.val = hold_out(source, args.data, args.val)   # again: now they have the latents
         self.loss, self.skips = self.make_loss(), SkipReport(args.max_bad)
         self.begin(source)
 
@@ -555,8 +548,9 @@ class Trainer:
                                 for name, values in losses.items()},
                              "grad_norm": norm, "logit_scale": self.model.logit_scale.detach()})
         if not all(map(math.isfinite, record.values())):
-            raise ValueError(f"step {self.step}: {self.not_finite(losses, batch)}; the last checkpoint is "
-                             "from before it: start anew from that one with --init and a lower --lr")
+            wrong = [name for name, value in record.items() if not math.isfinite(value)]
+            raise ValueError(f"step {self.step}: {', '.join(wrong)} not finite; the last checkpoint is from "
+                             "before it: start anew from that one with --init and a lower --lr")
         self.optimizer.step()
         with torch.no_grad():
             # As CLIP. Here and not in the loss, where a clamp would leave no gradient to come back by.
@@ -575,14 +569,6 @@ class Trainer:
         self.is_stopped, record = stop > 0, dict(zip(record, means))
         return record | {"loss": record.get("loss_generation", 0.0)
                          + self.args.align_weight * record.get("loss_alignment", 0.0)}
-
-    def not_finite(self, losses: dict, batch: Batch) -> str:
-        """In words, for all ranks: which task, at which timesteps, of which samples."""
-        words = [f"the {task} loss of {batch.keys[row]} is not finite"
-                 + (f" at timestep {int(batch.drawn[t][row])}" if batch.drawn else "")
-                 for task, t in zip(TASKS, ("t_image", "t_text")) if task in losses
-                 for row in torch.nonzero(~losses[task].isfinite()).flatten().tolist()]
-        return ", ".join(sum(everybody(words), [])[:8]) or "the losses are finite, their gradient is not"
 
     # ------------------------------------------------------------ the loop
     def batches(self) -> Iterator[Batch]:
@@ -605,7 +591,7 @@ class Trainer:
                 began = time.monotonic()
                 batch = next(batches)
                 self.waited += time.monotonic() - began
-                self.skips.add(batch.skipped, batch.visited)
+                self.skips.add(batch)
                 self.skips.check()
                 record = self.train_step(batch)
                 self.worked += time.monotonic() - began
