@@ -607,28 +607,6 @@ def from_compvis(raw: dict[str, Tensor], model: DiffDis, weights: str) -> dict[s
     return raw | tensors
 
 
-# transformers' names of the fields of ClipConfig and TextConfig, in order, and what an absent one means.
-CLIP_FIELDS = {
-    "vision_config": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-                      "patch_size": 32, "image_size": 224},
-    "text_config": {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512,
-                    "num_hidden_layers": 12, "num_attention_heads": 8}}
-
-
-def clip_config(path: Path) -> ClipConfig:
-    """The config.json of a transformers CLIPModel. Raises ValueError on what our towers would not obey."""
-    said = {"projection_dim": 512, "model_type": None} | json.loads(path.read_text(encoding="utf-8"))
-    # Old files write a tower's fields twice; transformers too lets the second win.
-    towers = [{"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5} | defaults | said.get(name, {})
-              | (said.get(f"{name}_dict") or {}) for name, defaults in CLIP_FIELDS.items()]
-    kinds = {(said["model_type"], tower["hidden_act"], tower["layer_norm_eps"]) for tower in towers}
-    if kinds not in ({("clip", "quick_gelu", 1e-5)}, {("clip", "gelu", 1e-5)}):
-        raise ValueError(f"{path} has (model_type, hidden_act, layer_norm_eps) {kinds}, expected both towers "
-                         "to be ('clip', 'quick_gelu' or 'gelu', 1e-05)")
-    vision, text = ([tower[name] for name in names] for tower, names in zip(towers, CLIP_FIELDS.values()))
-    return ClipConfig(*vision, said["projection_dim"], TextConfig(*text), towers[0]["hidden_act"])
-
-
 # ---------------------------------------------------------------- files; nothing in them is ever run
 FORMAT = "diffdis-1"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -745,28 +723,28 @@ def save(path: str | Path, model: DiffDis | Clip, ema: dict | None = None,
 def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
     """Any file or folder that `load` takes -> its description, as `describe` writes it, and its tensors under
     our names or CompVis's."""
-    config = None
-    if path.is_file():
+    if path.is_dir():
+        expected, holds = "unet", sorted(entry.name for entry in path.iterdir())
+    else:
         tensors, said = read_file(path)
         if said.get("format") == FORMAT:                       # what `save` wrote
             return said, said["model"] | ((weights == "ema" and said["ema"]) or {})
         if "diffdis" in said:                                  # what `export` wrote
             return json.loads(said["diffdis"]), tensors
-        if not any(name.startswith(PREFIXES["unet"]) for name in tensors):
-            raise ValueError(f"{path} is no checkpoint of DiffDis ({FORMAT!r}) or Stable Diffusion "
-                             f"({PREFIXES['unet']}...): it holds {', '.join([*tensors][:4]) or 'no tensor'}. "
-                             "Of a CLIP give transformers' folder, as tests/convert_open_clip.py writes it")
-    elif (path / "unet").is_dir():
+        expected, holds = PREFIXES["unet"], [*tensors]
+    if not any(name.startswith(expected) for name in holds):
+        raise ValueError(f"{path} is no checkpoint of DiffDis ({FORMAT!r}) or Stable Diffusion: expected "
+                         f"{expected}..., it holds {', '.join(holds[:4]) or 'nothing'}. The folder of a CLIP "
+                         "is first converted by tests/convert_clip.py")
+    if path.is_dir():
         tensors = {f"{part}.{name.removeprefix('text_model.')}": value for part, file in PARTS.items()
                    for name, value in read_file(path / file)[0].items()}
-    else:
-        config, tensors = clip_config(path / "config.json"), read_file(path / "model.safetensors")[0]
-    config = config or replace(PRESETS["sd-v1"], image_size=512)      # what v1 was trained at
+    config = replace(PRESETS["sd-v1"], image_size=512)         # what v1 was trained at
     folders = [folder / name for folder in (path, path.parent) for name in ("tokenizer", "")]
     given = [folder for folder in folders if (folder / "vocab.json").is_file()]
     tokenizer = Tokenizer.from_file(given[0] if given else download("vocabulary"), config.text.context_length)
     return {"config": asdict(config), "tokenizer": asdict(tokenizer), "data": None, "foreign": True,
-            "tasks": ["generation"] if isinstance(config, Config) else ["alignment"]}, tensors
+            "tasks": ["generation"]}, tensors
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema",
@@ -775,9 +753,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     """A checkpoint as a model in eval mode. Raises FileNotFoundError or ValueError.
 
     path: what `save` or `export` wrote; Stable Diffusion v1 as .ckpt, .safetensors (CompVis's names) or
-    diffusers folder (one with a folder unet), whose query stream starts from random weights; a transformers
-    CLIP's folder (one with config.json); or one of MODELS, downloaded once; weights: "ema", averaged ones if
-    the file has them, or "raw"; adapt: changes the configuration before the networks are built.
+    diffusers folder (one with a folder unet), whose query stream starts from random weights; or one of
+    MODELS, downloaded once; weights: "ema", averaged ones if the file has them, or "raw"; adapt: changes the
+    configuration before the networks are built.
     """
     path = locate(path)
     if not path.exists():

@@ -32,7 +32,7 @@ from model import (AutoencoderConfig, Clip, ClipConfig, Config, DiffDis, TextCon
 
 
 def import_oracle(name: str) -> types.ModuleType:
-    """A module of torchvision or pytorch-fid, or of open_clip, which needs the former; or skip the test.
+    """A module of torchvision or pytorch-fid; or skip the test.
 
     They stand in a folder of their own (README): without two operators a torchvision built for another torch
     cannot be imported, and transformers would try to where it finds one.
