@@ -783,25 +783,18 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     return model.eval().requires_grad_(False)
 
 
-# What published files hold beside the networks: masks, averages, the loss's network, a table of the schedule.
-NEEDLESS = re.compile(
-    r".*(position_ids|attn_mask)$|model_ema\.|first_stage_model\.loss\.|"
-    r"(cond_stage_model|text_encoder)\.((transformer\.)?(text_model\.)?(logit_scale|text_projection))|"
-    r"((log_|sqrt_)?(one_minus_|recip(m1)?_)?alphas|betas|posterior_|lvlb_|logvar|scale_factor)[^.]*$")
-
-
 def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, foreign: bool) -> None:
     """Make a file's tensors the model's own, without a copy, or raise ValueError naming what does not fit.
-    foreign: another program's file may hold more, and Stable Diffusion's lacks the query stream."""
+    foreign: another program's file may hold more, which is listed, and lacks the query stream; all else must
+    be there, in our shapes, which no other version of Stable Diffusion has."""
+    # Of another shape: a RuntimeError that names the tensor.
     missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
-    draws = isinstance(model, DiffDis)
-    fresh = [name for name in missing if foreign and draws and is_new(name)]
-    ignored = [name for name in unknown if foreign and NEEDLESS.match(name)]
-    lacking, strange = sorted({*missing} - {*fresh}), sorted({*unknown} - {*ignored})
-    if lacking or strange:
+    fresh = [name for name in missing if foreign and is_new(name)]
+    lacking = [name for name in missing if name not in fresh]
+    if lacking or (unknown and not foreign):
         raise ValueError(f"{path}: its tensors do not fit the configuration and flags: it lacks "
-                         f"{', '.join(lacking[:3]) or 'none'}; unknown {', '.join(strange[:3]) or 'is none'}")
-    if draws:
+                         f"{', '.join(lacking[:3]) or 'none'}; unknown {', '.join(unknown[:3]) or 'is none'}")
+    if isinstance(model, DiffDis):
         model.null_tokens = model.tokenizer([""])
     if fresh:                                    # the query stream starts as PyTorch starts its layers
         model.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
@@ -809,8 +802,8 @@ def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, f
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
                 module.to_empty(device="cpu", recurse=False).reset_parameters()
     if foreign:
-        print(f"{path}: loaded {len(tensors) - len(ignored)} tensors; from random weights: {len(fresh)}; "
-              f"ignored: {len(ignored)} {ignored[:3]}")
+        print(f"{path}: loaded {len(tensors) - len(unknown)} tensors; from random weights: {len(fresh)}; "
+              f"ignored: {len(unknown)} {unknown[:3]}")
 
 
 def export(model: DiffDis, path: Path) -> None:
