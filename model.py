@@ -16,14 +16,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from data import CACHE, Tokenizer, to_float, write_atomically
 from fusion import AlignmentTransformer, Attention, FusionConfig, SpatialTransformer
@@ -226,12 +224,6 @@ class UNet(nn.Module):
         for name, parameter in self.named_parameters():
             if name.split(".")[-2] in ("conv2", "proj_out", "conv_out"):
                 nn.init.zeros_(parameter)
-
-    def recompute_activations(self) -> None:
-        """Activation checkpointing: compute what is inside of blocks again in the backward pass."""
-        for module in self.modules():
-            if isinstance(module, (ResBlock, SpatialTransformer)):
-                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
     def encode(self, latents: Tensor, t_image: Tensor, context: Tensor, noisy_query: Tensor | None = None,
                t_text: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
@@ -548,6 +540,14 @@ class Clip(nn.Module):
     def encode_text(self, captions: list[str]) -> tuple[None, Tensor]:
         """Captions -> no text condition, embeddings [B, embedding] of unit norm."""
         return None, self.encode_tokens(self.tokenizer(captions).to(self.device))
+
+
+def wrap_blocks(network: nn.Module, wrapper: Callable[[Callable], Callable]) -> None:
+    """Every block's forward becomes wrapper(forward), which compiles it or computes its inside again in the
+    backward pass. Block by block: to compile the whole takes longer than anybody waits."""
+    for block in network.modules():
+        if isinstance(block, (ResBlock, SpatialTransformer, ClipLayer)):
+            block.forward = wrapper(block.forward)
 
 
 # ---------------------------------------------------------------- names in published files
