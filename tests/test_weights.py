@@ -248,10 +248,10 @@ UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer.text_model.
      r"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight.*32, 128"),
     ("", {f"{UNET}input_blocks.1.1.proj_in.weight": torch.zeros(32, 32)},      # SD 2 and SDXL: linear there
      r"unet.down_blocks.0.attentions.0.proj_in.weight.*32, 32"),
-    (TEXT, {"cond_stage_model.model.token_embedding.weight": torch.zeros(560, 64)},       # SD 2's text encoder
+    (TEXT, {"cond_stage_model.model.token_embedding.weight": torch.zeros(560, 64)},      # SD 2's text encoder
      "lacks text_encoder.*unknown cond_stage_model.model.token_embedding"),
-    (TEXT, {"conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": torch.zeros(64)},  # SDXL's
-     "lacks text_encoder.*unknown conditioner.embedders.0")])
+    (TEXT, {"conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": torch.zeros(64)},
+     "lacks text_encoder.*unknown conditioner.embedders.0")])                         # SDXL's
 def test_other_networks_are_refused_by_name(whole, tmp_path, gone: str, changes: dict, message: str) -> None:
     """gone: how names of Stable Diffusion v1 begin that the file has not; changes: what it has."""
     tensors = {name: value for name, value in original_names(whole).items()
