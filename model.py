@@ -375,12 +375,12 @@ class ClipLayer(nn.Module):
         return x + self.mlp["fc2"](h)
 
 
-def initialise(tower: nn.Module, width: int, depth: int) -> None:
-    """CLIP's start, for training from scratch, of token embeddings and of `depth` layers."""
-    deviation, residual = width ** -0.5, (2 * depth) ** -0.5
-    deviations = {"token_embedding": 0.02, "position_embedding": 0.01,
-                  "q_proj": deviation, "k_proj": deviation, "v_proj": deviation,
-                  "out_proj": deviation * residual, "fc1": (2 * width) ** -0.5, "fc2": deviation * residual}
+def initialise(tower: nn.Module, config: TextConfig | ClipConfig) -> None:
+    """CLIP's start, for training from scratch, of token embeddings and of layers."""
+    inner, residual = config.width ** -0.5, (2 * config.layers) ** -0.5
+    deviations = {"token_embedding": 0.02, "position_embedding": 0.01, "fc1": (2 * config.width) ** -0.5,
+                  **dict.fromkeys(("q_proj", "k_proj", "v_proj"), inner),
+                  **dict.fromkeys(("out_proj", "fc2"), inner * residual)}
     for name, layer in tower.named_modules():
         if (kind := name.split(".")[-1]) in deviations:
             nn.init.normal_(layer.weight, std=deviations[kind])
@@ -426,7 +426,7 @@ class DiffDis(nn.Module):
         self.unet = UNet(config)
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         self.register_buffer("null_tokens", tokenizer([""]), persistent=False)
-        initialise(self.text_encoder, config.text.width, config.text.layers)
+        initialise(self.text_encoder, config.text)
 
     @property
     def device(self) -> torch.device:
@@ -516,8 +516,8 @@ class Clip(nn.Module):
         self.visual_projection = nn.Linear(config.width, config.embedding, bias=False)
         self.text_projection = nn.Linear(config.text.width, config.embedding, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
-        initialise(self.text_model, config.text.width, config.text.layers)
-        initialise(self.vision_model.encoder, config.width, config.layers)
+        initialise(self.text_model, config.text)
+        initialise(self.vision_model.encoder, config)
         for layer in (self.vision_model.embeddings["position_embedding"], self.visual_projection):
             nn.init.normal_(layer.weight, std=config.width ** -0.5)
         nn.init.normal_(self.text_projection.weight, std=config.text.width ** -0.5)
@@ -724,21 +724,17 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
     """Any file or folder that `load` takes -> its description, as `describe` writes it, and its tensors under
     our names or CompVis's."""
     if path.is_dir():
-        expected, holds = "unet", sorted(entry.name for entry in path.iterdir())
+        tensors = {f"{part}.{name.removeprefix('text_model.')}": value for part, file in PARTS.items()
+                   for name, value in read_file(path / file)[0].items()}
     else:
         tensors, said = read_file(path)
         if said.get("format") == FORMAT:                       # what `save` wrote
             return said, said["model"] | ((weights == "ema" and said["ema"]) or {})
         if "diffdis" in said:                                  # what `export` wrote
             return json.loads(said["diffdis"]), tensors
-        expected, holds = PREFIXES["unet"], [*tensors]
-    if not any(name.startswith(expected) for name in holds):
-        raise ValueError(f"{path} is no checkpoint of DiffDis ({FORMAT!r}) or Stable Diffusion: expected "
-                         f"{expected}..., it holds {', '.join(holds[:4]) or 'nothing'}. The folder of a CLIP "
-                         "is first converted by tests/convert_clip.py")
-    if path.is_dir():
-        tensors = {f"{part}.{name.removeprefix('text_model.')}": value for part, file in PARTS.items()
-                   for name, value in read_file(path / file)[0].items()}
+        if not any(name.startswith(PREFIXES["unet"]) for name in tensors):
+            raise ValueError(f"{path} is no checkpoint of DiffDis ({FORMAT!r}) or Stable Diffusion "
+                             f"({PREFIXES['unet']}...): it holds {', '.join([*tensors][:4]) or 'no tensor'}")
     config = replace(PRESETS["sd-v1"], image_size=512)         # what v1 was trained at
     folders = [folder / name for folder in (path, path.parent) for name in ("tokenizer", "")]
     given = [folder for folder in folders if (folder / "vocab.json").is_file()]
@@ -758,9 +754,12 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     configuration before the networks are built.
     """
     path = locate(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py`, give a file or "
-                                f"folder of Stable Diffusion v1, or {' or '.join(MODELS)} to download it")
+    if not (path.is_file() or (path / "unet").is_dir()):
+        held = ", ".join(sorted(entry.name for entry in path.glob("*"))[:4]) or "nothing"
+        raise FileNotFoundError(
+            f"no checkpoint at {path} (found: {held}): train one with `python train.py`, give Stable "
+            f"Diffusion v1 as a file or a folder with unet/, or {' or '.join(MODELS)} to download it; a "
+            "CLIP's folder is first converted by tests/convert_clip.py")
     with reading(path):
         said, tensors = read_weights(path, weights)
         network, kind = (DiffDis, Config) if "fusion" in said["config"] else (Clip, ClipConfig)
@@ -789,20 +788,19 @@ def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, f
     be there, in our shapes, which no other version of Stable Diffusion has."""
     # Of another shape: a RuntimeError that names the tensor.
     missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
-    fresh = [name for name in missing if foreign and is_new(name)]
-    lacking = [name for name in missing if name not in fresh]
+    lacking = [name for name in missing if not (foreign and is_new(name))]
     if lacking or (unknown and not foreign):
         raise ValueError(f"{path}: its tensors do not fit the configuration and flags: it lacks "
                          f"{', '.join(lacking[:3]) or 'none'}; unknown {', '.join(unknown[:3]) or 'is none'}")
     if isinstance(model, DiffDis):
         model.null_tokens = model.tokenizer([""])
-    if fresh:                                    # the query stream starts as PyTorch starts its layers
+    if missing:                                  # the query stream starts as PyTorch starts its layers
         model.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         for module in model.modules():
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
                 module.to_empty(device="cpu", recurse=False).reset_parameters()
     if foreign:
-        print(f"{path}: loaded {len(tensors) - len(unknown)} tensors; from random weights: {len(fresh)}; "
+        print(f"{path}: loaded {len(tensors) - len(unknown)} tensors; from random weights: {len(missing)}; "
               f"ignored: {len(unknown)} {unknown[:3]}")
 
 

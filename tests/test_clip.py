@@ -109,7 +109,7 @@ def test_what_would_change_results_is_refused(tokenizer, tmp_path, file: str, ch
 
 def test_a_folder_of_transformers_is_converted_first(tokenizer, tmp_path) -> None:
     put_clip(tmp_path / "clip", tokenizer)
-    with pytest.raises(ValueError, match="expected unet.*holds config.json.*tests/convert_clip.py") as error:
+    with pytest.raises(FileNotFoundError, match="found: config.json.*unet/.*tests/convert_clip.py") as error:
         models.load(tmp_path / "clip")
     assert "\n" not in str(error.value)
     for folder, status in (("clip", 0), ("none", 1)):
