@@ -50,7 +50,9 @@ def convert(folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     try:
         convert(*map(Path, sys.argv[1:]))
-    except (TypeError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
