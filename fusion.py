@@ -77,14 +77,11 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
+class FeedForward(nn.Sequential):
     def __init__(self, width: int) -> None:
         super().__init__()
         # The middle entry is Stable Diffusion's dropout of rate 0: it keeps the second layer's name, `net.2`.
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
 
 
 class TransformerBlock(nn.Module):

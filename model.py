@@ -16,14 +16,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from data import CACHE, Tokenizer, to_float, write_atomically
 from fusion import AlignmentTransformer, Attention, FusionConfig, SpatialTransformer
@@ -227,12 +225,6 @@ class UNet(nn.Module):
             if name.split(".")[-2] in ("conv2", "proj_out", "conv_out"):
                 nn.init.zeros_(parameter)
 
-    def recompute_activations(self) -> None:
-        """Activation checkpointing: compute what is inside of blocks again in the backward pass."""
-        for module in self.modules():
-            if isinstance(module, (ResBlock, SpatialTransformer)):
-                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-
     def encode(self, latents: Tensor, t_image: Tensor, context: Tensor, noisy_query: Tensor | None = None,
                t_text: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
         """The encoder half: latents [B, C, H, W], t_image [B], context [B or 1, L, D], and e_t [B, D] with
@@ -383,12 +375,12 @@ class ClipLayer(nn.Module):
         return x + self.mlp["fc2"](h)
 
 
-def initialise(tower: nn.Module, width: int, depth: int) -> None:
-    """CLIP's start, for training from scratch, of token embeddings and of `depth` layers."""
-    deviation, residual = width ** -0.5, (2 * depth) ** -0.5
-    deviations = {"token_embedding": 0.02, "position_embedding": 0.01,
-                  "q_proj": deviation, "k_proj": deviation, "v_proj": deviation,
-                  "out_proj": deviation * residual, "fc1": (2 * width) ** -0.5, "fc2": deviation * residual}
+def initialise(tower: nn.Module, config: TextConfig | ClipConfig) -> None:
+    """CLIP's start, for training from scratch, of token embeddings and of layers."""
+    inner, residual = config.width ** -0.5, (2 * config.layers) ** -0.5
+    deviations = {"token_embedding": 0.02, "position_embedding": 0.01, "fc1": (2 * config.width) ** -0.5,
+                  **dict.fromkeys(("q_proj", "k_proj", "v_proj"), inner),
+                  **dict.fromkeys(("out_proj", "fc2"), inner * residual)}
     for name, layer in tower.named_modules():
         if (kind := name.split(".")[-1]) in deviations:
             nn.init.normal_(layer.weight, std=deviations[kind])
@@ -434,7 +426,7 @@ class DiffDis(nn.Module):
         self.unet = UNet(config)
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         self.register_buffer("null_tokens", tokenizer([""]), persistent=False)
-        initialise(self.text_encoder, config.text.width, config.text.layers)
+        initialise(self.text_encoder, config.text)
 
     @property
     def device(self) -> torch.device:
@@ -524,8 +516,8 @@ class Clip(nn.Module):
         self.visual_projection = nn.Linear(config.width, config.embedding, bias=False)
         self.text_projection = nn.Linear(config.text.width, config.embedding, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
-        initialise(self.text_model, config.text.width, config.text.layers)
-        initialise(self.vision_model.encoder, config.width, config.layers)
+        initialise(self.text_model, config.text)
+        initialise(self.vision_model.encoder, config)
         for layer in (self.vision_model.embeddings["position_embedding"], self.visual_projection):
             nn.init.normal_(layer.weight, std=config.width ** -0.5)
         nn.init.normal_(self.text_projection.weight, std=config.text.width ** -0.5)
@@ -548,6 +540,14 @@ class Clip(nn.Module):
     def encode_text(self, captions: list[str]) -> tuple[None, Tensor]:
         """Captions -> no text condition, embeddings [B, embedding] of unit norm."""
         return None, self.encode_tokens(self.tokenizer(captions).to(self.device))
+
+
+def wrap_blocks(network: nn.Module, wrapper: Callable[[Callable], Callable]) -> None:
+    """Every block's forward becomes wrapper(forward), which compiles it or computes its inside again in the
+    backward pass. Block by block: to compile the whole takes longer than anybody waits."""
+    for block in network.modules():
+        if isinstance(block, (ResBlock, SpatialTransformer, ClipLayer)):
+            block.forward = wrapper(block.forward)
 
 
 # ---------------------------------------------------------------- names in published files
@@ -605,28 +605,6 @@ def from_compvis(raw: dict[str, Tensor], model: DiffDis, weights: str) -> dict[s
                 value = raw.pop(spelling)
                 tensors[name] = value.squeeze() if "attn_1." in theirs else value    # 1×1 convolutions there
     return raw | tensors
-
-
-# transformers' names of the fields of ClipConfig and TextConfig, in order, and what an absent one means.
-CLIP_FIELDS = {
-    "vision_config": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-                      "patch_size": 32, "image_size": 224},
-    "text_config": {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512,
-                    "num_hidden_layers": 12, "num_attention_heads": 8}}
-
-
-def clip_config(path: Path) -> ClipConfig:
-    """The config.json of a transformers CLIPModel. Raises ValueError on what our towers would not obey."""
-    said = {"projection_dim": 512, "model_type": None} | json.loads(path.read_text(encoding="utf-8"))
-    # Old files write a tower's fields twice; transformers too lets the second win.
-    towers = [{"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5} | defaults | said.get(name, {})
-              | (said.get(f"{name}_dict") or {}) for name, defaults in CLIP_FIELDS.items()]
-    kinds = {(said["model_type"], tower["hidden_act"], tower["layer_norm_eps"]) for tower in towers}
-    if kinds not in ({("clip", "quick_gelu", 1e-5)}, {("clip", "gelu", 1e-5)}):
-        raise ValueError(f"{path} has (model_type, hidden_act, layer_norm_eps) {kinds}, expected both towers "
-                         "to be ('clip', 'quick_gelu' or 'gelu', 1e-05)")
-    vision, text = ([tower[name] for name in names] for tower, names in zip(towers, CLIP_FIELDS.values()))
-    return ClipConfig(*vision, said["projection_dim"], TextConfig(*text), towers[0]["hidden_act"])
 
 
 # ---------------------------------------------------------------- files; nothing in them is ever run
@@ -745,8 +723,10 @@ def save(path: str | Path, model: DiffDis | Clip, ema: dict | None = None,
 def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
     """Any file or folder that `load` takes -> its description, as `describe` writes it, and its tensors under
     our names or CompVis's."""
-    config = None
-    if path.is_file():
+    if path.is_dir():
+        tensors = {f"{part}.{name.removeprefix('text_model.')}": value for part, file in PARTS.items()
+                   for name, value in read_file(path / file)[0].items()}
+    else:
         tensors, said = read_file(path)
         if said.get("format") == FORMAT:                       # what `save` wrote
             return said, said["model"] | ((weights == "ema" and said["ema"]) or {})
@@ -754,19 +734,13 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
             return json.loads(said["diffdis"]), tensors
         if not any(name.startswith(PREFIXES["unet"]) for name in tensors):
             raise ValueError(f"{path} is no checkpoint of DiffDis ({FORMAT!r}) or Stable Diffusion "
-                             f"({PREFIXES['unet']}...): it holds {', '.join([*tensors][:4]) or 'no tensor'}. "
-                             "Of a CLIP give transformers' folder, as tests/convert_open_clip.py writes it")
-    elif (path / "unet").is_dir():
-        tensors = {f"{part}.{name.removeprefix('text_model.')}": value for part, file in PARTS.items()
-                   for name, value in read_file(path / file)[0].items()}
-    else:
-        config, tensors = clip_config(path / "config.json"), read_file(path / "model.safetensors")[0]
-    config = config or replace(PRESETS["sd-v1"], image_size=512)      # what v1 was trained at
+                             f"({PREFIXES['unet']}...): it holds {', '.join([*tensors][:4]) or 'no tensor'}")
+    config = replace(PRESETS["sd-v1"], image_size=512)         # what v1 was trained at
     folders = [folder / name for folder in (path, path.parent) for name in ("tokenizer", "")]
     given = [folder for folder in folders if (folder / "vocab.json").is_file()]
     tokenizer = Tokenizer.from_file(given[0] if given else download("vocabulary"), config.text.context_length)
     return {"config": asdict(config), "tokenizer": asdict(tokenizer), "data": None, "foreign": True,
-            "tasks": ["generation"] if isinstance(config, Config) else ["alignment"]}, tensors
+            "tasks": ["generation"]}, tensors
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema",
@@ -775,14 +749,17 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     """A checkpoint as a model in eval mode. Raises FileNotFoundError or ValueError.
 
     path: what `save` or `export` wrote; Stable Diffusion v1 as .ckpt, .safetensors (CompVis's names) or
-    diffusers folder (one with a folder unet), whose query stream starts from random weights; a transformers
-    CLIP's folder (one with config.json); or one of MODELS, downloaded once; weights: "ema", averaged ones if
-    the file has them, or "raw"; adapt: changes the configuration before the networks are built.
+    diffusers folder (one with a folder unet), whose query stream starts from random weights; or one of
+    MODELS, downloaded once; weights: "ema", averaged ones if the file has them, or "raw"; adapt: changes the
+    configuration before the networks are built.
     """
     path = locate(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py`, give a file or "
-                                f"folder of Stable Diffusion v1, or {' or '.join(MODELS)} to download it")
+    if not (path.is_file() or (path / "unet").is_dir()):
+        held = ", ".join(sorted(entry.name for entry in path.glob("*"))[:4]) or "nothing"
+        raise FileNotFoundError(
+            f"no checkpoint at {path} (found: {held}): train one with `python train.py`, give Stable "
+            f"Diffusion v1 as a file or a folder with unet/, or {' or '.join(MODELS)} to download it; a "
+            "CLIP's folder is first converted by tests/convert_clip.py")
     with reading(path):
         said, tensors = read_weights(path, weights)
         network, kind = (DiffDis, Config) if "fusion" in said["config"] else (Clip, ClipConfig)
@@ -805,34 +782,26 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     return model.eval().requires_grad_(False)
 
 
-# What published files hold beside the networks: masks, averages, the loss's network, a table of the schedule.
-NEEDLESS = re.compile(
-    r".*(position_ids|attn_mask)$|model_ema\.|first_stage_model\.loss\.|"
-    r"(cond_stage_model|text_encoder)\.((transformer\.)?(text_model\.)?(logit_scale|text_projection))|"
-    r"((log_|sqrt_)?(one_minus_|recip(m1)?_)?alphas|betas|posterior_|lvlb_|logvar|scale_factor)[^.]*$")
-
-
 def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, foreign: bool) -> None:
     """Make a file's tensors the model's own, without a copy, or raise ValueError naming what does not fit.
-    foreign: another program's file may hold more, and Stable Diffusion's lacks the query stream."""
+    foreign: another program's file may hold more, which is listed, and lacks the query stream; all else must
+    be there, in our shapes, which no other version of Stable Diffusion has."""
+    # Of another shape: a RuntimeError that names the tensor.
     missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
-    draws = isinstance(model, DiffDis)
-    fresh = [name for name in missing if foreign and draws and is_new(name)]
-    ignored = [name for name in unknown if foreign and NEEDLESS.match(name)]
-    lacking, strange = sorted({*missing} - {*fresh}), sorted({*unknown} - {*ignored})
-    if lacking or strange:
+    lacking = [name for name in missing if not (foreign and is_new(name))]
+    if lacking or (unknown and not foreign):
         raise ValueError(f"{path}: its tensors do not fit the configuration and flags: it lacks "
-                         f"{', '.join(lacking[:3]) or 'none'}; unknown {', '.join(strange[:3]) or 'is none'}")
-    if draws:
+                         f"{', '.join(lacking[:3]) or 'none'}; unknown {', '.join(unknown[:3]) or 'is none'}")
+    if isinstance(model, DiffDis):
         model.null_tokens = model.tokenizer([""])
-    if fresh:                                    # the query stream starts as PyTorch starts its layers
+    if missing:                                  # the query stream starts as PyTorch starts its layers
         model.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         for module in model.modules():
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
                 module.to_empty(device="cpu", recurse=False).reset_parameters()
     if foreign:
-        print(f"{path}: loaded {len(tensors) - len(ignored)} tensors; from random weights: {len(fresh)}; "
-              f"ignored: {len(ignored)} {ignored[:3]}")
+        print(f"{path}: loaded {len(tensors) - len(unknown)} tensors; from random weights: {len(missing)}; "
+              f"ignored: {len(unknown)} {unknown[:3]}")
 
 
 def export(model: DiffDis, path: Path) -> None:

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import model as models
@@ -39,12 +40,12 @@ from diffusion import (alignment_loss, generation_loss, generator_of, make_alpha
                        q_sample, read_prediction, signal_and_noise)
 from evaluate import (Reading, checker, denoising_errors, everybody, in_turn, join_ranks, over_images,
                       rank_and_world, report, retrieval, zeroshot)
-from fusion import SpatialTransformer
-from model import (CLIPS, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, ClipLayer, Config, DiffDis, ResBlock,
-                   TextConfig, is_new)
+from model import (CLIPS, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextConfig, is_new,
+                   wrap_blocks)
 from sample import (Parser, draw_all, errors_in_one_line, make_grid, natural, pick_device, positive, share,
                     weight, within)
 
+torch._dynamo.config.recompile_limit = 100         # sd-v1's residual blocks have 14 shapes
 TASKS = ("generation", "alignment")
 # What training starts from where no flag says otherwise. sd-v1: the paper's run on CC3M; a CLIP's rate, decay
 # and 20 epochs are those of the paper's appendix. Weights of --init learn at lr / slower.
@@ -291,14 +292,6 @@ def backward(loss: nn.Module, parts: list[Part], align_weight: float) -> dict[st
     return result | ({"generation": torch.cat(image_losses)} if image_losses else {})
 
 
-def compile_blocks(model: DiffDis | Clip) -> None:
-    """torch.compile, each block of one shape once: of the whole loss it takes longer than anybody waits."""
-    torch._dynamo.config.recompile_limit = 100         # sd-v1's residual blocks have 14 shapes
-    for block in model.modules():
-        if isinstance(block, (ResBlock, SpatialTransformer, ClipLayer)):
-            block.forward = torch.compile(block.forward, dynamic=False)
-
-
 # ---------------------------------------------------------------- optimiser, averages
 def freeze_unused(model: DiffDis | Clip, tasks: tuple[str, ...], train_text_encoder: bool) -> None:
     """Take gradients away from what these tasks never use, and from what is frozen by design."""
@@ -488,9 +481,9 @@ class Trainer:
         loss = (ClipLoss(self.model, bf16) if isinstance(self.model, Clip)
                 else JointLoss(self.model, args.tasks, args.p_drop_image, bf16)).to(self.device)
         if args.compile:
-            compile_blocks(self.model)
+            wrap_blocks(self.model, partial(torch.compile, dynamic=False))
         if args.recompute:
-            self.model.unet.recompute_activations()
+            wrap_blocks(self.model.unet, lambda forward: partial(recompute, forward, use_reentrant=False))
         # The buffers never change, and gradients need no second copy beside the buckets they are sent in.
         return loss if self.world == 1 else DistributedDataParallel(
             loss, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import train  # noqa: E402
 from data import Tokenizer  # noqa: E402
-from model import CLIPS, PRESETS, Clip, DiffDis, UNet  # noqa: E402
+from model import CLIPS, PRESETS, Clip, DiffDis, UNet, wrap_blocks  # noqa: E402
 from sample import Parser, fail, natural, pick_device, positive  # noqa: E402
 
 PEAK = 989e12            # FLOP/s of an H100 or H200, dense bf16, by its data sheet
@@ -162,7 +163,8 @@ def speed(args: argparse.Namespace) -> dict:
         if is_clip not in networks:
             networks[is_clip] = Steps(args, args.device, is_clip)
             networks[is_clip].model.to(memory_format=torch.channels_last)
-            train.compile_blocks(networks[is_clip].model) if args.compile else None
+            if args.compile:                                 # as train.py has it, too
+                wrap_blocks(networks[is_clip].model, partial(torch.compile, dynamic=False))
         torch.cuda.reset_peak_memory_stats() if cuda else None
         step = networks[is_clip].make_step(kind)
         seconds[kind] += in_turns({kind: step}, args.rounds, args.warm_up, args.device).values()

@@ -32,7 +32,7 @@ from model import (AutoencoderConfig, Clip, ClipConfig, Config, DiffDis, TextCon
 
 
 def import_oracle(name: str) -> types.ModuleType:
-    """A module of torchvision or pytorch-fid, or of open_clip, which needs the former; or skip the test.
+    """A module of torchvision or pytorch-fid; or skip the test.
 
     They stand in a folder of their own (README): without two operators a torchvision built for another torch
     cannot be imported, and transformers would try to where it finds one.
@@ -108,6 +108,23 @@ def diffusers_vae(config: Config) -> torch.nn.Module:
         up_block_types=["UpDecoderBlock2D"] * len(vae.channels))
 
 
+def transformers_text(config: TextConfig) -> torch.nn.Module:
+    import transformers
+    end = config.vocab_size - 1
+    return transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=end + 1, hidden_size=config.width, intermediate_size=4 * config.width,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads, projection_dim=config.width,
+        max_position_embeddings=config.context_length, bos_token_id=end - 1, eos_token_id=end))
+
+
+def give_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> torch.nn.Module:
+    """The library's network with Stable Diffusion's part of our weights."""
+    prefix = "text_model." if any(name.startswith("text_model.") for name in theirs.state_dict()) else ""
+    theirs.load_state_dict({prefix + name: value for name, value in ours.state_dict().items()
+                            if not is_new(name)})
+    return theirs.eval()
+
+
 @torch.no_grad()
 def draw_by_diffusers(unet: torch.nn.Module, vae: torch.nn.Module | None, z: torch.Tensor,
                       context: torch.Tensor, steps: int) -> torch.Tensor:
@@ -125,20 +142,10 @@ def draw_by_diffusers(unet: torch.nn.Module, vae: torch.nn.Module | None, z: tor
 
 def write_folder(model: DiffDis, folder: Path) -> None:
     """The folder that diffusers and transformers write of a model's Stable Diffusion part."""
-    import transformers
-    text, end = model.config.text, model.tokenizer.vocab_size - 1
-
-    def put(part: str, network: torch.nn.Module, name: str) -> None:
-        prefix = "text_model." if any(n.startswith("text_model.") for n in network.state_dict()) else ""
-        network.load_state_dict({prefix + n: value for n, value in getattr(model, part).state_dict().items()
-                                 if not is_new(n)})
-        network.save_pretrained(folder / name)
-    put("unet", diffusers_unet(model.config), "unet")
-    put("autoencoder", diffusers_vae(model.config), "vae")
-    put("text_encoder", transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        vocab_size=end + 1, hidden_size=text.width, intermediate_size=4 * text.width,
-        num_hidden_layers=text.layers, num_attention_heads=text.heads, projection_dim=text.width,
-        max_position_embeddings=text.context_length, bos_token_id=end - 1, eos_token_id=end)), "text_encoder")
+    for ours, theirs, name in ((model.unet, diffusers_unet(model.config), "unet"),
+                               (model.autoencoder, diffusers_vae(model.config), "vae"),
+                               (model.text_encoder, transformers_text(model.config.text), "text_encoder")):
+        give_weights(ours, theirs).save_pretrained(folder / name)
     put_vocabulary(folder / "tokenizer", model.tokenizer)
 
 

@@ -157,5 +157,5 @@ def test_the_folder_of_a_run_is_its_checkpoint_and_a_flag_is_no_damage(model, tm
     with pytest.raises(ValueError, match="^gamma is 2"):
         models.load(tmp_path, adapt=lambda config: replace(config, gamma=2.0))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty/config.json"):
+    with pytest.raises(FileNotFoundError, match=r"empty \(found: nothing\)"):
         models.load(tmp_path / "empty")

@@ -1,15 +1,14 @@
 """The networks against diffusers and transformers, with the same random weights at small sizes."""
 import pytest
 import torch
-from conftest import diffusers_unet, randomise
+from conftest import diffusers_unet, diffusers_vae, give_weights, randomise, tiny_config, transformers_text
 
 from fusion import FusionConfig
 from model import (CLIPS, PRESETS, AutoencoderConfig, Clip, Config, KLAutoencoder, TextConfig, TextEncoder,
                    UNet, UNetConfig, is_new)
 
-diffusers = pytest.importorskip(
-    "diffusers", reason="diffusers is the oracle: pip install -r tests/requirements.txt")
-transformers = pytest.importorskip("transformers")
+for package in ("diffusers", "transformers"):
+    pytest.importorskip(package, reason=f"{package} is the oracle: pip install -r tests/requirements.txt")
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -23,23 +22,19 @@ def test_unet_equals_diffusers() -> None:
     config = Config(FusionConfig(64, align_blocks=1, head_width=32),
                     UNetConfig((32, 64, 64), (True, True, False), 2, 4), TextConfig(600, 16, 64, 2, 4))
     ours = randomise(UNet(config))
-    theirs = diffusers_unet(config)
-    theirs.load_state_dict({name: value for name, value in ours.state_dict().items() if not is_new(name)})
+    theirs = give_weights(ours, diffusers_unet(config))
     ours.double(), theirs.double()          # in float32 rounding would hide a wrong eps
     for height, width in ((8, 8), (7, 9)):          # an odd side is rounded on the way down
         latents, t, context = torch.randn(2, 4, height, width), torch.tensor([3, 998]), torch.randn(2, 16, 64)
         latents, context = latents.double(), context.double()
-        worst = difference(ours(latents, t, context), theirs.eval()(latents, t, context).sample)
+        worst = difference(ours(latents, t, context), theirs(latents, t, context).sample)
         assert worst < 1e-7, f"the generation path is not Stable Diffusion's UNet: off by {worst}"
 
 
 @torch.no_grad()
 def test_autoencoder_equals_diffusers() -> None:
     ours = randomise(KLAutoencoder(AutoencoderConfig(channels=(32, 32, 64, 64))))
-    theirs = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4, block_out_channels=(32, 32, 64, 64), layers_per_block=2)
-    theirs.load_state_dict(ours.state_dict())
+    theirs = give_weights(ours, diffusers_vae(tiny_config(autoencoder=ours.config)))
     # Random weights amplify float32's rounding: float64 shows the formula alone.
     ours.double(), theirs.double()
     for network in (ours, theirs):
@@ -54,18 +49,12 @@ def test_autoencoder_equals_diffusers() -> None:
 
 @torch.no_grad()
 def test_text_encoder_equals_transformers() -> None:
-    ours = randomise(TextEncoder(TextConfig(600, 16, 64, 2, 4)))
-    theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        vocab_size=600, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=16, hidden_act="quick_gelu",
-        eos_token_id=599, bos_token_id=598, pad_token_id=599))
-    prefix = "text_model." if any(name.startswith("text_model.") for name in theirs.state_dict()) else ""
-    wanted = {prefix + name: value for name, value in ours.state_dict().items()}
-    buffers = {name: value for name, value in theirs.state_dict().items() if name.endswith("position_ids")}
-    theirs.load_state_dict(wanted | buffers)
+    config = TextConfig(600, 16, 64, 2, 4)
+    ours = randomise(TextEncoder(config))
+    theirs = give_weights(ours, transformers_text(config))
     tokens = torch.randint(0, 598, (3, 16))
     tokens[:, 0], tokens[0, 9:], tokens[1, 4:], tokens[2, 15:] = 598, 599, 599, 599
-    output = theirs.eval()(tokens)
+    output = theirs(tokens)
     context, query = ours(tokens)
     assert difference(context, output.last_hidden_state) < 1e-4
     pooled = torch.nn.functional.normalize(output.pooler_output, dim=-1)

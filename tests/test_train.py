@@ -16,6 +16,7 @@ from conftest import build, randomise, tiny_clip_config, tiny_config
 from PIL import Image
 from soak import differences, flat, launch, log_of, ranks_of, watch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import evaluate
 import model as models
@@ -233,6 +234,10 @@ def test_the_loss_and_its_gradient_are_algorithm_1(text_target: str) -> None:
         assert error < 1e-3, f"the gradient of {name} is not that of the paper's loss: off by {error}"
 
 
+def recompute_activations(model: models.DiffDis) -> None:
+    models.wrap_blocks(model.unet, lambda forward: partial(checkpoint, forward, use_reentrant=False))
+
+
 @pytest.mark.parametrize("tasks", [train.TASKS, ("generation",), ("alignment",)])
 @pytest.mark.parametrize("dtype, sizes, limit", [(torch.float64, [3, 3, 2], 1e-10),
                                                  (torch.float32, [4, 4], 1e-5)])
@@ -247,7 +252,7 @@ def test_parts_and_recomputed_activations_change_nothing(tasks, dtype, sizes, li
     cut = {name: value.split(sizes) for name, value in noise.items()}
     parts = [(z, words, {name: value[i] for name, value in cut.items()})
              for i, (z, words) in enumerate(zip(latents.split(sizes), tokens.split(sizes)))]
-    model.unet.recompute_activations()
+    recompute_activations(model)
     for case in ([(latents, tokens, noise)], parts):
         losses, got = gradients_of(loss, case)
         assert losses.keys() == whole.keys() and got.keys() == expected.keys()
@@ -267,7 +272,7 @@ def test_recomputing_keeps_a_fraction_of_the_activations() -> None:
     latents, tokens, noise = pairs_of(model, 4)
     for recompute in (False, True):
         if recompute:
-            model.unet.recompute_activations()
+            recompute_activations(model)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(
                 lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor):
@@ -287,9 +292,9 @@ def test_blocks_are_compiled_once_for_a_shape(recompute: bool, monkeypatch) -> N
     for compile in (False, True):
         model = build(tiny_config(unet=UNetConfig((32, 64), (True, True), 3, 2))).requires_grad_(True)
         if compile:
-            train.compile_blocks(model)
+            models.wrap_blocks(model, partial(torch.compile, dynamic=False))
         if recompute:
-            model.unet.recompute_activations()
+            recompute_activations(model)
         loss = train.JointLoss(model)
         for step in range(3):
             noise = train.sample_noise(model.config, model.latent_shape(32, 32), 0, step, range(4))

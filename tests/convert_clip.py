@@ -1,0 +1,58 @@
+"""A CLIP as transformers keeps it -> a checkpoint of ours, for evaluate.py.
+
+    python tests/convert_clip.py FOLDER clip.pt
+
+FOLDER holds config.json, model.safetensors, vocab.json, merges.txt and, if the images of its training were
+normalised otherwise than CLIP's, preprocessor_config.json. OpenCLIP's models are published in this form, too.
+"""
+import json
+import sys
+from pathlib import Path
+
+import conftest  # noqa: F401  (which puts the project on the import path)
+import torch
+from transformers import CLIPConfig
+
+import model as models
+from data import Tokenizer
+
+
+def convert(folder: Path, out: Path) -> None:
+    """Raises ValueError, in one line, on whatever our two towers would not obey."""
+    with models.reading(folder):
+        pixels = folder / "preprocessor_config.json"
+        said, prepared = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+                          for path in (folder / "config.json", pixels))
+        theirs = CLIPConfig.from_pretrained(folder)           # which knows what an absent field means
+        vision, text = theirs.vision_config, theirs.text_config
+        kinds = {(said.get("model_type"), tower.hidden_act, tower.layer_norm_eps) for tower in (vision, text)}
+        if kinds not in ({("clip", "quick_gelu", 1e-5)}, {("clip", "gelu", 1e-5)}):
+            raise ValueError(f"{folder} has (model_type, hidden_act, layer_norm_eps) {kinds}, expected both "
+                             "towers to be ('clip', 'quick_gelu' or 'gelu', 1e-05)")
+        for name, ours in {"image_mean": models.CLIP_MEAN, "image_std": models.CLIP_STD}.items():
+            if prepared.get(name, [*ours]) != [*ours]:
+                raise ValueError(f"{pixels} has {name} {prepared[name]}, expected CLIP's {ours}")
+        config = models.ClipConfig(
+            vision.hidden_size, vision.num_hidden_layers, vision.num_attention_heads, vision.patch_size,
+            vision.image_size, theirs.projection_dim,
+            models.TextConfig(text.vocab_size, text.max_position_embeddings, text.hidden_size,
+                              text.num_hidden_layers, text.num_attention_heads), vision.hidden_act)
+        tokenizer = Tokenizer.from_file(folder, config.text.context_length)
+        if tokenizer.vocab_size != config.text.vocab_size:
+            raise ValueError(f"{folder}: its text tower knows {config.text.vocab_size} tokens, vocab.json "
+                             f"has {tokenizer.vocab_size}")
+        with torch.device("meta"):
+            model = models.Clip(config, tokenizer)
+        tensors = models.read_file(folder / "model.safetensors")[0]
+        model.load_state_dict({name: value for name, value in tensors.items()        # old files hold these
+                               if not name.endswith(".position_ids")}, assign=True)
+    models.save(out, model)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    try:
+        convert(*map(Path, sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
