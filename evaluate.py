@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_batches, evenly_spaced,
+from data import (SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_batches, evenly_spaced,
                   open_source, rand_augment, text_lines, to_square, usable_captions)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        signal_and_noise)
@@ -447,15 +447,14 @@ class LongTail(NamedTuple):
     labels: Tensor                # of its images [N], K classes
     test: Source                  # labelled, of the same classes
     sentences: list[list[str]]    # on each class; none without a file of them
-    augment: bool = True          # RandAugment, mixup and CutMix of training images
 
 
 def open_longtail(name: str) -> LongTail:
     """A folder with lists train.txt and test.txt, as `open_source` reads them, and, as far as there are,
-    texts/CLASS.txt, a sentence a line; or "shapes". Raises FileNotFoundError or ValueError."""
-    if name == "shapes":
-        return zipf_shapes()
+    texts/CLASS.txt, a sentence a line. Raises FileNotFoundError or ValueError."""
     root = Path(name)
+    if not root.is_dir():
+        raise FileNotFoundError(f"--data is {name!r}: longtail expects a folder with train.txt and test.txt")
     train, test = (open_source(str(root / f"{split}.txt")) for split in ("train", "test"))
     if train.classes != test.classes:
         raise ValueError(f"{root} has {len(train.classes)} classes in train.txt and {len(test.classes)} in "
@@ -468,18 +467,6 @@ def open_longtail(name: str) -> LongTail:
     if texts and not any(sentences):
         raise ValueError(f"no file in {root / 'texts'} is called as a class: expected {train.classes[0]}.txt")
     return LongTail(train, torch.tensor(train.labels), test, sentences)
-
-
-def zipf_shapes() -> LongTail:
-    """24 kinds of things, 300 training images of the first, a half, a third, … of that of the next ones. The
-    order goes round colours and shapes, so that rare kinds are made of common words."""
-    train, test, kinds = Shapes("classes", seed=2), Shapes("classes"), len(KINDS)
-    train.rows = sorted(7 * place % kinds + kinds * i for place in range(kinds)
-                        for i in range(300 // (place + 1)))
-    train.labels = 300 * test.labels[:kinds]             # more than test has
-    sentences = [[f"a {name}", f"a small {name}"] for name in test.classes]
-    # Not augmented: that would change colours.
-    return LongTail(train, torch.tensor(train.rows) % kinds, test, sentences, augment=False)
 
 
 class LanguageGuidedHead(nn.Module):
@@ -549,13 +536,12 @@ def augmented(source: Source, size: int, key: tuple[int, ...], index: int, side:
 
 def balanced_batches(data: LongTail, size: int, epochs: int, key: tuple[int, ...], reading: Reading
                      ) -> Iterator[Batch]:
-    """Balanced epochs of training images at `size` px, a function of the key. Raises ValueError where an
-    image is unusable: its class may have no other."""
+    """Balanced epochs of augmented training images at `size` px, a function of the key. Raises ValueError
+    where an image is unusable: its class may have no other."""
     for epoch in range(epochs):
         rows = balanced(data.labels, reading.batch_size, *key, epoch)
         source = data.train.subset(rows.numpy())
-        if data.augment:
-            source.image = partial(augmented, copy.copy(source), size, (*key, epoch))
+        source.image = partial(augmented, copy.copy(source), size, (*key, epoch))
         for batch in evaluation_batches(source, size, reading.batch_size, reading.workers):
             if batch.skipped:
                 raise ValueError(f"train.txt has {dict(batch.skipped)}: take it out, also of the folder")
@@ -667,41 +653,30 @@ def select_anchors(images: Tensor, labels: Tensor, texts: Sequence[Tensor], scal
     return anchors, anchors.any(dim=2)
 
 
-@torch.no_grad()
-def head_batches(model: DiffDis | Clip, data: LongTail, epochs: int, reading: Reading
-                 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Text queries [B, D] of training images and soft targets [B, K]. The model is frozen: where nothing
-    changes the images, each is read once."""
-    one_hot, key, size = torch.eye(len(data.sentences)), (reading.seed, 8), reading.batch_size
-    steps = max(1, len(data.labels) // size)
-    if not data.augment:
-        queries = over_images(model, data.train, reading).values
-        for epoch in range(epochs):
-            for rows in balanced(data.labels, size, *key, epoch).split(size):
-                yield queries[rows], one_hot[data.labels[rows]]
-        return
-    for i, batch in enumerate(balanced_batches(data, model.config.image_size, epochs, key, reading)):
-        rng = np.random.default_rng([*key, 9, *divmod(i, steps)])
-        pixels, targets = mix(batch.images, one_hot[batch.labels], rng)
-        inputs = model.read_batch(pixels.to(model.device))
-        yield read_queries(model, inputs, list(batch.places), reading), targets
-
-
 def train_head(model: DiffDis | Clip, data: LongTail, texts: Sequence[Tensor], epochs: int, lr_scale: float,
                reading: Reading) -> LanguageGuidedHead:
-    """VL-LTR's second stage: a head on the frozen model's text queries, its two branches' losses summed.
-    texts: of each class, its sentences' text queries [M, D]."""
+    """VL-LTR's second stage: a head on the frozen model's text queries of mixed images, its two branches'
+    losses summed. texts: of each class, its sentences' text queries [M, D]."""
     # At most 50 images of each class choose its anchors.
     few = torch.cat([torch.nonzero(data.labels == k)[:50, 0] for k in range(len(texts))]).sort().values
     known = over_images(model, data.train.subset(few.numpy()), reading).values
     anchors = select_anchors(known, data.labels[few], texts, model.logit_scale.exp().item())
     torch.manual_seed(reading.seed)
-    head = LanguageGuidedHead(*anchors).to(model.device)
-    losses = (sum(F.cross_entropy(logits, targets.to(model.device), label_smoothing=SMOOTHING)
-                  for logits in head(features.to(model.device)))
-              for features, targets in head_batches(model, data, epochs, reading))
-    descend([(head.attention, ATTENTION_LR * lr_scale), (head.visual, HEAD_LR * lr_scale)], losses,
-            epochs * max(1, len(data.train) // reading.batch_size), "stage 2")
+    head, one_hot, key = LanguageGuidedHead(*anchors).to(model.device), torch.eye(len(texts)), (reading.seed, 8)
+    steps = max(1, len(data.train) // reading.batch_size)        # in an epoch
+
+    def losses() -> Iterator[Tensor]:
+        batches = balanced_batches(data, model.config.image_size, epochs, key, reading)
+        for i, batch in enumerate(batches):
+            rng = np.random.default_rng([*key, 9, *divmod(i, steps)])
+            pixels, targets = mix(batch.images, one_hot[batch.labels], rng)
+            with torch.no_grad():
+                inputs = model.read_batch(pixels.to(model.device))
+                queries = read_queries(model, inputs, list(batch.places), reading)
+            yield sum(F.cross_entropy(logits, targets.to(model.device), label_smoothing=SMOOTHING)
+                      for logits in head(queries))
+    descend([(head.attention, ATTENTION_LR * lr_scale), (head.visual, HEAD_LR * lr_scale)], losses(),
+            epochs * steps, "stage 2")
     return head
 
 
@@ -740,7 +715,7 @@ COUNT, WHOLE = {"type": positive}, {"type": natural}
 # Flag, the tasks it is for, options, help.
 FLAGS = (
     ("ckpt", TASKS, {}, f"{CKPT_HELP}; to read images also a CLIP"),
-    ("data", OF_DATA, {"default": "shapes"}, "as in train.py; longtail: shapes, or a folder with two lists"),
+    ("data", OF_DATA, {"default": "shapes"}, "as in train.py; longtail: a folder with two lists"),
     ("limit", OF_DATA, COUNT, "images of --data to use, evenly spaced; without it all"),
     ("json", TASKS, {"metavar": "FILE"}, "also write the numbers here; rates are fractions"),
     ("seed", TASKS, {**WHOLE, "default": 0}, "seed of all noise and of the controls' shuffling"),

@@ -64,16 +64,6 @@ def test_places_lt_becomes_lists_and_articles_by_name(places) -> None:
         "The first one was in the U.S.", "Army.", "Others followed?", "Sport."]
 
 
-def test_shapes_follow_zipfs_law_and_share_no_picture() -> None:
-    found = open_longtail("shapes")
-    labels = found.labels
-    assert sorted(torch.bincount(labels).tolist()) == sorted(300 // k for k in range(1, 25))
-    pictures = [source.read(i).image.tobytes() for source in (found.train, found.test)
-                for i in range(0, len(source), 3)]
-    assert len(pictures) == len(set(pictures))
-    assert all(found.train.read(i).label == labels[i] for i in range(0, len(found.train), 50))
-
-
 # ---------------------------------------------------------------- losses, sampling, mixing
 def test_stage_1s_loss_equals_a_slow_reference() -> None:
     torch.manual_seed(0)
@@ -246,23 +236,22 @@ def test_two_stages_are_the_whole_and_the_seed_decides(places, monkeypatch, kind
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "not a copy"
 
 
-def test_what_nothing_changes_is_read_once_and_what_mixes_is_read_again(places, monkeypatch) -> None:
-    model, read, images, data = build(), [], [], open_longtail(str(places))
-    whole = evaluate.read_queries
+def test_every_epoch_of_the_head_reads_other_mixtures(places, monkeypatch) -> None:
+    model, data, seen, mixed = build(), open_longtail(str(places)), [], []
+    read, mix = evaluate.read_queries, evaluate.mix
+    monkeypatch.setattr(evaluate, "mix", lambda *args: (seen.append(args[0]), mixed.append(mix(*args)))[1]
+                        or mixed[-1])
+    counts = []
     monkeypatch.setattr(evaluate, "read_queries",
-                        lambda *args, **reading: read.append(len(args[1])) or whole(*args, **reading))
-    for augment, count in ((False, 17), (True, 3 * 16), (True, 3 * 16)):
-        changed = data._replace(augment=augment)
-        read.clear()
-        batches = list(evaluate.head_batches(model, changed, 3, Reading(batch_size=8)))
-        assert sum(read) == count and len(batches) == 6
-        assert all(torch.allclose(targets.sum(1), torch.ones(8)) for _, targets in batches)
-        shares = {value for _, targets in batches for value in targets.flatten().tolist()}
-        assert shares == {0, 1} if not augment else len(shares) > 6, "every batch has its own mixture"
-        images.append(torch.stack([batch.images for batch in evaluate.balanced_batches(
-            changed, 32, 2, (3, 1), Reading(batch_size=8))]))
-    assert torch.equal(*images[1:]) and not torch.equal(*images[:2]), "the key decides"
-    assert not torch.equal(*images[0].split(2)), "every epoch has its own samples"
+                        lambda *args, **reading: counts.append(len(args[1])) or read(*args, **reading))
+    for seed in (0, 0, 1):
+        evaluate.train_head(model, data, [torch.eye(32)[:2]] * 3, 3, 1.0, Reading(batch_size=8, seed=seed))
+    assert sum(counts) == 3 * (17 + 3 * 16), "once to choose anchors, then each mixture"
+    assert all(torch.allclose(targets.sum(1), torch.ones(8)) for _, targets in mixed)
+    assert len({value for _, targets in mixed for value in targets.flatten().tolist()}) > 6, "shares differ"
+    first, again, other = (torch.stack(seen[i:i + 6]) for i in (0, 6, 12))
+    assert torch.equal(first, again) and not torch.equal(first, other), "the key decides"
+    assert not any(torch.equal(first[:2], epoch) for epoch in first[2:].split(2)), "all epochs are one"
 
 
 def test_learning_beats_chance_and_its_controls_do_not(places, monkeypatch) -> None:
@@ -271,28 +260,29 @@ def test_learning_beats_chance_and_its_controls_do_not(places, monkeypatch) -> N
         angle = 2 * inputs.flatten(1).mean(1)
         return F.pad(torch.stack([angle.cos(), angle.sin()], dim=1), (0, model.config.text.width - 2))
     monkeypatch.setattr(evaluate, "read_queries", brightness)
-    model, data = build(), open_longtail(str(places))._replace(augment=False)
-    for control in ("none", "shuffle-labels", "shuffle-images", "no-image"):
-        found = evaluate.longtail(model, data, Reading(control=control, batch_size=8), epochs=0,
-                                  head_epochs=200, lr_scale=300)
+    monkeypatch.setattr(evaluate, "rand_augment", lambda image, rng: image)       # it changes brightness
+    for control in evaluate.CONTROLS:
+        found = evaluate.longtail(build(), open_longtail(str(places)), Reading(control=control, batch_size=8),
+                                  epochs=0, head_epochs=200, lr_scale=300)
         assert found["top1"] > 0.6 if control == "none" else found["top1"] < 0.7, control
         assert found["chance"] == pytest.approx(1 / 3) and found["n_train"] == 17
 
 
 def test_a_control_breaks_the_test_images_alone(places, monkeypatch) -> None:
     """And no training image has the noise of the test image of its number, which would tell its class."""
-    readings, whole = [], evaluate.over_images
-    monkeypatch.setattr(evaluate, "over_images", lambda model, source, reading: (
-        readings.append((source.name, reading.control, reading.seed)), whole(model, source, reading))[1])
-    data = open_longtail(str(places))._replace(augment=False)
-    evaluate.longtail(build(), data, Reading(batch_size=8, control="no-image"), epochs=0, head_epochs=1)
-    assert readings == [("test", "no-image", 0), ("train", "none", 1), ("train", "none", 1)]
+    seen, read = set(), evaluate.read_queries
+    monkeypatch.setattr(evaluate, "read_queries", lambda model, inputs, places, reading: (
+        seen.add((reading.seed, bool(inputs.any()))), read(model, inputs, places, reading))[1])
+    evaluate.longtail(build(), open_longtail(str(places)), Reading(batch_size=8, control="no-image"), epochs=0,
+                      head_epochs=1)
+    assert seen == {(0, False), (1, True)}
 
 
 HALL = "train/hall/00000000.png"
 
 
 @pytest.mark.parametrize("change, flags, message", [
+    (lambda p: None, ["--data", "shapes"], "longtail expects a folder with train.txt and test.txt"),
     (lambda p: (p / "test.txt").unlink(), [], "no data at"),
     (lambda p: (p / "test" / "hall" / "00000001.png").unlink(), [], "1 of the 9 images in"),
     (lambda p: (p / "test.txt").write_text("test/hall/00000000.png\ntest/airfield/00000000.png\n"), [],
@@ -323,12 +313,3 @@ def test_cifar10_lt_is_what_longtail_reads(tmp_path) -> None:
     data = open_longtail(str(tmp_path / "lt"))
     assert torch.bincount(data.labels).tolist() == counts == [10, 7, 5, 4, 3, 2, 2, 1, 1, 1]
     assert len(data.test) == 20 and all(map(len, data.sentences)) and data.train.classes == sorted(ARTICLES)
-
-
-def test_both_stages_run_on_shapes_by_zipfs_law(tmp_path) -> None:
-    models.save(tmp_path / "m.pt", build())
-    evaluate.main(["longtail", "--ckpt", str(tmp_path / "m.pt"), "--limit", "96", *QUICK, "--epochs", "1",
-                   "--batch-size", "128", "--json", str(tmp_path / "r.json")])
-    found = json.loads((tmp_path / "r.json").read_text())
-    assert found["n"] == 96 and found["classes"] == 24 and found["chance"] == 1 / 24
-    assert {"image_acc_few", "top1_few", "top1_many"} <= set(found)
