@@ -31,11 +31,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import (SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_batches, evenly_spaced,
+from data import (SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_batches, evenly_spaced, fill,
                   open_source, rand_augment, text_lines, to_square, usable_captions)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        signal_and_noise)
-from model import Clip, DiffDis, TextConfig
+from model import Clip, DiffDis
 from sample import (CKPT_HELP, SAMPLERS, Parser, all_finite, denoise_queries, draw_images, draw_queries,
                     errors_in_one_line, find_checkpoint, fingerprint, finite, natural, pick_device, positive,
                     share, to_pil, weight, best_of as favourite)
@@ -214,27 +214,6 @@ def retrieval(model: DiffDis | Clip, source: Source, reading: Reading = Reading(
     return {**result, "mean_r1": (result["i2t_r1"] + result["t2i_r1"]) / 2, "skipped": read.skipped}
 
 
-# {} is the class's name, {a} its article, which the captions of class folders have in training too.
-ENSEMBLE = ("a photo of {a} {}", "a picture of {a} {}", "an image of {a} {}", "a close-up photo of {a} {}",
-            "a blurry photo of {a} {}", "a bright photo of {a} {}", "a dark photo of {a} {}",
-            "a photo of a small {}", "a photo of a large {}", "a photo of one {}", "a drawing of {a} {}",
-            "a cropped photo of {a} {}", "{a} {} outdoors", "{a} {} on a plain background", "this is {a} {}",
-            "there is {a} {} in this picture")
-
-
-def fill(template: str, name: str) -> str:
-    return template.replace("{a}", "an" if name[0].lower() in "aeiou" else "a").replace("{}", name)
-
-
-def pick_templates(model: DiffDis | Clip, source: Source, given: Sequence[str] | None) -> Sequence[str]:
-    """The templates given, or what is built in. Raises ValueError."""
-    if wrong := [template for template in given or () if "{}" not in template]:
-        raise ValueError(f"template {wrong[0]!r} has no {{}} for the name of a class")
-    # A vocabulary learnt here comes with a text encoder that has read little but "a photo of a CLASS".
-    reads_all = model.config.text.vocab_size == TextConfig().vocab_size
-    return given or (("a {}",) if source.name == "shapes" else ENSEMBLE if reads_all else ENSEMBLE[:1])
-
-
 @torch.no_grad()
 def denoising_errors(model: DiffDis, latents: Tensor, places: list[int], contexts: Tensor, levels: int,
                      seed: int) -> Tensor:
@@ -258,8 +237,8 @@ def denoising_errors(model: DiffDis, latents: Tensor, places: list[int], context
 def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading(),
              templates: Sequence[str] | None = None, loss_timesteps: int | None = None) -> dict:
     """Zero-shot classification: a class's text query is the normalised mean of its templates' queries.
-    loss_timesteps: instead Diffusion Classifier, with so many; a class is its first template."""
-    names, templates = source.classes or [], pick_templates(model, source, templates)
+    templates: without them the caption that the source's classes have in training; loss_timesteps: instead Diffusion Classifier, with so many; a class is its first template."""
+    names, templates = source.classes or [], templates or [source.template]
     if len(names) < 2:       # of a single class every answer is right
         raise ValueError(f"{source.name} has {len(names)} classes: zeroshot needs two or more, as folders "
                          "(DIR/CLASS/*.jpg) or in a list (lines 'PATH<TAB>CLASS')")
@@ -685,7 +664,7 @@ def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(b
              lr_scale: float = 1.0) -> dict:
     """VL-LTR's two stages with this model as the backbone (Table 8). epochs, head_epochs: of stage 1 and 2, 0
     leaves a stage out; lr_scale: times VL-LTR's learning rates."""
-    templates, counts = pick_templates(model, data.test, templates), torch.bincount(data.labels)
+    templates, counts = templates or [data.test.template], torch.bincount(data.labels)
     sentences = [list(dict.fromkeys([*(fill(template, name) for template in templates), *own]))
                  for name, own in zip(data.test.classes, data.sentences)]
     data, texts = data._replace(sentences=sentences), sum(sentences, [])
@@ -728,7 +707,7 @@ FLAGS = (
     ("text-steps", OF_DATA, {**COUNT, "default": 1}, "denoising steps of the text query"),
     ("draws", OF_DATA, {**COUNT, "default": 1}, "noise draws averaged per image"),
     ("template", ("zeroshot", "longtail"), {"action": "append"},
-     "prompt of a class, {} is its name, {a} its article; may be repeated; else what is built in"),
+     "prompt of a class, {} is its name, {a} its article; may be repeated; else its caption in training"),
     ("loss-timesteps", ("zeroshot",), COUNT, "by Diffusion Classifier, from the loss of so many timesteps"),
     ("n", DRAWS, COUNT, "pictures to draw; without it 64, for fid 30,000 or a caption each"),
     ("steps", DRAWS, {**COUNT, "default": 50}, "sampler steps"),
@@ -747,6 +726,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flags = [(parser.add_argument(f"--{name}", help=text if tasks is TASKS else f"{', '.join(tasks)}: {text}",
                                   **options), tasks) for name, tasks, options, text in FLAGS]
     args = parser.parse_intermixed_args(argv)
+    if wrong := [text for text in args.template or () if "{}" not in text]:
+        parser.error(f"template {wrong[0]!r} has no {{}} for the name of a class")
     for flag, tasks in flags:
         if getattr(args, flag.dest) != flag.default and not set(tasks) & set(args.tasks):
             warnings.warn(f"{flag.option_strings[0]} is for {', '.join(tasks)}: it changes nothing here")

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +17,9 @@ from torch.nn import functional as F
 
 import evaluate
 import model as models
-from data import BadSample, Shapes, Source, evenly_spaced
+from data import BadSample, Shapes, Source, evenly_spaced, fill
 from diffusion import generator_of, make_alphas_cumprod
-from evaluate import Reading, fill, ranks_of_best_match, score, wilson
+from evaluate import Reading, ranks_of_best_match, score, wilson
 from sample import draw_queries
 
 
@@ -259,11 +258,9 @@ def test_wilson() -> None:
 def test_templates(base) -> None:
     assert fill("a photo of {a} {}", "owl") == "a photo of an owl" and fill("{a} {}", "dog") == "a dog"
     assert fill("a {}", "owl") == "a owl", "without {a} a user's template stays as it is"
-    sd, shapes = SimpleNamespace(config=models.PRESETS["sd-v1"]), Shapes("classes")
-    assert evaluate.pick_templates(sd, Numbered(5), None) == evaluate.ENSEMBLE
-    assert list(evaluate.pick_templates(base, Numbered(5), None)) == ["a photo of {a} {}"]
-    assert list(evaluate.pick_templates(sd, shapes, None)) == ["a {}"]
-    assert evaluate.pick_templates(sd, shapes, ["my {}"]) == ["my {}"]
+    for source, given, used in ((Numbered(5), None, ["a photo of {a} {}"]), (Shapes("classes"), None, ["a {}"]),
+                                (Numbered(5), ["my {}", "{}"], ["my {}", "{}"])):
+        assert evaluate.zeroshot(base, evenly_spaced(source, 5), templates=given)["templates"] == used
 
 
 def test_scores_depend_on_seed_and_draws_and_stay_cosines(base) -> None:
