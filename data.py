@@ -290,7 +290,7 @@ class Source:
     captions and an image, of their own."""
     # Instead of images what the autoencoder makes of them, mean and log-variance (train.py --latents):
     moments: np.ndarray | None = None          # float16 [all rows, 2C, h, w], NaN where an image is unusable
-    template = "a photo of {a} {}"             # the caption of an image of which its class is all that is known
+    template = "a photo of {a} {}"             # the caption of an image that has just a class
 
     def __init__(self, name: str, images: Sequence[Path] = (), classes: list[str] | None = None,
                  labels: list[int] | None = None, texts: list[list[str]] | None = None) -> None:

@@ -10,6 +10,7 @@ Under torchrun the ranks share the images (but of checker; give `--` before eval
 """
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -37,8 +38,8 @@ from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_
                        signal_and_noise)
 from model import Clip, DiffDis
 from sample import (CKPT_HELP, SAMPLERS, Parser, all_finite, denoise_queries, draw_images, draw_queries,
-                    errors_in_one_line, find_checkpoint, fingerprint, finite, natural, pick_device, positive,
-                    share, to_pil, weight, best_of as favourite)
+                    errors_in_one_line, find_checkpoint, finite, natural, pick_device, positive, share,
+                    to_pil, weight, best_of as favourite)
 
 
 # ---------------------------------------------------------------- ranks
@@ -237,7 +238,8 @@ def denoising_errors(model: DiffDis, latents: Tensor, places: list[int], context
 def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading(),
              templates: Sequence[str] | None = None, loss_timesteps: int | None = None) -> dict:
     """Zero-shot classification: a class's text query is the normalised mean of its templates' queries.
-    templates: without them the caption that the source's classes have in training; loss_timesteps: instead Diffusion Classifier, with so many; a class is its first template."""
+    templates: without them a class's caption in training; loss_timesteps: instead Diffusion Classifier, with
+    so many; a class is its first template."""
     names, templates = source.classes or [], templates or [source.template]
     if len(names) < 2:       # of a single class every answer is right
         raise ValueError(f"{source.name} has {len(names)} classes: zeroshot needs two or more, as folders "
@@ -304,7 +306,7 @@ class Inception:
 
     def __init__(self, device: torch.device) -> None:
         path, self.device = models.download("inception"), device
-        if not fingerprint(path).startswith(models.DOWNLOADS["inception"][1]):
+        if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(models.DOWNLOADS["inception"][1]):
             raise ValueError(f"{path} is not FID's Inception: delete it to fetch it again")
         self.tensors = {name: value.to(device) for name, value in models.read_file(path)[0].items()}
 
@@ -641,13 +643,13 @@ def train_head(model: DiffDis | Clip, data: LongTail, texts: Sequence[Tensor], e
     known = over_images(model, data.train.subset(few.numpy()), reading).values
     anchors = select_anchors(known, data.labels[few], texts, model.logit_scale.exp().item())
     torch.manual_seed(reading.seed)
-    head, one_hot, key = LanguageGuidedHead(*anchors).to(model.device), torch.eye(len(texts)), (reading.seed, 8)
-    steps = max(1, len(data.train) // reading.batch_size)        # in an epoch
+    head, one_hot = LanguageGuidedHead(*anchors).to(model.device), torch.eye(len(texts))
+    steps = max(1, len(data.train) // reading.batch_size)        # of an epoch
 
     def losses() -> Iterator[Tensor]:
-        batches = balanced_batches(data, model.config.image_size, epochs, key, reading)
+        batches = balanced_batches(data, model.config.image_size, epochs, (reading.seed, 8), reading)
         for i, batch in enumerate(batches):
-            rng = np.random.default_rng([*key, 9, *divmod(i, steps)])
+            rng = np.random.default_rng([reading.seed, 8, 9, *divmod(i, steps)])
             pixels, targets = mix(batch.images, one_hot[batch.labels], rng)
             with torch.no_grad():
                 inputs = model.read_batch(pixels.to(model.device))
@@ -703,7 +705,7 @@ FLAGS = (
     ("workers", OF_DATA, WHOLE, "processes that decode images; without it 0 for shapes, else 2"),
     ("max-bad", OF_DATA, {"type": share, "default": 0.05}, "share of samples that may be unusable"),
     ("guidance-scale", TASKS, {"type": finite}, "1 + w; without it 1 to read, the checkpoint's own to draw"),
-    ("control", TASKS, {"choices": CONTROLS, "default": "none"}, "break what is read, to see chance"),
+    ("control", READS, {"choices": CONTROLS, "default": "none"}, "break what is read, to see chance"),
     ("text-steps", OF_DATA, {**COUNT, "default": 1}, "denoising steps of the text query"),
     ("draws", OF_DATA, {**COUNT, "default": 1}, "noise draws averaged per image"),
     ("template", ("zeroshot", "longtail"), {"action": "append"},
@@ -757,8 +759,6 @@ def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
         if not set(needed) <= set(model.tasks):
             raise ValueError(f"{task} of images needs weights trained with --tasks {','.join(needed)}, these "
                              f"were for {','.join(model.tasks)}: go on from them by train.py --init")
-        if args.control != "none" and task in DRAWS:
-            raise ValueError(f"--control {args.control}: {task} has no right answers to break, leave it out")
         if task == "longtail" and rank_and_world()[1] > 1:
             raise ValueError("longtail trains in one process: start it with python, not torchrun")
 
@@ -766,7 +766,8 @@ def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
 def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict:
     """Open the task's data and measure."""
     scale, workers, size = args.guidance_scale, 2 * (args.data != "shapes"), model.config.image_size
-    reading = Reading(args.text_steps, args.draws, 1.0 if scale is None else scale, args.seed, args.control,
+    reading = Reading(args.text_steps, args.draws, 1.0 if scale is None else scale, args.seed,
+                      args.control if task in READS else "none",
                       args.batch_size or {"fid": 16, "longtail": 128}.get(task, 100),
                       workers if args.workers is None else args.workers, args.max_bad)
     if task == "longtail":
@@ -779,8 +780,7 @@ def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict
     if task == "checker":
         return checker(model, args.n or 64, args.best_of, args.seed, **drawing)
     split = "classes" if args.data == "shapes" and task == "zeroshot" else "val"
-    source = in_turn(lambda: open_source(args.data, split, args.max_bad))
-    source = evenly_spaced(source, args.limit)
+    source = evenly_spaced(in_turn(lambda: open_source(args.data, split, args.max_bad)), args.limit)
     if task == "retrieval":
         return retrieval(model, source, reading)
     if task == "zeroshot":
@@ -803,8 +803,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         Path(args.out).mkdir(parents=True, exist_ok=True)
     about = {"settings": {name: value for name, value in vars(args).items() if name not in ("tasks", "json")},
              "command": " ".join(sys.argv), "date": date.today().isoformat(), "checkpoint": str(path),
-             "checkpoint_hash": fingerprint(path), "ranks": rank_and_world()[1], "device": str(device),
-             "torch": torch.__version__}
+             "ranks": rank_and_world()[1], "device": str(device), "torch": torch.__version__}
     for task in args.tasks:
         result, name = run_task(task, model, args), "shapes" if task == "checker" else args.data
         report(task, result, name)

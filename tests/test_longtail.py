@@ -273,8 +273,8 @@ def test_a_control_breaks_the_test_images_alone(places, monkeypatch) -> None:
     seen, read = set(), evaluate.read_queries
     monkeypatch.setattr(evaluate, "read_queries", lambda model, inputs, places, reading: (
         seen.add((reading.seed, bool(inputs.any()))), read(model, inputs, places, reading))[1])
-    evaluate.longtail(build(), open_longtail(str(places)), Reading(batch_size=8, control="no-image"), epochs=0,
-                      head_epochs=1)
+    reading = Reading(batch_size=8, control="no-image")
+    evaluate.longtail(build(), open_longtail(str(places)), reading, epochs=0, head_epochs=1)
     assert seen == {(0, False), (1, True)}
 
 
