@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import build, tiny_clip_config
 from convert_places_lt import convert
-from make_cifar10_lt import ARTICLES, cifar10_lt
+from make_cifar10_lt import ARTICLES, make
 from PIL import Image
 from torch.nn import functional as F
 
@@ -16,7 +16,6 @@ import evaluate
 import model as models
 from evaluate import LanguageGuidedHead, Reading, open_longtail
 
-TRAIN = {"airfield": 12, "art_gallery": 4, "hall": 1}
 ARTICLE = """An airfield is a place. Planes land there, e.g. small ones! It is flat.
 == History ==
 The first one was in the U.S. Army. Others followed?
@@ -29,25 +28,24 @@ Sport.
 
 @pytest.fixture()
 def places(tmp_path):
-    """A small long-tailed set: 12, 4 and 1 training images of three classes."""
-    for split in ("train", "test"):
-        lines = []
-        for label, (name, count) in enumerate(TRAIN.items()):
-            (tmp_path / split / name).mkdir(parents=True)
-            for i in range(count if split == "train" else 3):
+    """A small long-tailed set: 12, 3 and 1 training images of three classes, told by their grey."""
+    for label, name in enumerate(("airplane", "art_gallery", "hall")):
+        for split, count in (("train", 12), ("val", 3)):
+            (tmp_path / "whole" / split / name).mkdir(parents=True)
+            for i in range(count):
                 pixels = np.random.default_rng([label, i]).integers(80, size=(32, 32, 3)) + 70 * label
-                lines.append(f"{split}/{name}/{i}.png\t{name}\n")
-                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / split / name / f"{i}.png")
-        (tmp_path / f"{split}.txt").write_text("".join(lines))
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "airfield.txt").write_text("An airfield is a place.\nIt is flat.\n")
-    return tmp_path
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "whole" / split / name / f"{i}.png")
+    assert make(tmp_path / "whole", tmp_path / "lt", most=12, imbalance=12) == [12, 3, 1]
+    return tmp_path / "lt"
 
 
 # ---------------------------------------------------------------- the layout
 def test_places_lt_becomes_lists_and_articles_by_name(places) -> None:
+    made = open_longtail(str(places))
+    assert made.test.classes == ["airplane", "art gallery", "hall"]
+    assert " ".join(made.sentences[0]) == ARTICLES["airplane"] and made.sentences[1:] == [[], []]
     for split in ("train", "test"):
-        lines = (places / f"{split}.txt").read_text().replace("\tairfield", " 0").replace("\thall", " 2")
+        lines = (places / f"{split}.txt").read_text().replace("\tairplane", " 0").replace("\thall", " 2")
         (places / f"Places_LT_{split}.txt").write_text("/" + lines.replace("\tart_gallery", " 1"))
         (places / f"{split}.txt").unlink()
     (places / "labels.txt").write_text("airfield 0\nart_gallery 1\nbeer/hall 2\n")
@@ -56,7 +54,7 @@ def test_places_lt_becomes_lists_and_articles_by_name(places) -> None:
     convert(places)
     found = open_longtail(str(places))
     assert found.test.classes == ["airfield", "art gallery", "beer hall"] and len(found.test) == 9
-    assert found.labels.tolist() == [0] * 12 + [1] * 4 + [2]
+    assert found.labels.tolist() == [0] * 12 + [1] * 3 + [2]
     assert found.test.read(8).label == 2 and found.sentences[1:] == [[], []]
     assert found.sentences[0] == [
         "An airfield is a place.", "Planes land there, e.g. small ones!", "It is flat.",
@@ -199,13 +197,10 @@ RATES = ("image_acc", "text_acc", "knn", "top1")
 
 @pytest.mark.parametrize("config", [None, tiny_clip_config()], ids=["diffdis", "clip"])
 def test_two_stages_are_the_whole_and_the_seed_decides(places, monkeypatch, config) -> None:
-    model, done = build(config), {"fine_tune": [], "train_head": []}
-    models.save(places / "m.pt", model)
-    for name, results in done.items():
-        def remember(*args, results=results, whole=getattr(evaluate, name)):
-            results.append(whole(*args))
-            return results[-1]
-        monkeypatch.setattr(evaluate, name, remember)
+    tune, tuned, train_head, heads = evaluate.fine_tune, [], evaluate.train_head, []
+    models.save(places / "m.pt", build(config))
+    monkeypatch.setattr(evaluate, "fine_tune", lambda *args: tuned.append(tune(*args)) or tuned[-1])
+    monkeypatch.setattr(evaluate, "train_head", lambda *args: heads.append(train_head(*args)) or heads[-1])
 
     def run(ckpt: str, *flags: str) -> dict:
         evaluate.main(["longtail", "--data", str(places), "--json", str(places / "r.json"), *QUICK,
@@ -213,11 +208,11 @@ def test_two_stages_are_the_whole_and_the_seed_decides(places, monkeypatch, conf
         found = json.loads((places / "r.json").read_text())
         return {name: value for name, value in found.items() if name.startswith(RATES)}
     whole, first = run("m.pt"), run("m.pt", "--head-epochs", "0")
-    models.save(places / "stage1.pt", done["fine_tune"][0])
+    models.save(places / "stage1.pt", tuned[0])
     assert whole == {**first, **run("stage1.pt", "--epochs", "0")} and "top1" not in first
     assert {"image_acc", "top1_few"} <= set(whole)
     run("m.pt", "--seed", "1")
-    ours, again, other = (list(head.parameters()) for head in done["train_head"])
+    ours, again, other = (list(head.parameters()) for head in heads)
     assert all(map(torch.equal, ours, again)) and not any(map(torch.equal, ours, other))
 
 
@@ -238,7 +233,7 @@ def test_every_epoch_of_the_head_reads_other_mixtures(places, monkeypatch) -> No
     for seed in (0, 0, 1):
         evaluate.train_head(build(), open_longtail(str(places)), [torch.eye(32)[:2]] * 3, 3, 1.0,
                             Reading(batch_size=8, seed=seed))
-    assert sum(counts) == 3 * (17 + 3 * 16), "once to choose anchors, then each mixture"
+    assert sum(counts) == 3 * (16 + 3 * 16), "once to choose anchors, then each mixture"
     pictures, _, targets = map(torch.stack, zip(*mixed))
     assert torch.allclose(targets.sum(2), torch.ones(18, 8)) and len(targets.unique()) > 20, "shares differ"
     first, again, other = pictures.split(6)
@@ -247,27 +242,23 @@ def test_every_epoch_of_the_head_reads_other_mixtures(places, monkeypatch) -> No
 
 
 def test_learning_beats_chance_and_its_controls_do_not(places, monkeypatch) -> None:
-    """The backbone tells brightness alone: the head must learn the classes' greys from it."""
+    """The backbone tells brightness alone: the head must learn the classes' greys from it. Controls break the
+    test images alone, and a training image's noise is not that of the test image of its number."""
+    seen = set()
+
     def brightness(model, inputs, places, reading):
+        seen.add((reading.seed, bool(inputs.any())))
         angle = 2 * inputs.flatten(1).mean(1)
         return F.pad(torch.stack([angle.cos(), angle.sin()], dim=1), (0, model.config.text.width - 2))
     monkeypatch.setattr(evaluate, "read_queries", brightness)
     monkeypatch.setattr(evaluate, "rand_augment", lambda image, rng: image)       # it changes brightness
     for control in evaluate.CONTROLS:
+        seen.clear()
         found = evaluate.longtail(build(), open_longtail(str(places)), Reading(control=control, batch_size=8),
                                   epochs=0, head_epochs=200, lr_scale=300)
         assert found["top1"] > 0.6 if control == "none" else found["top1"] < 0.7, control
-        assert found["chance"] == pytest.approx(1 / 3) and found["n_train"] == 17
-
-
-def test_a_control_breaks_the_test_images_alone(places, monkeypatch) -> None:
-    """And no training image has the noise of the test image of its number, which would tell its class."""
-    seen, read = set(), evaluate.read_queries
-    monkeypatch.setattr(evaluate, "read_queries", lambda model, inputs, places, reading: (
-        seen.add((reading.seed, bool(inputs.any()))), read(model, inputs, places, reading))[1])
-    reading = Reading(batch_size=8, control="no-image")
-    evaluate.longtail(build(), open_longtail(str(places)), reading, epochs=0, head_epochs=1)
-    assert seen == {(0, False), (1, True)}
+        assert found["chance"] == pytest.approx(1 / 3) and found["n_train"] == 16
+        assert seen == {(0, control != "no-image"), (1, True)}, control
 
 
 HALL = "train/hall/0.png"
@@ -277,9 +268,9 @@ HALL = "train/hall/0.png"
     (lambda p: None, ["--data", "shapes"], "longtail expects a folder with train.txt and test.txt"),
     (lambda p: (p / "test.txt").unlink(), [], "no data at"),
     (lambda p: (p / "test" / "hall" / "1.png").unlink(), [], "1 of the 9 images in"),
-    (lambda p: (p / "test.txt").write_text("test/hall/0.png\ntest/airfield/0.png\n"), [],
+    (lambda p: (p / "test.txt").write_text("test/hall/0.png\ntest/airplane/0.png\n"), [],
      "the same classes in both"),
-    (lambda p: (p / "test.txt").write_text((p / "train.txt").read_text()), [], "17 images are in both"),
+    (lambda p: (p / "test.txt").write_text((p / "train.txt").read_text()), [], "16 images are in both"),
     (lambda p: (p / HALL).write_text("none"), ["--batch-size", "16"], "unreadable image"),
     (lambda p: (p / HALL).write_text("none"), ["--epochs", "0"], "unreadable image"),
     (lambda p: None, ["--lr-scale", "1e30", *QUICK[:-2]], "stage 1, step"),
@@ -292,16 +283,3 @@ def test_mistakes_end_in_one_line(places, capsys, change, flags, message) -> Non
                        *flags])
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert stop.value.code == 2 and len(errors) == 1 and message in errors[0]
-
-
-# ---------------------------------------------------------------- whole data sets
-def test_cifar10_lt_is_what_longtail_reads(tmp_path) -> None:
-    for split, count in (("train", 12), ("val", 2)):
-        for name in ARTICLES:
-            (tmp_path / "cifar10" / split / name).mkdir(parents=True)
-            for i in range(count):
-                (tmp_path / "cifar10" / split / name / f"{i}.png").touch()
-    counts = cifar10_lt(tmp_path / "cifar10", tmp_path / "lt", most=10, imbalance=10)
-    data = open_longtail(str(tmp_path / "lt"))
-    assert torch.bincount(data.labels).tolist() == counts == [10, 7, 5, 4, 3, 2, 2, 1, 1, 1]
-    assert len(data.test) == 20 and all(map(len, data.sentences)) and data.train.classes == sorted(ARTICLES)
