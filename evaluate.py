@@ -572,12 +572,9 @@ def fine_tune(model: DiffDis | Clip, data: LongTail, epochs: int, lr_scale: floa
     """
     student, seed = copy.deepcopy(model).requires_grad_(True), reading.seed
 
-    def logits_of(network: DiffDis | Clip, inputs: Tensor, chosen: list[str], step: int) -> Tensor:
-        if isinstance(network, Clip):
-            queries = network.encode_image(inputs)
-        else:
-            keys = [(seed, 7, step, i) for i in range(len(chosen))]
-            queries = denoise_queries(network, inputs, noise_of((network.config.text.width,), keys))
+    def logits_of(network: DiffDis | Clip, inputs: Tensor, noise: Tensor, chosen: list[str]) -> Tensor:
+        queries = (network.encode_image(inputs) if isinstance(network, Clip) else
+                   denoise_queries(network, inputs, noise))
         return network.logit_scale.exp() * queries @ network.encode_text(chosen)[1].T
 
     def losses() -> Iterator[Tensor]:
@@ -585,10 +582,12 @@ def fine_tune(model: DiffDis | Clip, data: LongTail, epochs: int, lr_scale: floa
         for step, batch in enumerate(batches):
             rng = np.random.default_rng([seed, 6, step])
             chosen = [data.sentences[k][rng.integers(len(data.sentences[k]))] for k in batch.labels]
+            keys = [(seed, 7, step, i) for i in range(len(chosen))]
+            noise = noise_of((model.config.text.width,), keys)
             with torch.no_grad():       # so the autoencoder stays as it is
                 inputs = model.read_batch(batch.images.to(model.device))
-                teacher = logits_of(model, inputs, chosen, step)
-            logits, labels = logits_of(student, inputs, chosen, step), torch.tensor(batch.labels)
+                teacher = logits_of(model, inputs, noise, chosen)
+            logits, labels = logits_of(student, inputs, noise, chosen), torch.tensor(batch.labels)
             yield stage_1_loss(logits, teacher, labels.to(model.device))
             with torch.no_grad():
                 student.logit_scale.clamp_(0, math.log(100))        # as train.py does
