@@ -271,6 +271,11 @@ def rand_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 # ---------------------------------------------------------------- sources
+def fill(template: str, name: str) -> str:
+    """A sentence about a class: its name for {}, its name's article for {a}."""
+    return template.replace("{a}", "an" if name[0].lower() in "aeiou" else "a").replace("{}", name)
+
+
 class Sample(NamedTuple):
     image: Image.Image | np.ndarray      # RGB, or moments: see Source
     captions: list[str] | str            # in training the one that is chosen
@@ -284,6 +289,7 @@ class Source:
     an image, of their own."""
     # Instead of images what the autoencoder makes of them, mean and log-variance (train.py --latents):
     moments: np.ndarray | None = None          # float16 [all rows, 2C, h, w], NaN where an image is unusable
+    template = "a photo of {a} {}"             # the caption of an image that has just a class
 
     def __init__(self, name: str, images: Sequence[Path] = (), classes: list[str] | None = None,
                  labels: list[int] | None = None, texts: list[list[str]] | None = None) -> None:
@@ -317,8 +323,7 @@ class Source:
         if self.texts is not None:
             return self.texts[self.rows[index]]
         if self.labels is not None:
-            name = self.classes[self.labels[self.rows[index]]]
-            return [f"a photo of a{'n' if name[0].lower() in 'aeiou' else ''} {name}"]
+            return [fill(self.template, self.classes[self.labels[self.rows[index]]])]
         lines, meta = self.content(index, "txt").decode("utf-8-sig", errors="replace").splitlines(), {}
         with suppress(ValueError, TypeError, RecursionError):      # no JSON object, or absurdly nested
             meta = dict(json.loads(self.content(index, "json")))
@@ -778,6 +783,7 @@ class Shapes(Source):
     twos whose captions have the same words and another meaning: they share a batch, so that telling captions
     apart means reading all of them, not just spotting a colour. "val": each meaning of held-out pairs once
     ("A above B" and "B below A" are one). "classes": single things of 24 classes such as "red circle"."""
+    template = "a {}"
 
     def __init__(self, split: str = "train", seed: int = 0) -> None:
         super().__init__("shapes")

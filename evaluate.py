@@ -10,6 +10,7 @@ Under torchrun the ranks share the images (but of checker; give `--` before eval
 """
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -31,14 +32,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import (KINDS, SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_batches, evenly_spaced,
+from data import (SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_batches, evenly_spaced, fill,
                   open_source, rand_augment, text_lines, to_square, usable_captions)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        signal_and_noise)
-from model import Clip, DiffDis, TextConfig
+from model import Clip, DiffDis
 from sample import (CKPT_HELP, SAMPLERS, Parser, all_finite, denoise_queries, draw_images, draw_queries,
-                    errors_in_one_line, find_checkpoint, fingerprint, finite, natural, pick_device, positive,
-                    share, to_pil, weight, best_of as favourite)
+                    errors_in_one_line, find_checkpoint, finite, natural, pick_device, positive, share,
+                    to_pil, weight, best_of as favourite)
 
 
 # ---------------------------------------------------------------- ranks
@@ -213,27 +214,6 @@ def retrieval(model: DiffDis | Clip, source: Source, reading: Reading = Reading(
     return {**result, "mean_r1": (result["i2t_r1"] + result["t2i_r1"]) / 2, "skipped": read.skipped}
 
 
-# {} is the class's name, {a} its article, which the captions of class folders have in training too.
-ENSEMBLE = ("a photo of {a} {}", "a picture of {a} {}", "an image of {a} {}", "a close-up photo of {a} {}",
-            "a blurry photo of {a} {}", "a bright photo of {a} {}", "a dark photo of {a} {}",
-            "a photo of a small {}", "a photo of a large {}", "a photo of one {}", "a drawing of {a} {}",
-            "a cropped photo of {a} {}", "{a} {} outdoors", "{a} {} on a plain background", "this is {a} {}",
-            "there is {a} {} in this picture")
-
-
-def fill(template: str, name: str) -> str:
-    return template.replace("{a}", "an" if name[0].lower() in "aeiou" else "a").replace("{}", name)
-
-
-def pick_templates(model: DiffDis | Clip, source: Source, given: Sequence[str] | None) -> Sequence[str]:
-    """The templates given, or what is built in. Raises ValueError."""
-    if wrong := [template for template in given or () if "{}" not in template]:
-        raise ValueError(f"template {wrong[0]!r} has no {{}} for the name of a class")
-    # A vocabulary learnt here comes with a text encoder that has read little but "a photo of a CLASS".
-    reads_all = model.config.text.vocab_size == TextConfig().vocab_size
-    return given or (("a {}",) if source.name == "shapes" else ENSEMBLE if reads_all else ENSEMBLE[:1])
-
-
 @torch.no_grad()
 def denoising_errors(model: DiffDis, latents: Tensor, places: list[int], contexts: Tensor, levels: int,
                      seed: int) -> Tensor:
@@ -257,8 +237,9 @@ def denoising_errors(model: DiffDis, latents: Tensor, places: list[int], context
 def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading(),
              templates: Sequence[str] | None = None, loss_timesteps: int | None = None) -> dict:
     """Zero-shot classification: a class's text query is the normalised mean of its templates' queries.
-    loss_timesteps: instead Diffusion Classifier, with so many; a class is its first template."""
-    names, templates = source.classes or [], pick_templates(model, source, templates)
+    templates: without them a class's caption in training; loss_timesteps: instead Diffusion Classifier, with
+    so many; a class is its first template."""
+    names, templates = source.classes or [], templates or [source.template]
     if len(names) < 2:       # of a single class every answer is right
         raise ValueError(f"{source.name} has {len(names)} classes: zeroshot needs two or more, as folders "
                          "(DIR/CLASS/*.jpg) or in a list (lines 'PATH<TAB>CLASS')")
@@ -324,7 +305,7 @@ class Inception:
 
     def __init__(self, device: torch.device) -> None:
         path, self.device = models.download("inception"), device
-        if not fingerprint(path).startswith(models.DOWNLOADS["inception"][1]):
+        if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(models.DOWNLOADS["inception"][1]):
             raise ValueError(f"{path} is not FID's Inception: delete it to fetch it again")
         self.tensors = {name: value.to(device) for name, value in models.read_file(path)[0].items()}
 
@@ -446,15 +427,14 @@ class LongTail(NamedTuple):
     labels: Tensor                # of its images [N], K classes
     test: Source                  # labelled, of the same classes
     sentences: list[list[str]]    # on each class; none without a file of them
-    augment: bool = True          # RandAugment, mixup and CutMix of training images
 
 
 def open_longtail(name: str) -> LongTail:
     """A folder with lists train.txt and test.txt, as `open_source` reads them, and, as far as there are,
-    texts/CLASS.txt, a sentence a line; or "shapes". Raises FileNotFoundError or ValueError."""
-    if name == "shapes":
-        return zipf_shapes()
+    texts/CLASS.txt, a sentence a line. Raises FileNotFoundError or ValueError."""
     root = Path(name)
+    if not root.is_dir():
+        raise FileNotFoundError(f"--data is {name!r}: longtail expects a folder with train.txt and test.txt")
     train, test = (open_source(str(root / f"{split}.txt")) for split in ("train", "test"))
     if train.classes != test.classes:
         raise ValueError(f"{root} has {len(train.classes)} classes in train.txt and {len(test.classes)} in "
@@ -467,18 +447,6 @@ def open_longtail(name: str) -> LongTail:
     if texts and not any(sentences):
         raise ValueError(f"no file in {root / 'texts'} is called as a class: expected {train.classes[0]}.txt")
     return LongTail(train, torch.tensor(train.labels), test, sentences)
-
-
-def zipf_shapes() -> LongTail:
-    """24 kinds of things, 300 training images of the first, a half, a third, … of that of the next ones. The
-    order goes round colours and shapes, so that rare kinds are made of common words."""
-    train, test, kinds = Shapes("classes", seed=2), Shapes("classes"), len(KINDS)
-    train.rows = sorted(7 * place % kinds + kinds * i for place in range(kinds)
-                        for i in range(300 // (place + 1)))
-    train.labels = 300 * test.labels[:kinds]             # more than test has
-    sentences = [[f"a {name}", f"a small {name}"] for name in test.classes]
-    # Not augmented: that would change colours.
-    return LongTail(train, torch.tensor(train.rows) % kinds, test, sentences, augment=False)
 
 
 class LanguageGuidedHead(nn.Module):
@@ -548,13 +516,12 @@ def augmented(source: Source, size: int, key: tuple[int, ...], index: int, side:
 
 def balanced_batches(data: LongTail, size: int, epochs: int, key: tuple[int, ...], reading: Reading
                      ) -> Iterator[Batch]:
-    """Balanced epochs of training images at `size` px, a function of the key. Raises ValueError where an
-    image is unusable: its class may have no other."""
+    """Balanced epochs of augmented training images at `size` px, a function of the key. Raises ValueError
+    where an image is unusable: its class may have no other."""
     for epoch in range(epochs):
         rows = balanced(data.labels, reading.batch_size, *key, epoch)
         source = data.train.subset(rows.numpy())
-        if data.augment:
-            source.image = partial(augmented, copy.copy(source), size, (*key, epoch))
+        source.image = partial(augmented, copy.copy(source), size, (*key, epoch))
         for batch in evaluation_batches(source, size, reading.batch_size, reading.workers):
             if batch.skipped:
                 raise ValueError(f"train.txt has {dict(batch.skipped)}: take it out, also of the folder")
@@ -604,12 +571,9 @@ def fine_tune(model: DiffDis | Clip, data: LongTail, epochs: int, lr_scale: floa
     """
     student, seed = copy.deepcopy(model).requires_grad_(True), reading.seed
 
-    def logits_of(network: DiffDis | Clip, inputs: Tensor, chosen: list[str], step: int) -> Tensor:
-        if isinstance(network, Clip):
-            queries = network.encode_image(inputs)
-        else:
-            keys = [(seed, 7, step, i) for i in range(len(chosen))]
-            queries = denoise_queries(network, inputs, noise_of((network.config.text.width,), keys))
+    def logits_of(network: DiffDis | Clip, inputs: Tensor, noise: Tensor, chosen: list[str]) -> Tensor:
+        queries = (network.encode_image(inputs) if isinstance(network, Clip) else
+                   denoise_queries(network, inputs, noise))
         return network.logit_scale.exp() * queries @ network.encode_text(chosen)[1].T
 
     def losses() -> Iterator[Tensor]:
@@ -617,10 +581,12 @@ def fine_tune(model: DiffDis | Clip, data: LongTail, epochs: int, lr_scale: floa
         for step, batch in enumerate(batches):
             rng = np.random.default_rng([seed, 6, step])
             chosen = [data.sentences[k][rng.integers(len(data.sentences[k]))] for k in batch.labels]
+            keys = [(seed, 7, step, i) for i in range(len(chosen))]
+            noise = noise_of((model.config.text.width,), keys)
             with torch.no_grad():       # so the autoencoder stays as it is
                 inputs = model.read_batch(batch.images.to(model.device))
-                teacher = logits_of(model, inputs, chosen, step)
-            logits, labels = logits_of(student, inputs, chosen, step), torch.tensor(batch.labels)
+                teacher = logits_of(model, inputs, noise, chosen)
+            logits, labels = logits_of(student, inputs, noise, chosen), torch.tensor(batch.labels)
             yield stage_1_loss(logits, teacher, labels.to(model.device))
             with torch.no_grad():
                 student.logit_scale.clamp_(0, math.log(100))        # as train.py does
@@ -666,41 +632,30 @@ def select_anchors(images: Tensor, labels: Tensor, texts: Sequence[Tensor], scal
     return anchors, anchors.any(dim=2)
 
 
-@torch.no_grad()
-def head_batches(model: DiffDis | Clip, data: LongTail, epochs: int, reading: Reading
-                 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Text queries [B, D] of training images and soft targets [B, K]. The model is frozen: where nothing
-    changes the images, each is read once."""
-    one_hot, key, size = torch.eye(len(data.sentences)), (reading.seed, 8), reading.batch_size
-    steps = max(1, len(data.labels) // size)
-    if not data.augment:
-        queries = over_images(model, data.train, reading).values
-        for epoch in range(epochs):
-            for rows in balanced(data.labels, size, *key, epoch).split(size):
-                yield queries[rows], one_hot[data.labels[rows]]
-        return
-    for i, batch in enumerate(balanced_batches(data, model.config.image_size, epochs, key, reading)):
-        rng = np.random.default_rng([*key, 9, *divmod(i, steps)])
-        pixels, targets = mix(batch.images, one_hot[batch.labels], rng)
-        inputs = model.read_batch(pixels.to(model.device))
-        yield read_queries(model, inputs, list(batch.places), reading), targets
-
-
 def train_head(model: DiffDis | Clip, data: LongTail, texts: Sequence[Tensor], epochs: int, lr_scale: float,
                reading: Reading) -> LanguageGuidedHead:
-    """VL-LTR's second stage: a head on the frozen model's text queries, its two branches' losses summed.
-    texts: of each class, its sentences' text queries [M, D]."""
+    """VL-LTR's second stage: a head on the frozen model's text queries of mixed images, its two branches'
+    losses summed. texts: of each class, its sentences' text queries [M, D]."""
     # At most 50 images of each class choose its anchors.
     few = torch.cat([torch.nonzero(data.labels == k)[:50, 0] for k in range(len(texts))]).sort().values
     known = over_images(model, data.train.subset(few.numpy()), reading).values
     anchors = select_anchors(known, data.labels[few], texts, model.logit_scale.exp().item())
     torch.manual_seed(reading.seed)
-    head = LanguageGuidedHead(*anchors).to(model.device)
-    losses = (sum(F.cross_entropy(logits, targets.to(model.device), label_smoothing=SMOOTHING)
-                  for logits in head(features.to(model.device)))
-              for features, targets in head_batches(model, data, epochs, reading))
-    descend([(head.attention, ATTENTION_LR * lr_scale), (head.visual, HEAD_LR * lr_scale)], losses,
-            epochs * max(1, len(data.train) // reading.batch_size), "stage 2")
+    head, one_hot = LanguageGuidedHead(*anchors).to(model.device), torch.eye(len(texts))
+    steps = max(1, len(data.train) // reading.batch_size)        # of an epoch
+
+    def losses() -> Iterator[Tensor]:
+        batches = balanced_batches(data, model.config.image_size, epochs, (reading.seed, 8), reading)
+        for i, batch in enumerate(batches):
+            rng = np.random.default_rng([reading.seed, 8, 9, *divmod(i, steps)])
+            pixels, targets = mix(batch.images, one_hot[batch.labels], rng)
+            with torch.no_grad():
+                inputs = model.read_batch(pixels.to(model.device))
+                queries = read_queries(model, inputs, list(batch.places), reading)
+            yield sum(F.cross_entropy(logits, targets.to(model.device), label_smoothing=SMOOTHING)
+                      for logits in head(queries))
+    descend([(head.attention, ATTENTION_LR * lr_scale), (head.visual, HEAD_LR * lr_scale)], losses(),
+            epochs * steps, "stage 2")
     return head
 
 
@@ -709,7 +664,7 @@ def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(b
              lr_scale: float = 1.0) -> dict:
     """VL-LTR's two stages with this model as the backbone (Table 8). epochs, head_epochs: of stage 1 and 2, 0
     leaves a stage out; lr_scale: times VL-LTR's learning rates."""
-    templates, counts = pick_templates(model, data.test, templates), torch.bincount(data.labels)
+    templates, counts = templates or [data.test.template], torch.bincount(data.labels)
     sentences = [list(dict.fromkeys([*(fill(template, name) for template in templates), *own]))
                  for name, own in zip(data.test.classes, data.sentences)]
     data, texts = data._replace(sentences=sentences), sum(sentences, [])
@@ -739,7 +694,7 @@ COUNT, WHOLE = {"type": positive}, {"type": natural}
 # Flag, the tasks it is for, options, help.
 FLAGS = (
     ("ckpt", TASKS, {}, f"{CKPT_HELP}; to read images also a CLIP"),
-    ("data", OF_DATA, {"default": "shapes"}, "as in train.py; longtail: shapes, or a folder with two lists"),
+    ("data", OF_DATA, {"default": "shapes"}, "as in train.py; longtail: a folder with two lists"),
     ("limit", OF_DATA, COUNT, "images of --data to use, evenly spaced; without it all"),
     ("json", TASKS, {"metavar": "FILE"}, "also write the numbers here; rates are fractions"),
     ("seed", TASKS, {**WHOLE, "default": 0}, "seed of all noise and of the controls' shuffling"),
@@ -748,11 +703,11 @@ FLAGS = (
     ("workers", OF_DATA, WHOLE, "processes that decode images; without it 0 for shapes, else 2"),
     ("max-bad", OF_DATA, {"type": share, "default": 0.05}, "share of samples that may be unusable"),
     ("guidance-scale", TASKS, {"type": finite}, "1 + w; without it 1 to read, the checkpoint's own to draw"),
-    ("control", TASKS, {"choices": CONTROLS, "default": "none"}, "break what is read, to see chance"),
+    ("control", READS, {"choices": CONTROLS, "default": "none"}, "break what is read, to see chance"),
     ("text-steps", OF_DATA, {**COUNT, "default": 1}, "denoising steps of the text query"),
     ("draws", OF_DATA, {**COUNT, "default": 1}, "noise draws averaged per image"),
     ("template", ("zeroshot", "longtail"), {"action": "append"},
-     "prompt of a class, {} is its name, {a} its article; may be repeated; else what is built in"),
+     "prompt of a class, {} is its name, {a} its article; may be repeated; else its caption in training"),
     ("loss-timesteps", ("zeroshot",), COUNT, "by Diffusion Classifier, from the loss of so many timesteps"),
     ("n", DRAWS, COUNT, "pictures to draw; without it 64, for fid 30,000 or a caption each"),
     ("steps", DRAWS, {**COUNT, "default": 50}, "sampler steps"),
@@ -771,6 +726,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flags = [(parser.add_argument(f"--{name}", help=text if tasks is TASKS else f"{', '.join(tasks)}: {text}",
                                   **options), tasks) for name, tasks, options, text in FLAGS]
     args = parser.parse_intermixed_args(argv)
+    if wrong := [text for text in args.template or () if "{}" not in text]:
+        parser.error(f"template {wrong[0]!r} has no {{}} for the name of a class")
     for flag, tasks in flags:
         if getattr(args, flag.dest) != flag.default and not set(tasks) & set(args.tasks):
             warnings.warn(f"{flag.option_strings[0]} is for {', '.join(tasks)}: it changes nothing here")
@@ -800,8 +757,6 @@ def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
         if not set(needed) <= set(model.tasks):
             raise ValueError(f"{task} of images needs weights trained with --tasks {','.join(needed)}, these "
                              f"were for {','.join(model.tasks)}: go on from them by train.py --init")
-        if args.control != "none" and task in DRAWS:
-            raise ValueError(f"--control {args.control}: {task} has no right answers to break, leave it out")
         if task == "longtail" and rank_and_world()[1] > 1:
             raise ValueError("longtail trains in one process: start it with python, not torchrun")
 
@@ -809,7 +764,8 @@ def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
 def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict:
     """Open the task's data and measure."""
     scale, workers, size = args.guidance_scale, 2 * (args.data != "shapes"), model.config.image_size
-    reading = Reading(args.text_steps, args.draws, 1.0 if scale is None else scale, args.seed, args.control,
+    reading = Reading(args.text_steps, args.draws, 1.0 if scale is None else scale, args.seed,
+                      args.control if task in READS else "none",
                       args.batch_size or {"fid": 16, "longtail": 128}.get(task, 100),
                       workers if args.workers is None else args.workers, args.max_bad)
     if task == "longtail":
@@ -822,8 +778,7 @@ def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict
     if task == "checker":
         return checker(model, args.n or 64, args.best_of, args.seed, **drawing)
     split = "classes" if args.data == "shapes" and task == "zeroshot" else "val"
-    source = in_turn(lambda: open_source(args.data, split, args.max_bad))
-    source = evenly_spaced(source, args.limit)
+    source = evenly_spaced(in_turn(lambda: open_source(args.data, split, args.max_bad)), args.limit)
     if task == "retrieval":
         return retrieval(model, source, reading)
     if task == "zeroshot":
@@ -846,8 +801,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         Path(args.out).mkdir(parents=True, exist_ok=True)
     about = {"settings": {name: value for name, value in vars(args).items() if name not in ("tasks", "json")},
              "command": " ".join(sys.argv), "date": date.today().isoformat(), "checkpoint": str(path),
-             "checkpoint_hash": fingerprint(path), "ranks": rank_and_world()[1], "device": str(device),
-             "torch": torch.__version__}
+             "ranks": rank_and_world()[1], "device": str(device), "torch": torch.__version__}
     for task in args.tasks:
         result, name = run_task(task, model, args), "shapes" if task == "checker" else args.data
         report(task, result, name)

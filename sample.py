@@ -8,7 +8,6 @@ draws, and with `--best-of N` keeps of N images the one it reads the prompt from
 Read next: evaluate.py, which scores images against texts.
 """
 import argparse
-import hashlib
 import re
 import sys
 import warnings
@@ -212,14 +211,6 @@ def find_checkpoint(given: str | None, otherwise: str | None = None) -> str | Pa
     return path
 
 
-def fingerprint(path: Path) -> str:
-    """The first 10 digits of the SHA-256 of a checkpoint, or of a folder's largest file: its name in other
-    programs."""
-    files = [file for file in (path, *path.rglob("*")) if file.is_file()]
-    largest = max(files, key=lambda file: file.stat().st_size)
-    return hashlib.sha256(np.memmap(largest, mode="r")).hexdigest()[:10]
-
-
 # ---------------------------------------------------------------- command line
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -292,7 +283,7 @@ def run(args: argparse.Namespace) -> None:
     text = PngImagePlugin.PngInfo()
     for name, value in {"prompt": " | ".join(dict.fromkeys(args.prompts)),
                         "seeds": ", ".join(str(note["seed"]) for note in notes),
-                        "checkpoint": fingerprint(path), **settings}.items():
+                        "checkpoint": path, **settings}.items():
         text.add_itxt(name, str(value))
     write_atomically(out, lambda file: picture.save(file, "PNG", pnginfo=text))
     for note in notes:

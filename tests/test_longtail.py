@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import build, tiny_clip_config
 from convert_places_lt import convert
-from make_cifar10_lt import ARTICLES, cifar10_lt
+from make_cifar10_lt import ARTICLES, make
 from PIL import Image
 from torch.nn import functional as F
 
@@ -16,7 +16,6 @@ import evaluate
 import model as models
 from evaluate import LanguageGuidedHead, Reading, open_longtail
 
-TRAIN = {"airfield": 12, "art_gallery": 4, "hall": 1}
 ARTICLE = """An airfield is a place. Planes land there, e.g. small ones! It is flat.
 == History ==
 The first one was in the U.S. Army. Others followed?
@@ -29,26 +28,24 @@ Sport.
 
 @pytest.fixture()
 def places(tmp_path):
-    """A small long-tailed set: 12, 4 and 1 training images of three classes."""
-    lists = {"train": [], "test": []}
-    for label, (name, count) in enumerate(TRAIN.items()):
-        for split, n in (("train", count), ("test", 3)):
-            (tmp_path / split / name).mkdir(parents=True)
-            for i in range(n):
+    """A small long-tailed set: 12, 3 and 1 training images of three classes, told by their grey."""
+    for label, name in enumerate(("airplane", "art_gallery", "hall")):
+        for split, count in (("train", 12), ("val", 3)):
+            (tmp_path / "whole" / split / name).mkdir(parents=True)
+            for i in range(count):
                 pixels = np.random.default_rng([label, i]).integers(80, size=(32, 32, 3)) + 70 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / split / name / f"{i:08d}.png")
-                lists[split].append(f"{split}/{name}/{i:08d}.png\t{name}\n")
-    for split, lines in lists.items():
-        (tmp_path / f"{split}.txt").write_text("".join(lines))
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "airfield.txt").write_text("An airfield is a place.\nIt is flat.\n")
-    return tmp_path
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "whole" / split / name / f"{i}.png")
+    assert make(tmp_path / "whole", tmp_path / "lt", most=12, imbalance=12) == [12, 3, 1]
+    return tmp_path / "lt"
 
 
 # ---------------------------------------------------------------- the layout
 def test_places_lt_becomes_lists_and_articles_by_name(places) -> None:
+    made = open_longtail(str(places))
+    assert made.test.classes == ["airplane", "art gallery", "hall"]
+    assert " ".join(made.sentences[0]) == ARTICLES["airplane"] and made.sentences[1:] == [[], []]
     for split in ("train", "test"):
-        lines = (places / f"{split}.txt").read_text().replace("\tairfield", " 0").replace("\thall", " 2")
+        lines = (places / f"{split}.txt").read_text().replace("\tairplane", " 0").replace("\thall", " 2")
         (places / f"Places_LT_{split}.txt").write_text("/" + lines.replace("\tart_gallery", " 1"))
         (places / f"{split}.txt").unlink()
     (places / "labels.txt").write_text("airfield 0\nart_gallery 1\nbeer/hall 2\n")
@@ -57,21 +54,11 @@ def test_places_lt_becomes_lists_and_articles_by_name(places) -> None:
     convert(places)
     found = open_longtail(str(places))
     assert found.test.classes == ["airfield", "art gallery", "beer hall"] and len(found.test) == 9
-    assert found.labels.tolist() == [0] * 12 + [1] * 4 + [2]
+    assert found.labels.tolist() == [0] * 12 + [1] * 3 + [2]
     assert found.test.read(8).label == 2 and found.sentences[1:] == [[], []]
     assert found.sentences[0] == [
         "An airfield is a place.", "Planes land there, e.g. small ones!", "It is flat.",
         "The first one was in the U.S.", "Army.", "Others followed?", "Sport."]
-
-
-def test_shapes_follow_zipfs_law_and_share_no_picture() -> None:
-    found = open_longtail("shapes")
-    labels = found.labels
-    assert sorted(torch.bincount(labels).tolist()) == sorted(300 // k for k in range(1, 25))
-    pictures = [source.read(i).image.tobytes() for source in (found.train, found.test)
-                for i in range(0, len(source), 3)]
-    assert len(pictures) == len(set(pictures))
-    assert all(found.train.read(i).label == labels[i] for i in range(0, len(found.train), 50))
 
 
 # ---------------------------------------------------------------- losses, sampling, mixing
@@ -121,15 +108,14 @@ def test_sentence_accuracies_equal_a_slow_reference() -> None:
     found = evaluate.sentence_accuracies(images, labels, texts, owners, torch.tensor([101, 100, 20, 19]))
     by_image, votes = [], []
     for image in images:
-        order = sorted(range(24), key=lambda j: -float(image @ texts[j]))
-        by_image.append(int(owners[order[0]]))
-        count = Counter(int(owners[j]) for j in order[:5])
-        votes.append(max(count, key=lambda c: (count[c], -[int(owners[j]) for j in order].index(c))))
+        order = [int(owners[j]) for j in sorted(range(24), key=lambda j: -float(image @ texts[j]))]
+        by_image.append(order[0])
+        votes.append(max(order[:5], key=lambda c: (order[:5].count(c), -order.index(c))))
     by_text = [int(labels[max(range(30), key=lambda i: float(images[i] @ text))]) for text in texts]
-    right = np.array(by_image) == labels.numpy()
-    assert found["image_acc"] == pytest.approx(right.mean()) and 0.3 < right.mean() < 1
-    assert found["knn_acc"] == pytest.approx((np.array(votes) == labels.numpy()).mean())
-    assert found["text_acc"] == pytest.approx((np.array(by_text) == owners.numpy()).mean())
+    for name, chosen, right in (("image_acc", by_image, labels), ("knn_acc", votes, labels),
+                                ("text_acc", by_text, owners)):
+        rate = np.mean(np.array(chosen) == right.numpy())
+        assert found[name] == pytest.approx(rate) and 0.3 < rate < 1, name
 
 
 def test_shots_are_the_usual_bins() -> None:
@@ -154,32 +140,27 @@ def test_anchors_are_the_sentences_of_least_loss(monkeypatch) -> None:
         assert torch.equal(anchors[k], own[best])
 
 
-def slow_head(head: LanguageGuidedHead, x: torch.Tensor) -> torch.Tensor:
-    text = torch.empty(len(x), len(head.anchors))
-    for b, image in enumerate(x):
-        for k, sentences in enumerate(head.anchors):
-            own = sentences[head.present[k]]
-            q, keys = head.to_q(image), head.to_k(own)
-            weights = torch.softmax(keys @ q / math.sqrt(len(q)), 0)
-            text[b, k] = F.cosine_similarity((weights[:, None] * own).sum(0), image, 0) / 0.07
-    return text
-
-
 def test_the_head_equals_a_slow_reference_and_starts_as_the_identity() -> None:
     torch.manual_seed(0)
     anchors, present = unit(4, 3, 8), torch.ones(4, 3, dtype=torch.bool)
     present[2, 1:] = False
     head, x = LanguageGuidedHead(anchors, present), unit(5, 8)
-    assert all(torch.equal(layer.weight, torch.eye(8)) for _, layer in head.attention)
+
+    def slow(image: torch.Tensor, sentences: torch.Tensor) -> torch.Tensor:
+        q, keys = head.to_q(image), head.to_k(sentences)
+        weights = torch.softmax(keys @ q / math.sqrt(len(q)), 0)
+        return F.cosine_similarity((weights[:, None] * sentences).sum(0), image, 0) / 0.07
     with torch.no_grad():
-        assert torch.allclose(head(x)[1], slow_head(head, x), atol=1e-5)
+        assert all(torch.equal(layer.weight, torch.eye(8)) for _, layer in head.attention)
         assert torch.allclose(head(x)[1][:, 2], x @ anchors[2, 0] / 0.07, atol=1e-5), "it has one sentence"
-        for _, layer in head.attention:
-            layer.weight.copy_(torch.randn(8, 8))
-        visual, text = head(x)
-        assert torch.allclose(text, slow_head(head, x), atol=1e-5)
-        mixture = 0.2 * visual.softmax(1) + 0.8 * text.softmax(1)
-        assert torch.allclose(head.predict(x), mixture, atol=1e-6)
+        for random in (False, True):
+            for _, layer in head.attention if random else ():
+                layer.weight.copy_(torch.randn(8, 8))
+            visual, text = head(x)
+            expected = torch.tensor([[slow(image, own[there]) for own, there in zip(anchors, present)]
+                                     for image in x])
+            assert torch.allclose(text, expected, atol=1e-5)
+        assert torch.allclose(head.predict(x), 0.2 * visual.softmax(1) + 0.8 * text.softmax(1), atol=1e-6)
         assert torch.allclose(visual, head.visual(x * 8 ** 0.5), atol=1e-5)
     trained = {name for name, _ in head.named_parameters()}
     assert not any(name.startswith(("anchors", "temperature")) for name in trained) and len(trained) == 10
@@ -198,9 +179,8 @@ def test_steps_are_adamws_at_a_rate_that_rises_and_falls(monkeypatch) -> None:
     optimizer = torch.optim.AdamW([{"params": [slow.weight], "weight_decay": 0.5},
                                    {"params": [slow.bias], "weight_decay": 0.0}])
     for step in range(6):
-        rate = 0.1 * min(1, (step + 1) / 2) * (1 + math.cos(math.pi * step / 6)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = 0.1 * min(1, (step + 1) / 2) * (1 + math.cos(math.pi * step / 6)) / 2
         optimizer.zero_grad()
         slow(x).square().mean().backward()
         optimizer.step()
@@ -215,15 +195,12 @@ QUICK = ["--device", "cpu", "--workers", "0", "--epochs", "2", "--head-epochs", 
 RATES = ("image_acc", "text_acc", "knn", "top1")
 
 
-@pytest.mark.parametrize("kind", ["diffdis", "clip"])
-def test_two_stages_are_the_whole_and_the_seed_decides(places, monkeypatch, kind: str) -> None:
-    model, done = build() if kind == "diffdis" else build(tiny_clip_config()), {}
-    models.save(places / "m.pt", model)
-    for name in ("fine_tune", "train_head"):
-        def remember(*args, name=name, whole=getattr(evaluate, name)):
-            done.setdefault(name, []).append(whole(*args))
-            return done[name][-1]
-        monkeypatch.setattr(evaluate, name, remember)
+@pytest.mark.parametrize("config", [None, tiny_clip_config()], ids=["diffdis", "clip"])
+def test_two_stages_are_the_whole_and_the_seed_decides(places, monkeypatch, config) -> None:
+    tune, tuned, train_head, heads = evaluate.fine_tune, [], evaluate.train_head, []
+    models.save(places / "m.pt", build(config))
+    monkeypatch.setattr(evaluate, "fine_tune", lambda *args: tuned.append(tune(*args)) or tuned[-1])
+    monkeypatch.setattr(evaluate, "train_head", lambda *args: heads.append(train_head(*args)) or heads[-1])
 
     def run(ckpt: str, *flags: str) -> dict:
         evaluate.main(["longtail", "--data", str(places), "--json", str(places / "r.json"), *QUICK,
@@ -231,73 +208,69 @@ def test_two_stages_are_the_whole_and_the_seed_decides(places, monkeypatch, kind
         found = json.loads((places / "r.json").read_text())
         return {name: value for name, value in found.items() if name.startswith(RATES)}
     whole, first = run("m.pt"), run("m.pt", "--head-epochs", "0")
-    models.save(places / "stage1.pt", done["fine_tune"][0])
-    second = run("stage1.pt", "--epochs", "0")
-    assert whole == {**first, **second} and "top1" not in first and {"image_acc", "top1_few"} <= set(whole)
+    models.save(places / "stage1.pt", tuned[0])
+    assert whole == {**first, **run("stage1.pt", "--epochs", "0")} and "top1" not in first
+    assert {"image_acc", "top1_few"} <= set(whole)
     run("m.pt", "--seed", "1")
-    ours, again, other = (list(head.parameters()) for head in done["train_head"])
+    ours, again, other = (list(head.parameters()) for head in heads)
     assert all(map(torch.equal, ours, again)) and not any(map(torch.equal, ours, other))
-    tuned = done["fine_tune"][0].state_dict()
-    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, tuned[name])}
-    assert moved and not any(name.startswith("autoencoder.") for name in moved)
+
+
+def test_stage_1_tunes_a_copy_and_no_autoencoder(places) -> None:
+    model, data = build(), open_longtail(str(places))._replace(sentences=[["a"], ["b"], ["c"]])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    evaluate.fine_tune(model, open_longtail(str(places))._replace(sentences=[["a"], ["b"], ["c"]]), 1, 100.0,
-                       Reading(batch_size=8))
+    tuned = evaluate.fine_tune(model, data, 1, 100.0, Reading(batch_size=8)).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "not a copy"
+    moved = {name for name, value in before.items() if not torch.equal(value, tuned[name])}
+    assert moved and not any(name.startswith("autoencoder.") for name in moved)
 
 
-def test_what_nothing_changes_is_read_once_and_what_mixes_is_read_again(places, monkeypatch) -> None:
-    model, read, images, data = build(), [], [], open_longtail(str(places))
-    whole = evaluate.read_queries
+def test_every_epoch_of_the_head_reads_other_mixtures(places, monkeypatch) -> None:
+    counts, mixed, read, mix = [], [], evaluate.read_queries, evaluate.mix
+    monkeypatch.setattr(evaluate, "mix", lambda *args: mixed.append((args[0], *mix(*args))) or mixed[-1][1:])
     monkeypatch.setattr(evaluate, "read_queries",
-                        lambda *args, **reading: read.append(len(args[1])) or whole(*args, **reading))
-    for augment, count in ((False, 17), (True, 3 * 16), (True, 3 * 16)):
-        changed = data._replace(augment=augment)
-        read.clear()
-        batches = list(evaluate.head_batches(model, changed, 3, Reading(batch_size=8)))
-        assert sum(read) == count and len(batches) == 6
-        assert all(torch.allclose(targets.sum(1), torch.ones(8)) for _, targets in batches)
-        shares = {value for _, targets in batches for value in targets.flatten().tolist()}
-        assert shares == {0, 1} if not augment else len(shares) > 6, "every batch has its own mixture"
-        images.append(torch.stack([batch.images for batch in evaluate.balanced_batches(
-            changed, 32, 2, (3, 1), Reading(batch_size=8))]))
-    assert torch.equal(*images[1:]) and not torch.equal(*images[:2]), "the key decides"
-    assert not torch.equal(*images[0].split(2)), "every epoch has its own samples"
+                        lambda *args, **reading: counts.append(len(args[1])) or read(*args, **reading))
+    for seed in (0, 0, 1):
+        evaluate.train_head(build(), open_longtail(str(places)), [torch.eye(32)[:2]] * 3, 3, 1.0,
+                            Reading(batch_size=8, seed=seed))
+    assert sum(counts) == 3 * (16 + 3 * 16), "once to choose anchors, then each mixture"
+    pictures, _, targets = map(torch.stack, zip(*mixed))
+    assert torch.allclose(targets.sum(2), torch.ones(18, 8)) and len(targets.unique()) > 20, "shares differ"
+    first, again, other = pictures.split(6)
+    assert torch.equal(first, again) and not torch.equal(first, other), "the key decides"
+    assert not any(torch.equal(first[:2], epoch) for epoch in first[2:].split(2)), "all epochs are one"
 
 
 def test_learning_beats_chance_and_its_controls_do_not(places, monkeypatch) -> None:
-    """The backbone tells brightness alone: the head must learn the classes' greys from it."""
+    """The backbone tells brightness alone: the head must learn the classes' greys from it. Controls break the
+    test images alone, and a training image's noise is not that of the test image of its number."""
+    seen = set()
+
     def brightness(model, inputs, places, reading):
+        seen.add((reading.seed, bool(inputs.any())))
         angle = 2 * inputs.flatten(1).mean(1)
         return F.pad(torch.stack([angle.cos(), angle.sin()], dim=1), (0, model.config.text.width - 2))
     monkeypatch.setattr(evaluate, "read_queries", brightness)
-    model, data = build(), open_longtail(str(places))._replace(augment=False)
-    for control in ("none", "shuffle-labels", "shuffle-images", "no-image"):
-        found = evaluate.longtail(model, data, Reading(control=control, batch_size=8), epochs=0,
-                                  head_epochs=200, lr_scale=300)
+    monkeypatch.setattr(evaluate, "rand_augment", lambda image, rng: image)       # it changes brightness
+    for control in evaluate.CONTROLS:
+        seen.clear()
+        found = evaluate.longtail(build(), open_longtail(str(places)), Reading(control=control, batch_size=8),
+                                  epochs=0, head_epochs=200, lr_scale=300)
         assert found["top1"] > 0.6 if control == "none" else found["top1"] < 0.7, control
-        assert found["chance"] == pytest.approx(1 / 3) and found["n_train"] == 17
+        assert found["chance"] == pytest.approx(1 / 3) and found["n_train"] == 16
+        assert seen == {(0, control != "no-image"), (1, True)}, control
 
 
-def test_a_control_breaks_the_test_images_alone(places, monkeypatch) -> None:
-    """And no training image has the noise of the test image of its number, which would tell its class."""
-    readings, whole = [], evaluate.over_images
-    monkeypatch.setattr(evaluate, "over_images", lambda model, source, reading: (
-        readings.append((source.name, reading.control, reading.seed)), whole(model, source, reading))[1])
-    data = open_longtail(str(places))._replace(augment=False)
-    evaluate.longtail(build(), data, Reading(batch_size=8, control="no-image"), epochs=0, head_epochs=1)
-    assert readings == [("test", "no-image", 0), ("train", "none", 1), ("train", "none", 1)]
-
-
-HALL = "train/hall/00000000.png"
+HALL = "train/hall/0.png"
 
 
 @pytest.mark.parametrize("change, flags, message", [
+    (lambda p: None, ["--data", "shapes"], "longtail expects a folder with train.txt and test.txt"),
     (lambda p: (p / "test.txt").unlink(), [], "no data at"),
-    (lambda p: (p / "test" / "hall" / "00000001.png").unlink(), [], "1 of the 9 images in"),
-    (lambda p: (p / "test.txt").write_text("test/hall/00000000.png\ntest/airfield/00000000.png\n"), [],
+    (lambda p: (p / "test" / "hall" / "1.png").unlink(), [], "1 of the 9 images in"),
+    (lambda p: (p / "test.txt").write_text("test/hall/0.png\ntest/airplane/0.png\n"), [],
      "the same classes in both"),
-    (lambda p: (p / "test.txt").write_text((p / "train.txt").read_text()), [], "17 images are in both"),
+    (lambda p: (p / "test.txt").write_text((p / "train.txt").read_text()), [], "16 images are in both"),
     (lambda p: (p / HALL).write_text("none"), ["--batch-size", "16"], "unreadable image"),
     (lambda p: (p / HALL).write_text("none"), ["--epochs", "0"], "unreadable image"),
     (lambda p: None, ["--lr-scale", "1e30", *QUICK[:-2]], "stage 1, step"),
@@ -310,25 +283,3 @@ def test_mistakes_end_in_one_line(places, capsys, change, flags, message) -> Non
                        *flags])
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert stop.value.code == 2 and len(errors) == 1 and message in errors[0]
-
-
-# ---------------------------------------------------------------- whole data sets
-def test_cifar10_lt_is_what_longtail_reads(tmp_path) -> None:
-    for split, count in (("train", 12), ("val", 2)):
-        for name in ARTICLES:
-            (tmp_path / "cifar10" / split / name).mkdir(parents=True)
-            for i in range(count):
-                (tmp_path / "cifar10" / split / name / f"{i}.png").touch()
-    counts = cifar10_lt(tmp_path / "cifar10", tmp_path / "lt", most=10, imbalance=10)
-    data = open_longtail(str(tmp_path / "lt"))
-    assert torch.bincount(data.labels).tolist() == counts == [10, 7, 5, 4, 3, 2, 2, 1, 1, 1]
-    assert len(data.test) == 20 and all(map(len, data.sentences)) and data.train.classes == sorted(ARTICLES)
-
-
-def test_both_stages_run_on_shapes_by_zipfs_law(tmp_path) -> None:
-    models.save(tmp_path / "m.pt", build())
-    evaluate.main(["longtail", "--ckpt", str(tmp_path / "m.pt"), "--limit", "96", *QUICK, "--epochs", "1",
-                   "--batch-size", "128", "--json", str(tmp_path / "r.json")])
-    found = json.loads((tmp_path / "r.json").read_text())
-    assert found["n"] == 96 and found["classes"] == 24 and found["chance"] == 1 / 24
-    assert {"image_acc_few", "top1_few", "top1_many"} <= set(found)
