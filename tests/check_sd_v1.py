@@ -4,13 +4,11 @@
 
 Too large for the test suite (12 GB of memory, 13 GB of disk, minutes on 2 cores); the same comparisons run at
 small size in tests/test_weights.py. Writes three layouts into --folder, loads each, and compares every part
-and a guided trajectory; loading is measured in processes of their own.
+and a guided trajectory.
 """
 import argparse
 import json
-import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +16,7 @@ from pathlib import Path
 import diffusers
 import safetensors.torch
 import torch
-from conftest import ROOT, draw_by_diffusers, randomise, write_folder
+from conftest import draw_by_diffusers, randomise, write_folder
 from transformers import CLIPTextModel
 
 import model as models
@@ -28,20 +26,6 @@ from sample import draw_images
 
 PROMPT = "a dog on a beach"
 SCALE = models.AutoencoderConfig().scale
-# Loads `parts`, reads all of them, and prints seconds, peak memory and the weights' own, GiB.
-LOADING = """
-import re, sys, time
-from pathlib import Path
-import torch, diffusers, transformers, model as models
-memory = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 20
-base, start, file, config = memory(), time.perf_counter(), "{folder}/sd.safetensors", "{folder}/diffusers"
-{code}
-total = sum(float(p.sum()) for part in parts for p in part.parameters())
-weights = sum(p.numel() for part in parts for p in part.parameters()) * 4 / 2 ** 30
-print(time.perf_counter() - start, memory() - base, weights)"""
-LOADERS = {"ours, all parts": "parts = [models.load(file)]", "diffusers, UNet and VAE": """
-parts = [diffusers.UNet2DConditionModel.from_single_file(file, config=config, subfolder="unet"),
-         diffusers.AutoencoderKL.from_single_file(file, config=config, subfolder="vae")]"""}
 
 
 def write_layouts(folder: Path, vocabulary: str) -> None:
@@ -97,14 +81,7 @@ def main() -> None:
     if not (args.folder / "tokenizer").exists():
         write_layouts(args.folder, args.vocabulary)
     result = {"command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"),
-              "torch": torch.__version__, "machine": platform.machine(), "loading": {}}
-    for name, code in [*LOADERS.items()] * 2:      # the second turn counts: both with a warm page cache
-        command = [sys.executable, "-c", LOADING.format(folder=args.folder, code=code)]
-        said = subprocess.check_output(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True)
-        numbers = map(float, said.split()[-3:])
-        result["loading"][name] = dict(zip(("seconds", "peak_gib", "weights_gib"), numbers))
-    for name, row in result["loading"].items():
-        print(f"{name:28}", *(f"{value:.2f} {what}" for what, value in row.items()), flush=True)
+              "torch": torch.__version__, "machine": platform.machine()}
     for layout in ("sd.safetensors", "sd.ckpt", "diffusers"):
         result[layout] = compare(args.folder, layout, args.steps if layout == "sd.safetensors" else 0)
     if args.json:

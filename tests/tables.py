@@ -1,4 +1,4 @@
-"""The tables of .readme/RESULTS.md from their raw results: means over seeds, and what they say of the paper.
+"""The tables of .readme/RESULTS.md from their raw results: means over seeds.
 
     python tests/tables.py tables                           of every NAME-SEED.json in a folder
     python tests/tables.py .readme/results/longtail.jsonl   or of their lines in one file, each with its name
@@ -25,15 +25,9 @@ LONGTAIL = {name: (title, 100, 1, 1) for name, title in {
     "image_acc_many": "Image-Acc, many", "image_acc_few": "Image-Acc, few", "top1": "stage 2",
     "top1_many": "many", "top1_medium": "medium", "top1_few": "few", "linear": "linear layer",
     "linear_few": "linear layer, few"}.items()}
-# What the paper says of a row against its own default: zero-shot top-1, R@1, FID.
-PAPER = {"text-noise": (22.62 - 23.44, 29.38 - 28.64, 10.78 - 11.52),           # Table 2
-         "no-fusion": (24.53 - 25.92, 32.97 - 33.60, 10.05 - 9.80),             # Table 4
-         "shared-ffn": (25.92 - 25.92, 33.75 - 33.60, 10.26 - 9.80),            # Table 5
-         "own-attention": (26.25 - 25.92, 33.07 - 33.60, 10.19 - 9.80),
-         "t-0": (21.97 - 22.13, 27.20 - 27.56, 12.35 - 11.35),                  # Table 7
-         "t-999": (21.73 - 22.13, 27.56 - 27.56, 12.02 - 11.35),
-         "clip": (21.1 - 25.9, None, None), "generation": (None, None, 10.8 - 9.8)}      # Table 6
 BASE = "joint"
+FIRST = (BASE, "generation", "alignment", "text-noise", "no-fusion", "shared-ffn", "own-attention", "t-0",
+         "t-999", "clip")       # rows in the order of the paper's tables; others follow by name
 
 
 def read(path: Path) -> dict[str, list[dict]]:
@@ -47,8 +41,7 @@ def read(path: Path) -> dict[str, list[dict]]:
         if name and seed.isdecimal():
             tasks = [part for part in numbers.values() if isinstance(part, dict) and "task" in part]
             rows[name].append({key: part[key] for part in tasks for key in part} if tasks else numbers)
-    first = [name for name in dict.fromkeys((BASE, "generation", "alignment", *PAPER)) if name in rows]
-    return {name: rows[name] for name in [*first, *sorted(set(rows) - set(first))]}
+    return {name: rows[name] for name in [*FIRST, *sorted(set(rows) - set(FIRST))] if name in rows}
 
 
 class Measure:
@@ -85,25 +78,14 @@ class Measure:
         spread = stdev(own) if len(own) > 1 else 0.0
         return f"{self.factor * mean(own):.{self.digits}f} ± {self.factor * spread:.{self.digits}f}{mark}"
 
-    def against(self, row: str, paper: float | None) -> str:
-        """Whether an effect of ours has the sign of the paper's."""
-        effect = self.effect(row)
-        if effect is None or paper is None:
-            return "–"
-        difference, is_beyond = effect
-        words = ("within noise" if not is_beyond else "agrees" if difference * paper > 0
-                 else "disagrees" if paper else "paper: none")
-        return f"{paper:+.2f}, {self.factor * difference:+.{self.digits}f}: {words}"
-
 
 def table(rows: dict[str, list[dict]]) -> str:
     kinds = {run.get("task") == "longtail" for runs in rows.values() for run in runs}
     assert len(kinds) == 1, "results of longtail and of other tasks: expected a folder for each"
     metrics = LONGTAIL if kinds == {True} else METRICS
-    measures = {name: Measure(rows, name, metric) for name, metric in metrics.items()}
-    floor = [column.title for column in measures.values() if column.values and column.is_floor]
-    columns = {name: column for name, column in measures.items() if column.values and not column.is_floor}
-    shown = columns.values()
+    columns = [column for name, metric in metrics.items() if (column := Measure(rows, name, metric)).values]
+    floor = [column.title for column in columns if column.is_floor]
+    shown = [column for column in columns if not column.is_floor]
     lines = [f"| row | seeds | {' | '.join(column.title for column in shown)} |",
              "|---|---|" + "---|" * len(shown)]
     lines += [f"| {' | '.join([row, str(len(runs)), *(column.cell(row) for column in shown)])} |"
@@ -114,14 +96,7 @@ def table(rows: dict[str, list[dict]]) -> str:
     pooled = "; ".join(f"{column.title} {column.factor * column.deviation:.{column.digits}f}"
                        for column in shown if math.isfinite(column.deviation))
     pooled = pooled or "unknown, with one seed nothing is told from noise"
-    lines += ["", f"Pooled standard deviation over seeds: {pooled}.{' ' * bool(floor)}{below}", "",
-              "| row | zero-shot: paper, ours | R@1: paper, ours | FID: paper, our Fréchet distance |",
-              "|---|---|---|---|"]
-    for row in filter(rows.get, PAPER):
-        cells = [columns[name].against(row, paper) if name in columns else "–"
-                 for name, paper in zip(("top1", "mean_r1", "fid"), PAPER[row])]
-        lines.append(f"| {' | '.join([row, *cells])} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"Pooled standard deviation over seeds: {pooled}.{' ' * bool(floor)}{below}"])
 
 
 if __name__ == "__main__":

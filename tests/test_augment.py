@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import import_oracle
 from PIL import Image
-from test_sources import take, write_tar
+from test_sources import captions_of, take, write_tar
 
 import data
 from data import (CROP_AREA, CROP_ASPECT, OPERATIONS, open_source, rand_augment, random_crop)
@@ -108,8 +108,8 @@ def source(tmp_path):
 
 
 def by_sample(batches: list) -> list[dict]:
-    """Epochs of twelve -> each key's picture."""
-    rows = [row for batch in batches for row in zip(batch.keys, batch.images)]
+    """Epochs of twelve -> each caption's picture."""
+    rows = [row for batch in batches for row in zip(batch.captions, batch.images)]
     return [dict(rows[first:first + 12]) for first in range(0, len(rows), 12)]
 
 
@@ -118,24 +118,25 @@ def test_an_augmented_picture_depends_on_seed_epoch_and_sample(source) -> None:
     for plain, here, there in zip(take(source, 3), batches, take(source, 3, augment=True, workers=2)):
         assert torch.equal(here.images, there.images), "the number of workers must not change the data"
         assert here.images.shape == (8, 16, 16, 3) and not torch.equal(here.images, plain.images)
-        assert (here.keys, here.captions, here.skipped) == (plain.keys, plain.captions, plain.skipped)
+        assert (here.captions, here.skipped) == (plain.captions, plain.skipped)
     epochs = by_sample(batches)
     others = by_sample(take(source, 8, batch_size=3, augment=True, shuffle_buffer=6))
     seeds = by_sample(take(source, 3, seed=4, augment=True))
     assert len(epochs) == len(others) == 2 and len(epochs[0]) == 11
     for epoch, other in zip(epochs, others):
-        assert all(torch.equal(epoch[key], other[key]) for key in epoch), "its place must not count"
-    for key in epochs[0]:
-        assert not torch.equal(epochs[0][key], epochs[1][key]), "every epoch has crops of its own"
-        assert not torch.equal(epochs[0][key], seeds[0][key])
+        assert all(torch.equal(image, other[caption]) for caption, image in epoch.items()), \
+            "its place must not count"
+    for caption, image in epochs[0].items():
+        assert not torch.equal(image, epochs[1][caption]), "every epoch has crops of its own"
+        assert not torch.equal(image, seeds[0][caption])
 
 
 def test_batches_hold_torchvisions_pictures(torchvision, replay, source) -> None:
     batches, bicubic = take(source, 2, augment=True), torchvision.InterpolationMode.BICUBIC
     theirs = torchvision.Compose([torchvision.RandomResizedCrop(16, CROP_AREA, CROP_ASPECT, bicubic),
                                   torchvision.RandAugment()])
-    index = {source.key(i): i for i in range(len(source))}
-    for key, image in by_sample(batches)[0].items():
-        replay(np.random.default_rng([3, 0, index[key], 1]))
-        expected = theirs(source.read(index[key]).image)
+    index = {caption: i for i, caption in enumerate(captions_of(source))}
+    for caption, image in by_sample(batches)[0].items():
+        replay(np.random.default_rng([3, 0, index[caption], 1]))
+        expected = theirs(source.read(index[caption]).image)
         assert np.array_equal(np.asarray(expected), image.numpy()), "crop, then RandAugment of what is seen"

@@ -25,23 +25,19 @@ def test_verdicts_are_by_sign_and_pooled_standard_errors(tmp_path) -> None:
     difference, is_beyond = column.effect("better")
     assert is_beyond and difference == pytest.approx(np.mean(ROWS["better"]) - np.mean(ROWS["joint"]))
     assert not column.effect("same")[1] and column.effect("joint") is column.effect("generation") is None
-    for paper, words in ((0.5, "agrees"), (-0.5, "disagrees"), (0.0, "paper: none")):
-        assert column.against("better", paper).endswith(f": {words}")
     lines = tables.table(rows).splitlines()
     first = {name: next(line for line in lines if line.startswith(f"| {name} |")) for name in ROWS}
     assert "▲" in first["better"] and "▼" in first["no-fusion"] and not set("▲▼") & set(first["same"])
     assert "1.500 ± 1.000" in first["generation"], "a row has the measures it has"
-    assert "| no-fusion | -1.39, -21.0: agrees | -0.63, -21.0: agrees | – |" in lines
-    assert "| t-0 | -0.16, +19.0: disagrees | -0.36, +19.0: disagrees | – |" in lines
 
 
 def test_longtail_has_columns_of_its_own(tmp_path) -> None:
     runs = [{"task": "longtail", "image_acc": 0.3, "top1": 0.4 + 0.1 * seed, "linear_few": 0.0}
             for seed in range(3)]
-    title, _, row, *rest = tables.table(write(tmp_path, {"clip": runs, "shapes": runs})).splitlines()
+    title, _, row, *_, below = tables.table(write(tmp_path, {"clip": runs, "shapes": runs})).splitlines()
     assert title == "| row | seeds | stage 1: Image-Acc | stage 2 |"
     assert row == "| clip | 3 | 30.0 ± 0.0 | 50.0 ± 10.0 |"
-    assert "Under 1 % in every row: linear layer, few." in rest[-1], "and nothing of the paper's other tables"
+    assert "Under 1 % in every row: linear layer, few." in below
 
 
 def test_several_tasks_in_a_file_are_a_row(tmp_path) -> None:
