@@ -380,7 +380,8 @@ class TarSource(Source):
         self.rows = range(len(self.places))
 
     def index_shard(self, shard: int, path: Path) -> np.ndarray:
-        """Where one tar's samples are [N, 7]: shard, then offset and size of each kind (size -1: absent). A damaged tar is said, and what is lost with it counted as the samples that it would hold."""
+        """Where one tar's samples are [N, 7]: shard, then offset and size of each kind (size -1: absent). A
+        damaged tar is said, and what is lost with it counted as the samples that it would hold."""
         samples, size, end, rest = [], path.stat().st_size, 0, b""
         with (suppress(OSError, tarfile.TarError, EOFError, ValueError, RecursionError),        # judged below
               path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar):
@@ -433,9 +434,9 @@ def evenly_spaced(source: Source, count: int | None) -> Source:
 
 
 def hold_out(source: Source, name: str, count: int) -> tuple[Source, Source]:
-    """What to train on, and `count` samples to take scores on: of the data's own val where `name` has one, else
-    of the source, at most a twentieth, evenly spaced. Raises ValueError."""
-    if name == "shapes" or (data_path(name) / "val").is_dir():
+    """What to train on, and `count` samples to take scores on: from `name`/val where that is there, else from
+    the source, at most a twentieth, evenly spaced; `shapes` has its own. Raises ValueError."""
+    if name == "shapes" or Path(name, "val").is_dir():
         return source, evenly_spaced(open_source(name, "val"), count)
     if len(source) < 2:
         raise ValueError(f"{source.name} has {len(source)} sample, and one is held out: training needs more")
@@ -452,24 +453,20 @@ def usable_captions(source: Source, limit: int) -> Iterator[list[str]]:
 
 
 # ---------------------------------------------------------------- what --data names
-def data_path(name: str) -> Path:
-    return Path("data/cc3m" if name == "cc3m" and not Path(name).is_dir() else name).absolute()
-
-
 def open_source(name: str, split: str = "train", max_bad: float = 1.0) -> Source:
     """What `--data` names -> a source. Raises FileNotFoundError or ValueError.
 
-    name: "shapes"; "cc3m" (./cc3m or ./data/cc3m); a tar; Karpathy's table, NAME.json; a list of images,
-    NAME.txt; or a folder, of which `split` takes its half. max_bad: share that indexing may leave out."""
+    name: "shapes"; a tar; Karpathy's table, NAME.json; a list of images, NAME.txt; or a folder, of which
+    `split` takes its half. max_bad: share that indexing may leave out."""
     if name == "shapes":
         return Shapes(split)
-    path = data_path(name)
+    path = Path(name).absolute()
     layouts = {"folder": open_folder, ".tar": lambda tar, split: TarSource(tar.name, [tar]),
                ".json": open_karpathy, ".txt": open_list}
     layout = "folder" if path.is_dir() else path.suffix.lower()
     if not path.exists() or layout not in layouts:
-        raise FileNotFoundError(f"no data at {name}: expected shapes, a folder, a tar, a list (.txt), a "
-                                "table (.json), or cc3m or data/cc3m as img2dataset leaves it (see README)")
+        raise FileNotFoundError(f"no data at {name}: expected shapes, a folder, a tar, a list (.txt) or a "
+                                "table (.json), as in the README; cc3m is a folder as img2dataset leaves it")
     source = layouts[layout](path, split)
     if not len(source):
         raise ValueError(f"{name}: no usable sample ({dict(source.skipped)}): expected KEY.jpg with KEY.txt")
@@ -680,9 +677,6 @@ class SkipReport:
         """Raises ValueError when more than max_bad were bad; judged from the 100th sample on, or at last."""
         if (final or self.visited >= 100) and self.skipped.total() > self.max_bad * self.visited:
             raise ValueError(f"too much of the data is unusable ({self}); mend it, or raise --max-bad")
-
-    def counts(self) -> dict:
-        return {"visited": self.visited, "skipped": dict(self.skipped)}
 
     def __str__(self) -> str:
         causes = ", ".join(f"{count} {cause}" for cause, count in sorted(self.skipped.items()))

@@ -155,41 +155,25 @@ def make_denoiser(predict: Callable[[Tensor, Tensor], Tensor], kind: str, alphas
 
 
 def ddim(denoise: Denoiser, x_t: Tensor, timesteps: list[int], alphas_cumprod: Tensor, gamma: float = 1.0,
-         final_alpha_cumprod: float = 1.0, progress: Callable = iter) -> Tensor:
+         final_alpha_cumprod: float = 1.0, progress: Callable = iter, order: int = 1) -> Tensor:
     """DDIM (Song et al. 2021, Eq. 12 without noise): x_t' = γ √ᾱ_t' x̂0 + √(1-ᾱ_t') ε̂ (Algorithms 2 and 3).
 
     x_t: (B, …) pure noise; timesteps: decreasing; final_alpha_cumprod: ᾱ after the last step, 1 for clean
     data (Stable Diffusion's own sampler stops at ᾱ_0); progress: wraps the timesteps, e.g. tqdm.
+    order: 2, for γ = 1, is DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2), good in 20 steps where DDIM needs
+    50: x̂0 is taken to change linearly with half the log-SNR, and extrapolated to the middle of the step from
+    this step's and the last one's; the first and the last step use this step's alone.
     -> x0 (B, …)
     """
     after = [float(alphas_cumprod[t]) for t in timesteps[1:]] + [final_alpha_cumprod]
-    for now, alpha_bar in zip(progress(timesteps), after):
-        x0_pred, eps_pred = denoise(x_t, torch.full((len(x_t),), now, device=x_t.device))
-        x_t = gamma * alpha_bar ** 0.5 * x0_pred + (1 - alpha_bar) ** 0.5 * eps_pred
+    time, x0_before = (torch.logit(alphas_cumprod[timesteps].double()) / 2).tolist(), None
+    for i, (now, alpha_bar) in enumerate(zip(progress(timesteps), after)):
+        t = torch.full((len(x_t),), now, device=x_t.device)
+        x0_pred, eps_pred = denoise(x_t, t)
+        x0, eps = x0_pred, eps_pred
+        if order == 2 and 0 < i < len(timesteps) - 1:
+            a, s = signal_and_noise(t, x_t, alphas_cumprod)
+            x0 = x0_pred + (time[i + 1] - time[i]) / (time[i] - time[i - 1]) / 2 * (x0_pred - x0_before)
+            eps = (x_t - a * x0) / s
+        x_t, x0_before = gamma * alpha_bar ** 0.5 * x0 + (1 - alpha_bar) ** 0.5 * eps, x0_pred
     return x_t / gamma
-
-
-def dpm_solver(denoise: Denoiser, x_t: Tensor, timesteps: list[int], alphas_cumprod: Tensor,
-               progress: Callable = iter) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2), for images: good in 20 steps where DDIM needs 50.
-
-    With half the log-SNR ℓ = log(a/s) as time, one step over h = ℓ' − ℓ is exact for an x̂0 that changes
-    linearly, which it is extrapolated to from this step's and the last one's. The first and the last step
-    use this step's alone; the last, to ᾱ = 1, ends at x̂0. Arguments as in `ddim`.
-    """
-    def scales(t: int) -> tuple[float, float, float]:
-        alpha_bar = float(alphas_cumprod[t])
-        return (alpha_bar ** 0.5, (1 - alpha_bar) ** 0.5,
-                0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar)))
-
-    x0_before = half_before = None
-    for i, now in enumerate(progress(timesteps)):
-        x0_pred, _ = denoise(x_t, torch.full((len(x_t),), now, device=x_t.device))
-        if i + 1 == len(timesteps):
-            return x0_pred
-        (_, s, half), (a_next, s_next, half_next) = scales(now), scales(timesteps[i + 1])
-        h, estimate = half_next - half, x0_pred
-        if i > 0:
-            estimate = x0_pred + 0.5 * h / (half - half_before) * (x0_pred - x0_before)
-        x_t = s_next / s * x_t - a_next * math.expm1(-h) * estimate
-        x0_before, half_before = x0_pred, half

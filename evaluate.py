@@ -148,7 +148,7 @@ def over_images(model: "DiffDis | Clip | Inception", source: Source, reading: Re
     order = shuffled(len(rows), reading.seed) if control == "shuffle-labels" else range(len(rows))
     _, values, captions, labels = zip(*rows)
     return Read(all_finite(torch.from_numpy(np.stack(values))), [captions[i] for i in order],
-                [labels[i] for i in order], total.counts())
+                [labels[i] for i in order], {"visited": total.visited, "skipped": dict(total.skipped)})
 
 
 @torch.no_grad()

@@ -79,10 +79,6 @@ class Config:
     guidance_scale: float = 7.5  # 1 + w with which images are drawn unless another is given
 
     def __post_init__(self) -> None:
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma is {self.gamma}, expected a number in (0, 1]")
-        if not 0 <= self.condition_timestep <= self.timesteps:
-            raise ValueError(f"condition_timestep {self.condition_timestep}, expected 0 to {self.timesteps}")
         side = self.autoencoder.factor
         if self.image_size % side or not 0 < self.image_size <= 4096:
             raise ValueError(f"image size is {self.image_size} px, expected a multiple of {side} up to 4096")

@@ -25,11 +25,10 @@ from tqdm import tqdm
 
 import model as models
 from data import parse, write_atomically
-from diffusion import (ddim, dpm_solver, guide, make_alphas_cumprod, make_denoiser, noise_of,
-                       sampling_timesteps)
+from diffusion import ddim, guide, make_alphas_cumprod, make_denoiser, noise_of, sampling_timesteps
 from model import DiffDis
 
-SAMPLERS = ("ddim", "dpm++")
+SAMPLERS = {"ddim": 1, "dpm++": 2}           # their order
 
 
 def all_finite(values: Tensor) -> Tensor:
@@ -70,11 +69,8 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
     # x̂0 would be its error divided by √ᾱ, a fifteenfold. v and data targets have no such trouble.
     predicts_noise = config.image_target == "noise"
     timesteps = sampling_timesteps(steps, config.timesteps, "leading" if predicts_noise else "trailing")
-    if sampler == "dpm++":
-        latents = dpm_solver(denoise, z_T, timesteps, alphas_cumprod, progress)
-    else:
-        last = float(alphas_cumprod[0]) if predicts_noise else 1.0
-        latents = ddim(denoise, z_T, timesteps, alphas_cumprod, 1.0, last, progress)
+    last = float(alphas_cumprod[0]) if predicts_noise and sampler == "ddim" else 1.0
+    latents = ddim(denoise, z_T, timesteps, alphas_cumprod, 1.0, last, progress, SAMPLERS[sampler])
     return all_finite(model.decode_image(latents).float()).clamp(-1, 1)
 
 

@@ -71,16 +71,13 @@ N, WHOLE, X, SHARE = ({"type": kind, "metavar": name} for kind, name in (
 SWITCH = {"action": argparse.BooleanOptionalAction}
 # Without a default a flag that is not given is None, until `settle` knows from what training starts.
 FLAGS = {"the run": (
-    ("data", {"default": "shapes"}, "shapes, cc3m, a tar, a list, a table, or a folder of tars, class "
-     "folders or captioned images, all as in the README"),
-    ("preset", {"choices": (*PRESETS, *CLIPS)}, "networks, recipe; without it those of --init, else tiny, "
-     "of cc3m the paper's: sd-v1"),
-    ("init", {"metavar": "WEIGHTS"}, "a checkpoint, Stable Diffusion v1 as .ckpt, .safetensors or folder, "
-     f"or {' or '.join(models.MODELS)} to download"),
+    ("data", {"default": "shapes"}, "shapes, cc3m, or a folder, tar, list or table as in the README"),
+    ("preset", {"choices": (*PRESETS, *CLIPS)}, "networks, recipe; else those of --init, tiny, of cc3m sd-v1"),
+    ("init", {"metavar": "WEIGHTS"}, "a checkpoint or Stable Diffusion v1 to start from; sd-v1-5 downloads it"),
     ("out", {"metavar": "DIR"}, "folder of the run; without it runs/DATA-PRESET, numbered if taken"),
     ("resume", {"action": "store_true"}, "go on with the run in --out, else the newest of data and preset"),
     ("tasks", {"choices": (*TASKS, ",".join(TASKS)), "metavar": "TASKS"},
-     f"{', '.join(TASKS)} or {','.join(TASKS)}; without it both, of a CLIP alignment"),
+     "generation, alignment or generation,alignment; without it both, of a CLIP alignment"),
     ("seed", {"default": 0, **WHOLE}, "of everything"),
     ("val", {"default": 500, **N}, "pairs held out of --data, or of its own val/"),
     ("image_size", {"type": within(int, 1, 4096), "metavar": "N"}, "px; without it the preset's"),
@@ -106,8 +103,8 @@ FLAGS = {"the run": (
     ("text_target", {"choices": TARGETS}, "predicted for text queries (Table 2); without it data"),
     ("text_schedule", {"choices": SCHEDULES}, "noise of text queries (Table 3); without it cosine"),
     ("image_schedule", {"choices": SCHEDULES}, "noise of images (Table 3); without it linear"),
-    ("gamma", X, "γ, scale of the text query in its noise; without it 1"),
-    ("condition_timestep", WHOLE, "t_z of a conditioning image (Table 7); without it T"),
+    ("gamma", {"type": within(float, 0.001, 1)}, "γ, scale of the text query in its noise; without it 1"),
+    ("condition_timestep", {"type": within(int, 0, 1000)}, "t_z of a condition (Table 7); without it 1000"),
     ("fusion", SWITCH, "dual-stream attention (Table 4)"),
     ("shared_attention", SWITCH, "the query uses the image tokens' attention weights (Table 5)"),
     ("own_ffn", SWITCH, "the query has a feed-forward of its own (Table 5)"),

@@ -526,7 +526,7 @@ def test_starting_from_another_checkpoint_keeps_its_weights_and_vocabulary(small
     ("--no-fusion --no-own-ffn", "without fusion"), ("--align-weight inf", "--align-weight"),
     ("--align-weight -1", "--align-weight"), ("--seed -3", "--seed"), ("--init nowhere.pt", "nowhere.pt"),
     ("--image-size 1600000", "to 4096"), ("--image-size 33", "multiple"), ("--preset huge", "--preset"),
-    ("--condition-timestep 5000", "condition_timestep"), ("--micro-batch 3", "--micro-batch 3"),
+    ("--condition-timestep 5000", "0 to 1000"), ("--micro-batch 3", "--micro-batch 3"),
     ("--out file/run", "file"), ("--augment", "--augment"), ("--preset sd-v1", "--init"),
     ("--preset clip-tiny --gamma 0.5", "--gamma"), ("--preset clip-tiny --recompute", "--recompute"),
     ("--preset clip-tiny --no-train-text-encoder", "--train-text-encoder"),
