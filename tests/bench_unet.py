@@ -35,7 +35,6 @@ def main() -> None:
     add("--size", type=int, help="px; without it the preset's")
     add("--draw", type=int, metavar="STEPS", help="draw pictures instead of training")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add("--compile", action="store_true", help="torch.compile both, to train")
     add("--device", default="cpu")
     add("--json", help="also write the figures here")
     args = parser.parse_args()
@@ -69,9 +68,6 @@ def main() -> None:
                  "diffusers": lambda: draw_by_diffusers(theirs, vae, latents, context, args.draw)}
     with torch.no_grad():
         difference = (model.unet(latents, *inputs) - theirs(latents, *inputs).sample).abs().max().item()
-    if args.compile:
-        model.unet.compile(dynamic=False)
-        theirs.compile(dynamic=False)
     seconds = {}
     for layout, memory_format in LAYOUTS.items():
         for network in networks:
