@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import is_dataclass, replace
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +71,8 @@ SWITCH = {"action": argparse.BooleanOptionalAction}
 # Without a default a flag that is not given is None, until `settle` knows from what training starts.
 FLAGS = {"the run": (
     ("data", {"default": "shapes"}, "shapes, cc3m, or a folder, tar, list or table as in the README"),
-    ("preset", {"choices": (*PRESETS, *CLIPS)}, "networks, recipe; else those of --init, tiny, of cc3m sd-v1"),
-    ("init", {"metavar": "WEIGHTS"}, "a checkpoint or Stable Diffusion v1 to start from; sd-v1-5 downloads it"),
+    ("preset", {"choices": (*PRESETS, *CLIPS)}, "networks, recipe; else of --init, of cc3m sd-v1, tiny"),
+    ("init", {"metavar": "WEIGHTS"}, "a checkpoint, Stable Diffusion v1, or sd-v1-5 to download"),
     ("out", {"metavar": "DIR"}, "folder of the run; without it runs/DATA-PRESET, numbered if taken"),
     ("resume", {"action": "store_true"}, "go on with the run in --out, else the newest of data and preset"),
     ("tasks", {"choices": (*TASKS, ",".join(TASKS)), "metavar": "TASKS"},
@@ -135,9 +134,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def preset_of(config: Config | ClipConfig) -> str | None:
     """The preset whose networks these are."""
-    networks = attrgetter("unet") if isinstance(config, Config) else attrgetter("width", "layers", "patch")
-    presets = PRESETS if isinstance(config, Config) else CLIPS
-    return next((name for name, preset in presets.items() if networks(preset) == networks(config)), None)
+    names = ("unet",) if isinstance(config, Config) else ("width", "layers", "patch")
+    return next((name for name, preset in (PRESETS | CLIPS).items() if type(preset) is type(config)
+                 and all(getattr(preset, part) == getattr(config, part) for part in names)), None)
 
 
 def with_flags(config, flags: dict):
