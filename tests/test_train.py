@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import build, randomise, tiny_clip_config, tiny_config
 from PIL import Image
+from test_sources import captions_of
 from torch.nn import functional as F
 
 import evaluate
@@ -533,11 +534,16 @@ def test_mistakes_end_in_one_line_and_status_2(small, tmp_path, capsys, flags: s
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_goes_on_only_as_it_began(small, capsys) -> None:
+def write_pairs(count: int) -> None:
     Path("data").mkdir()
-    for i in range(60):
+    for i in range(count):
         Image.new("RGB", (40, 40), (4 * i, 90, 90)).save(f"data/{i:02d}.jpg")
-        Path(f"data/{i:02d}.txt").write_text("" if i == 0 else f"picture {i}")     # the first is held out
+        Path(f"data/{i:02d}.txt").write_text(f"picture {i}")
+
+
+def test_a_run_goes_on_only_as_it_began(small, capsys) -> None:
+    write_pairs(60)
+    Path("data/00.txt").write_text("")       # the first is held out
     flags = ["--data", "data", "--workers", "1", "--out", "run"]
     train.main([*SMALL, *flags, "--steps", "2"])
     assert "60 samples" in capsys.readouterr().out and Path("run/samples/step_000002.png").exists()
@@ -547,10 +553,21 @@ def test_a_run_goes_on_only_as_it_began(small, capsys) -> None:
     assert "--samples was 60, is 59" in fail_of(capsys, *flags, "--resume"), "other data is another run"
 
 
-def test_nothing_usable_is_said_in_one_line_even_from_a_worker(small, tmp_path, capsys) -> None:
-    (tmp_path / "data").mkdir()
-    for i in range(60):
-        (tmp_path / f"data/{i:02d}.jpg").write_bytes(b"no picture")
-        (tmp_path / f"data/{i:02d}.txt").write_text(f"picture {i}")
+def test_some_pairs_are_held_out_from_all_over(small, capsys) -> None:
+    assert small("--out", "shapes").val.split == "val", "shapes has its own"
+    write_pairs(60)
+    trainer = small("--data", "data", "--val", "3")
+    assert captions_of(trainer.val) == ["picture 0", "picture 29", "picture 59"]
+    assert captions_of(trainer.source) == [f"picture {i}" for i in range(60) if i not in (0, 29, 59)]
+    assert len(small("--data", "data", "--val", "30", "--out", "many").val) == 3, "a twentieth at most"
+    for i in range(1, 60):
+        Path(f"data/{i:02d}.txt").unlink()
+    assert "training needs more" in fail_of(capsys, "--data", "data", "--max-bad", "1")
+
+
+def test_nothing_usable_is_said_in_one_line_even_from_a_worker(small, capsys) -> None:
+    write_pairs(60)
+    for path in Path("data").glob("*.jpg"):
+        path.write_bytes(b"no picture")
     error = fail_of(capsys, "--data", "data", "--workers", "1", "--out", "run", "--max-bad", "1")
     assert "100 unusable samples in a row" in error and "Traceback" not in error
