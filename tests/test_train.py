@@ -71,7 +71,8 @@ def finish(job: subprocess.Popen, folder: Path, lines: float = math.inf) -> str:
 
 def log_of(folder: Path) -> list[dict]:
     """A run's log, but for timings, and what a resumed run counts anew."""
-    return [{name: value for name, value in line.items() if name not in ("images_per_s", "data_wait", "skipped")}
+    free = ("images_per_s", "data_wait", "skipped")
+    return [{name: value for name, value in line.items() if name not in free}
             for line in train.read_log(folder / "log.jsonl")]
 
 
@@ -87,7 +88,7 @@ def assert_same(run: Path, other: Path) -> None:
     """The same numbers in both logs, and the same bits in both checkpoints."""
     for line, expected in zip(log_of(run), log_of(other), strict=True):
         assert line == expected
-    ours, expected = (flat(torch.load(folder / "checkpoint.pt", weights_only=True)) for folder in (run, other))
+    ours, expected = (flat(torch.load(path / "checkpoint.pt", weights_only=True)) for path in (run, other))
     assert ours.keys() == expected.keys()
     assert not [name for name, value in ours.items() if value != expected[name]]
 
