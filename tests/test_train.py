@@ -29,7 +29,6 @@ from fusion import SpatialTransformer
 from model import ClipLayer, ResBlock, UNetConfig
 
 SMALL = ["--batch-size", "8", "--val", "8", "--device", "cpu"]
-CPU = torch.device("cpu")
 SMALL_RUN = str(Path(__file__).with_name("small_run.py"))
 TIMEOUT = 300             # seconds without a new line in the log: it hangs
 
@@ -155,7 +154,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     monkeypatch.setattr(train, "checker", partial(evaluate.checker, n=4))
     return lambda *flags: train.Trainer(train.parse_args([*SMALL, "--steps", "2", "--out", "run", *flags]),
-                                        0, 1, CPU)
+                                        0, 1, torch.device("cpu"))
 
 
 def fail_of(capsys, *flags: str) -> str:
