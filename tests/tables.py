@@ -96,7 +96,8 @@ def table(rows: dict[str, list[dict]]) -> str:
     pooled = "; ".join(f"{column.title} {column.factor * column.deviation:.{column.digits}f}"
                        for column in shown if math.isfinite(column.deviation))
     pooled = pooled or "unknown, with one seed nothing is told from noise"
-    return "\n".join([*lines, "", f"Pooled standard deviation over seeds: {pooled}.{' ' * bool(floor)}{below}"])
+    below = f"Pooled standard deviation over seeds: {pooled}.{' ' * bool(floor)}{below}"
+    return "\n".join([*lines, "", below])
 
 
 if __name__ == "__main__":

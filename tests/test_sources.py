@@ -341,7 +341,7 @@ def test_batches_depend_on_the_step_alone(tars) -> None:
         assert batch.drawn == other.drawn == {"step": k}
         assert torch.equal(batch.tokens, other.tokens)
         assert torch.equal(batch.tokens, options["tokenizer"](batch.captions))
-    assert [b.captions for b in late] == [b.captions for b in alone[4:]], "to resume is to go on in the stream"
+    assert [b.captions for b in late] == [b.captions for b in alone[4:]], "resuming must go on in the stream"
 
 
 @pytest.mark.parametrize("sizes", [[50], [1, 40, 9], [8, 3, 20, 1, 6, 2, 10]])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import build, randomise, tiny_clip_config, tiny_config
 from PIL import Image
+from test_sources import captions_of
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +30,6 @@ from fusion import SpatialTransformer
 from model import ClipLayer, ResBlock, UNetConfig
 
 SMALL = ["--batch-size", "8", "--val", "8", "--device", "cpu"]
-CPU = torch.device("cpu")
 SMALL_RUN = str(Path(__file__).with_name("small_run.py"))
 TIMEOUT = 300             # seconds without a new line in the log: it hangs
 
@@ -71,7 +71,8 @@ def finish(job: subprocess.Popen, folder: Path, lines: float = math.inf) -> str:
 
 def log_of(folder: Path) -> list[dict]:
     """A run's log, but for timings, and what a resumed run counts anew."""
-    return [{name: value for name, value in line.items() if name not in ("images_per_s", "data_wait", "skipped")}
+    free = ("images_per_s", "data_wait", "skipped")
+    return [{name: value for name, value in line.items() if name not in free}
             for line in train.read_log(folder / "log.jsonl")]
 
 
@@ -87,7 +88,7 @@ def assert_same(run: Path, other: Path) -> None:
     """The same numbers in both logs, and the same bits in both checkpoints."""
     for line, expected in zip(log_of(run), log_of(other), strict=True):
         assert line == expected
-    ours, expected = (flat(torch.load(folder / "checkpoint.pt", weights_only=True)) for folder in (run, other))
+    ours, expected = (flat(torch.load(path / "checkpoint.pt", weights_only=True)) for path in (run, other))
     assert ours.keys() == expected.keys()
     assert not [name for name, value in ours.items() if value != expected[name]]
 
@@ -154,7 +155,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     monkeypatch.setattr(train, "checker", partial(evaluate.checker, n=4))
     return lambda *flags: train.Trainer(train.parse_args([*SMALL, "--steps", "2", "--out", "run", *flags]),
-                                        0, 1, CPU)
+                                        0, 1, torch.device("cpu"))
 
 
 def fail_of(capsys, *flags: str) -> str:
@@ -538,11 +539,16 @@ def test_mistakes_end_in_one_line_and_status_2(small, tmp_path, capsys, flags: s
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_goes_on_only_as_it_began(small, capsys) -> None:
+def write_pairs(count: int) -> None:
     Path("data").mkdir()
-    for i in range(60):
+    for i in range(count):
         Image.new("RGB", (40, 40), (4 * i, 90, 90)).save(f"data/{i:02d}.jpg")
-        Path(f"data/{i:02d}.txt").write_text("" if i == 0 else f"picture {i}")     # the first is held out
+        Path(f"data/{i:02d}.txt").write_text(f"picture {i}")
+
+
+def test_a_run_goes_on_only_as_it_began(small, capsys) -> None:
+    write_pairs(60)
+    Path("data/00.txt").write_text("")       # the first is held out
     flags = ["--data", "data", "--workers", "1", "--out", "run"]
     train.main([*SMALL, *flags, "--steps", "2"])
     assert "60 samples" in capsys.readouterr().out and Path("run/samples/step_000002.png").exists()
@@ -552,10 +558,21 @@ def test_a_run_goes_on_only_as_it_began(small, capsys) -> None:
     assert "--samples was 60, is 59" in fail_of(capsys, *flags, "--resume"), "other data is another run"
 
 
-def test_nothing_usable_is_said_in_one_line_even_from_a_worker(small, tmp_path, capsys) -> None:
-    (tmp_path / "data").mkdir()
-    for i in range(60):
-        (tmp_path / f"data/{i:02d}.jpg").write_bytes(b"no picture")
-        (tmp_path / f"data/{i:02d}.txt").write_text(f"picture {i}")
+def test_some_pairs_are_held_out_from_all_over(small, capsys) -> None:
+    assert small("--out", "shapes").val.split == "val", "shapes has its own"
+    write_pairs(60)
+    trainer = small("--data", "data", "--val", "3")
+    assert captions_of(trainer.val) == ["picture 0", "picture 29", "picture 59"]
+    assert captions_of(trainer.source) == [f"picture {i}" for i in range(60) if i not in (0, 29, 59)]
+    assert len(small("--data", "data", "--val", "30", "--out", "many").val) == 3, "a twentieth at most"
+    for i in range(1, 60):
+        Path(f"data/{i:02d}.txt").unlink()
+    assert "training needs more" in fail_of(capsys, "--data", "data", "--max-bad", "1")
+
+
+def test_nothing_usable_is_said_in_one_line_even_from_a_worker(small, capsys) -> None:
+    write_pairs(60)
+    for path in Path("data").glob("*.jpg"):
+        path.write_bytes(b"no picture")
     error = fail_of(capsys, "--data", "data", "--workers", "1", "--out", "run", "--max-bad", "1")
     assert "100 unusable samples in a row" in error and "Traceback" not in error
