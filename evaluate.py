@@ -271,7 +271,7 @@ def checker(model: DiffDis, n: int = 64, best_of: int = 1, seed: int = 0, **draw
     """Draw pictures for n held-out prompts of `shapes` and judge each from its pixels alone. Of best_of
     pictures that one counts from which the model itself reads the prompt best; `all_single`: the first.
     drawing: options of `draw_images`."""
-    val, at_once, verdicts, firsts = Shapes("val"), max(1, 64 // best_of), [], []
+    val, at_once, verdicts = Shapes("val"), max(1, 64 // best_of), []
     prompts = [val.captions(i)[0] for i in range(min(n, len(val)))]
     for i in tqdm(range(0, len(prompts), at_once), "draw", unit="batch", disable=None, leave=False):
         batch = [prompt for prompt in prompts[i:i + at_once] for _ in range(best_of)]
@@ -280,11 +280,10 @@ def checker(model: DiffDis, n: int = 64, best_of: int = 1, seed: int = 0, **draw
         for prompt, own in zip(batch[::best_of], images.split(best_of)):
             choice = favourite(model, prompt, own, seed)[0] if best_of > 1 else 0
             judged = [check(to_square(to_pil(image), SIDE), prompt) for image in own]
-            verdicts.append(judged[choice])
-            firsts.append(judged[0]["all"])
+            verdicts.append({**judged[choice], "all_single": judged[0]["all"]})
     rates = {key: sum(verdict[key] for verdict in verdicts) / len(verdicts) for key in verdicts[0]}
     return {"n": len(prompts), "seed": seed, "chance": 0.0, "best_of": best_of, **drawing, **rates,
-            "all_single": sum(firsts) / len(firsts), "all_interval": wilson(rates["all"], len(prompts))}
+            "all_interval": wilson(rates["all"], len(prompts))}
 
 
 # ---------------------------------------------------------------- FID and its Inception

@@ -226,19 +226,21 @@ def test_stage_1_tunes_a_copy_and_no_autoencoder(places) -> None:
 
 
 def test_every_epoch_of_the_head_reads_other_mixtures(places, monkeypatch) -> None:
-    counts, mixed, read, mix = [], [], evaluate.read_queries, evaluate.mix
+    counts, mixed, read, mix, data = [], [], evaluate.read_queries, evaluate.mix, open_longtail(str(places))
     monkeypatch.setattr(evaluate, "mix", lambda *args: mixed.append((args[0], *mix(*args))) or mixed[-1][1:])
     monkeypatch.setattr(evaluate, "read_queries",
                         lambda *args, **reading: counts.append(len(args[1])) or read(*args, **reading))
     for seed in (0, 0, 1):
-        evaluate.train_head(build(), open_longtail(str(places)), [torch.eye(32)[:2]] * 3, 3, 1.0,
-                            Reading(batch_size=8, seed=seed))
+        evaluate.train_head(build(), data, [torch.eye(32)[:2]] * 3, 3, 1.0, Reading(batch_size=8, seed=seed))
     assert sum(counts) == 3 * (16 + 3 * 16), "once to choose anchors, then each mixture"
     pictures, _, targets = map(torch.stack, zip(*mixed))
     assert torch.allclose(targets.sum(2), torch.ones(18, 8)) and len(targets.unique()) > 20, "shares differ"
     first, again, other = pictures.split(6)
     assert torch.equal(first, again) and not torch.equal(first, other), "the key decides"
     assert not any(torch.equal(first[:2], epoch) for epoch in first[2:].split(2)), "all epochs are one"
+    plain = {np.asarray(data.train.image(i)).tobytes() for i in range(16)}
+    share = np.mean([picture.numpy().tobytes() in plain for picture in first.flatten(0, 1)])
+    assert share < 0.5, "RandAugment seldom leaves a picture as it is"
 
 
 def test_learning_beats_chance_and_its_controls_do_not(places, monkeypatch) -> None:
