@@ -106,23 +106,20 @@ class TransformerBlock(nn.Module):
         if fusion is not None and fusion.own_ffn:
             self.query_norm3, self.query_ff = nn.LayerNorm(width), FeedForward(width)
 
-    def self_attention(self, x: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, C], query [B, 1, C] or None -> the same after attention over both, where they meet."""
-        if query is None:                                         # no operation but Stable Diffusion's
-            return x + self.attn1(self.norm1(x)), None
-        if self.query_attn is None:
-            both = torch.cat([query, x], dim=1)                   # [B, 1+N, C]
-            both = both + self.attn1(self.norm1(both))
-            return both[:, 1:], both[:, :1]
-        x_norm, query_norm = self.norm1(x), self.query_norm1(query)
-        pairs = zip(self.query_attn.project(query_norm, query_norm), self.attn1.project(x_norm, x_norm))
-        mixed = self.attn1.attend(*(torch.cat(pair, dim=1) for pair in pairs))                # [B, 1+N, C]
-        return x + self.attn1.to_out[0](mixed[:, 1:]), query + self.query_attn.to_out[0](mixed[:, :1])
-
     def forward(self, x: Tensor, context: Tensor | None = None,
                 query: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """x [B, N, C], context [B or 1, L, D], query [B, 1, C] or None (masked) -> x, query."""
-        x, query = self.self_attention(x, query)
+        if query is None:                                         # no operation but Stable Diffusion's
+            x = x + self.attn1(self.norm1(x))
+        elif self.query_attn is None:
+            both = torch.cat([query, x], dim=1)                   # [B, 1+N, C]
+            both = both + self.attn1(self.norm1(both))
+            query, x = both[:, :1], both[:, 1:]
+        else:
+            x_norm, query_norm = self.norm1(x), self.query_norm1(query)
+            pairs = zip(self.query_attn.project(query_norm, query_norm), self.attn1.project(x_norm, x_norm))
+            mixed = self.attn1.attend(*(torch.cat(pair, dim=1) for pair in pairs))            # [B, 1+N, C]
+            query, x = query + self.query_attn.to_out[0](mixed[:, :1]), x + self.attn1.to_out[0](mixed[:, 1:])
         if context is not None:
             x = x + self.attn2(self.norm2(x), context)
         x = x + self.ff(self.norm3(x))

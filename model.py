@@ -78,11 +78,6 @@ class Config:
     gamma: float = 1.0           # γ, scale of the text query inside its noise (Eq. 6)
     guidance_scale: float = 7.5  # 1 + w with which images are drawn unless another is given
 
-    def __post_init__(self) -> None:
-        side = self.autoencoder.factor
-        if self.image_size % side or not 0 < self.image_size <= 4096:
-            raise ValueError(f"image size is {self.image_size} px, expected a multiple of {side} up to 4096")
-
 
 @dataclass(frozen=True)
 class ClipConfig:
@@ -266,8 +261,6 @@ class UNet(nn.Module):
         features, _, _, state = self.encode(latents, t_image, null_context, noisy_query, t_text)
         return self.query_head(state, features)
 
-    forward = denoise_image
-
 
 # ---------------------------------------------------------------- autoencoders
 class PatchAutoencoder(nn.Module):
@@ -420,6 +413,7 @@ class DiffDis(nn.Module):
         self.autoencoder = autoencoder(config.autoencoder)
         self.text_encoder = TextEncoder(config.text)
         self.unet = UNet(config)
+        self.latent_shape(config.image_size, config.image_size)       # refuses a size that does not fit
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         self.register_buffer("null_tokens", tokenizer([""]), persistent=False)
         initialise(self.text_encoder, config.text)
@@ -668,8 +662,8 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 # ---------------------------------------------------------------- downloads
-MODELS = {"sd-v1-5": "4.3 GB"}        # its licence: CreativeML OpenRAIL-M
 DOWNLOADS = {
+    # 4.3 GB, under the licence CreativeML OpenRAIL-M.
     "sd-v1-5": ("https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/"
                 "v1-5-pruned-emaonly.safetensors",
                 "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa"),
@@ -685,7 +679,7 @@ def download(name: str) -> Path:
     path = CACHE / url.rsplit("/", 1)[1]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {url} ({MODELS.get(name, 'small')}) to {path}")
+        print(f"downloading {url} ({'4.3 GB' if name == 'sd-v1-5' else 'small'}) to {path}")
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError, ValueError) as error:
@@ -695,9 +689,9 @@ def download(name: str) -> Path:
 
 
 def locate(path: str | Path) -> Path:
-    """A path, the checkpoint in a run's folder, or the downloaded file of one of MODELS."""
+    """A path, the checkpoint in a run's folder, or the downloaded file of "sd-v1-5"."""
     run = Path(path) / "checkpoint.pt"
-    return download(str(path)) if str(path) in MODELS else run if run.is_file() else Path(path)
+    return download("sd-v1-5") if str(path) == "sd-v1-5" else run if run.is_file() else Path(path)
 
 
 # ---------------------------------------------------------------- save, load, export
@@ -745,17 +739,17 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     """A checkpoint as a model in eval mode. Raises FileNotFoundError or ValueError.
 
     path: what `save` or `export` wrote; Stable Diffusion v1 as .ckpt, .safetensors (CompVis's names) or
-    diffusers folder (one with a folder unet), whose query stream starts from random weights; or one of
-    MODELS, downloaded once; weights: "ema", averaged ones if the file has them, or "raw"; adapt: changes the
+    diffusers folder (one with a folder unet), whose query stream starts from random weights; or "sd-v1-5",
+    downloaded once; weights: "ema", averaged ones if the file has them, or "raw"; adapt: changes the
     configuration before the networks are built.
     """
     path = locate(path)
     if not (path.is_file() or (path / "unet").is_dir()):
         held = ", ".join(sorted(entry.name for entry in path.glob("*"))[:4]) or "nothing"
         raise FileNotFoundError(
-            f"no checkpoint at {path} (found: {held}): train one with `python train.py`, give Stable "
-            f"Diffusion v1 as a file or a folder with unet/, or {' or '.join(MODELS)} to download it; a "
-            "CLIP's folder is first converted by tests/convert_clip.py")
+            f"no checkpoint at {path} (found: {held}): train one with `python train.py`, or give Stable "
+            "Diffusion v1, a file, a folder with unet/, or sd-v1-5 to download it; a CLIP's folder is first "
+            "converted by tests/convert_clip.py")
     with reading(path):
         said, tensors = read_weights(path, weights)
         network, kind = (DiffDis, Config) if "fusion" in said["config"] else (Clip, ClipConfig)

@@ -138,8 +138,8 @@ def make_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Ima
 
 
 # ---------------------------------------------------------------- what the scripts share
-CKPT_HELP = ("checkpoint, Stable Diffusion v1 as .ckpt, .safetensors or diffusers folder, or "
-             f"{' or '.join(models.MODELS)} to download; without it the newest runs/*/checkpoint.pt")
+CKPT_HELP = ("checkpoint, Stable Diffusion v1 as .ckpt, .safetensors or diffusers folder, or sd-v1-5 to "
+             "download; without it the newest runs/*/checkpoint.pt")
 
 
 def fail(error: Exception | str, status: int = 2) -> None:
@@ -222,10 +222,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--negative", default="", help="prompt to guide away from")
     add("--seed", type=natural, default=0, help="the k-th image drawn for a prompt comes from seed + k")
     add("-n", type=positive, default=1, help="images per prompt")
-    add("--best-of", type=positive, default=1, metavar="N",
-        help="draw N images for each that is saved: the one from which the model reads the prompt best")
-    add("--size", type=within(int, 1, 4096), nargs=2, metavar=("WIDTH", "HEIGHT"),
-        help="in px; without it as trained")
+    add("--best-of", type=positive, default=1, metavar="N", help="draw N for each, keep the one read best")
+    add("--size", type=within(int, 1, 4096), nargs=2, metavar=("WIDTH", "HEIGHT"), help="px; else as trained")
     add("--out", default="sample.png", help="PNG to write; small pictures are enlarged to about 256 px")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     return parser.parse_args(argv)
@@ -251,8 +249,10 @@ def draw_all(model: DiffDis, prompts: list[str], seed: int, n: int, best: int, s
     return images[chosen], [notes[i] for i in chosen]
 
 
-def run(args: argparse.Namespace) -> None:
+@errors_in_one_line()
+def main(argv: list[str] | None = None) -> None:
     """One picture, or a grid with a row per prompt; what made it stands in the PNG's text chunks."""
+    args = parse_args(argv)
     out = Path(args.out).resolve()
     if out.suffix.lower() != ".png" or not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"--out is {args.out!r}, expected a .png in an existing folder")
@@ -284,11 +284,6 @@ def run(args: argparse.Namespace) -> None:
     for note in notes:
         print("  ".join(f"{name}: {value}" for name, value in note.items()))
     print(f"wrote {args.out}")
-
-
-@errors_in_one_line()
-def main(argv: list[str] | None = None) -> None:
-    run(parse_args(argv))
 
 
 if __name__ == "__main__":

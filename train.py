@@ -676,13 +676,12 @@ def run(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
     if rank == 0:
         plot_log(trainer.folder / "log.jsonl", trainer.folder / "log.png")
-        print(f"{trainer.skips}\n{'trained' if is_done else 'stopped'} after "
+        print(f"{trainer.skips}\n{'trained' if is_done else 'stopped by a signal'} after step {trainer.step}, "
               f"{time.monotonic() - started:.0f} s; wrote {trainer.folder / 'checkpoint.pt'}")
         if is_done:
             trainer.validate()
         else:
-            print(f"stopped by a signal after step {trainer.step} of {args.steps}; to go on, give the same "
-                  f"command with --resume --out {trainer.folder}")
+            print(f"to go on, give the same command with --resume --out {trainer.folder}")
 
 
 @errors_in_one_line()

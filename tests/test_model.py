@@ -146,7 +146,7 @@ def test_sizes_that_do_not_fit_are_refused(model) -> None:
 def test_the_folder_of_a_run_is_its_checkpoint_and_a_flag_is_no_damage(model, tmp_path) -> None:
     models.save(tmp_path / "checkpoint.pt", model)
     assert models.load(tmp_path).config == model.config
-    with pytest.raises(ValueError, match="^image size is 33"):
+    with pytest.raises(ValueError, match="^size is 33x33"):
         models.load(tmp_path, adapt=lambda config: replace(config, image_size=33))
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"empty \(found: nothing\)"):
