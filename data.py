@@ -659,6 +659,7 @@ def training_batches(source: Source, image_size: int, batch_size: int, seed: int
             collate_fn=partial(make_batch, image_size, tokenizer, draw, batch_size),
             prefetch_factor=4 if workers else None, worker_init_fn=leave_signals)
     except (ValueError, RuntimeError) as error:        # out of a worker: pages of traceback, or its death
+        error.__traceback__ = None       # its frames would keep the loader, and workers that no signal ends
         raise ValueError(str(error).split("ValueError: ")[-1].strip()) from None
 
 

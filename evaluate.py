@@ -241,8 +241,8 @@ def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading()
     so many; a class is its first template."""
     names, templates = source.classes or [], templates or [source.template]
     if len(names) < 2:       # of a single class every answer is right
-        raise ValueError(f"{source.name} has {len(names)} classes: zeroshot needs two or more, as folders "
-                         "(DIR/CLASS/*.jpg) or in a list (lines 'PATH<TAB>CLASS')")
+        raise ValueError(f"{source.name} has {len(names)} classes, zeroshot needs two or more: folders "
+                         "DIR/CLASS, or a list of lines 'PATH<TAB>CLASS'")
     if loss_timesteps is None:
         prompts = [fill(template, name) for name in names for template in templates]
         classes = F.normalize(encode_texts(model, prompts).unflatten(0, (len(names), -1)).mean(dim=1), dim=-1)

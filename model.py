@@ -261,6 +261,8 @@ class UNet(nn.Module):
         features, _, _, state = self.encode(latents, t_image, null_context, noisy_query, t_text)
         return self.query_head(state, features)
 
+    forward = denoise_image
+
 
 # ---------------------------------------------------------------- autoencoders
 class PatchAutoencoder(nn.Module):
@@ -722,9 +724,9 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
             return said, said["model"] | ((weights == "ema" and said["ema"]) or {})
         if "diffdis" in said:                                  # what `export` wrote
             return json.loads(said["diffdis"]), tensors
-        if not any(name.startswith(PREFIXES["unet"]) for name in tensors):
-            raise ValueError(f"{path} is no checkpoint of DiffDis ({FORMAT!r}) or Stable Diffusion "
-                             f"({PREFIXES['unet']}...): it holds {', '.join([*tensors][:4]) or 'no tensor'}")
+        if "v_pred" in tensors or not any(name.startswith(PREFIXES["unet"]) for name in tensors):
+            raise ValueError(f"{path} is no checkpoint of DiffDis ({FORMAT!r}) or of Stable Diffusion v1 "
+                             f"(predicting noise): it holds {', '.join(sorted(tensors)[-4:]) or 'no tensor'}")
     config = replace(PRESETS["sd-v1"], image_size=512)         # what v1 was trained at
     folders = [folder / name for folder in (path, path.parent) for name in ("tokenizer", "")]
     given = [folder for folder in folders if (folder / "vocab.json").is_file()]

@@ -2,10 +2,8 @@
 
     python sample.py "a red circle above a blue square" --best-of 4
 
-The paper's Algorithm 2 (`draw_images`, text to image) and Algorithm 3 (`draw_queries`, image to text query),
-each a few lines around the samplers of diffusion.py; what the scripts share; and a command line: one model
-draws, and with `--best-of N` keeps of N images the one it reads the prompt from best.
-Read next: evaluate.py, which scores images against texts.
+The paper's Algorithm 2 (`draw_images`) and Algorithm 3 (`draw_queries`), each a few lines around `ddim` of
+diffusion.py; what the scripts share; and a command line, which draws. Read next: evaluate.py, which reads.
 """
 import argparse
 import re

@@ -39,8 +39,7 @@ from diffusion import (alignment_loss, generation_loss, generator_of, make_alpha
                        q_sample, read_prediction, signal_and_noise)
 from evaluate import (Reading, checker, denoising_errors, everybody, in_turn, join_ranks, over_images,
                       rank_and_world, report, retrieval, zeroshot)
-from model import (CLIPS, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextConfig, is_new,
-                   wrap_blocks)
+from model import CLIPS, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextConfig, is_new
 from sample import (Parser, draw_all, errors_in_one_line, make_grid, natural, pick_device, positive, share,
                     weight, within)
 
@@ -477,9 +476,9 @@ class Trainer:
         loss = (ClipLoss(self.model, bf16) if isinstance(self.model, Clip)
                 else JointLoss(self.model, args.tasks, args.p_drop_image, bf16)).to(self.device)
         if args.compile:
-            wrap_blocks(self.model, partial(torch.compile, dynamic=False))
+            models.wrap_blocks(self.model, partial(torch.compile, dynamic=False))
         if args.recompute:
-            wrap_blocks(self.model.unet, lambda forward: partial(recompute, forward, use_reentrant=False))
+            models.wrap_blocks(self.model.unet, partial(partial, recompute, use_reentrant=False))
         # The buffers never change, and gradients need no second copy beside the buckets they are sent in.
         return loss if self.world == 1 else DistributedDataParallel(
             loss, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -676,8 +675,8 @@ def run(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
     if rank == 0:
         plot_log(trainer.folder / "log.jsonl", trainer.folder / "log.png")
-        print(f"{trainer.skips}\n{'trained' if is_done else 'stopped by a signal'} after step {trainer.step}, "
-              f"{time.monotonic() - started:.0f} s; wrote {trainer.folder / 'checkpoint.pt'}")
+        print(f"{trainer.skips}\n{'trained' if is_done else 'stopped by a signal'} after step "
+              f"{trainer.step} of {args.steps}, {time.monotonic() - started:.0f} s; wrote {trainer.folder}/checkpoint.pt")
         if is_done:
             trainer.validate()
         else:

@@ -67,7 +67,7 @@ def main() -> None:
         calls = {"ours": lambda: draw_images(model, prompts, seeds, args.draw, 7.5, (side, side)),
                  "diffusers": lambda: draw_by_diffusers(theirs, vae, latents, context, args.draw)}
     with torch.no_grad():
-        difference = (model.unet.denoise_image(latents, *inputs) - theirs(latents, *inputs).sample).abs().max().item()
+        difference = (model.unet(latents, *inputs) - theirs(latents, *inputs).sample).abs().max().item()
     seconds = {}
     for layout, memory_format in LAYOUTS.items():
         for network in networks:

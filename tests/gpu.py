@@ -119,8 +119,8 @@ def main() -> None:
             "sample, bf16": f"sample.py circle {ckpt} --dtype bf16 --sampler dpm++ --best-of 2 --steps 4 "
                             f"--out {folder}/bf16.png",
             "evaluate": f"evaluate.py retrieval zeroshot checker {ckpt} --limit 40 --n 4 --steps 4",
-            "evaluate, fid": f"evaluate.py fid longtail {ckpt} --features {folder}/eager/checkpoint.pt "
-                             "--limit 40 --n 20 --steps 4 --epochs 1 --head-epochs 1"})
+            "evaluate, fid": f"evaluate.py fid {ckpt} --features {folder}/eager/checkpoint.pt "
+                             "--limit 40 --n 20 --steps 4"})
         answers.add("scripts", "agree", agree(folder))
         for batch, more in ((small, "--profile"), (middle, "--only generation alignment joint clip")):
             answers.ask("steps", 150, {

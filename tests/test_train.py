@@ -4,6 +4,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -565,14 +566,19 @@ def test_some_pairs_are_held_out_from_all_over(small, capsys) -> None:
     assert captions_of(trainer.val) == ["picture 0", "picture 29", "picture 59"]
     assert captions_of(trainer.source) == [f"picture {i}" for i in range(60) if i not in (0, 29, 59)]
     assert len(small("--data", "data", "--val", "30", "--out", "many").val) == 3, "a twentieth at most"
+    shutil.copytree("data", "halves/train")
+    shutil.copytree("data", "halves/val")
+    assert len(small("--data", "halves", "--val", "30", "--out", "halves").val) == 30, "or of their own val"
     for i in range(1, 60):
         Path(f"data/{i:02d}.txt").unlink()
     assert "training needs more" in fail_of(capsys, "--data", "data", "--max-bad", "1")
 
 
-def test_nothing_usable_is_said_in_one_line_even_from_a_worker(small, capsys) -> None:
+def test_nothing_usable_is_said_in_one_line_even_from_a_worker(small) -> None:
     write_pairs(60)
     for path in Path("data").glob("*.jpg"):
         path.write_bytes(b"no picture")
-    error = fail_of(capsys, "--data", "data", "--workers", "1", "--out", "run", "--max-bad", "1")
-    assert "100 unusable samples in a row" in error and "Traceback" not in error
+    command = [sys.executable, SMALL_RUN, *SMALL, "--data", "data", "--workers", "1", "--max-bad", "1"]
+    job = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)      # and ends
+    assert job.returncode == 2 and "100 unusable samples in a row" in job.stderr, job
+    assert "Traceback" not in job.stderr
