@@ -675,8 +675,8 @@ def run(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
     if rank == 0:
         plot_log(trainer.folder / "log.jsonl", trainer.folder / "log.png")
-        print(f"{trainer.skips}\n{'trained' if is_done else 'stopped by a signal'} after step "
-              f"{trainer.step} of {args.steps}, {time.monotonic() - started:.0f} s; wrote {trainer.folder}/checkpoint.pt")
+        print(f"{trainer.skips}\n{'trained' if is_done else 'stopped by a signal'} after step {trainer.step} "
+              f"of {args.steps}, {time.monotonic() - started:.0f} s; wrote {trainer.folder}/checkpoint.pt")
         if is_done:
             trainer.validate()
         else:
