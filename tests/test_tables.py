@@ -29,17 +29,3 @@ def test_verdicts_are_by_sign_and_pooled_standard_errors(tmp_path) -> None:
     first = {name: next(line for line in lines if line.startswith(f"| {name} |")) for name in ROWS}
     assert "▲" in first["better"] and "▼" in first["no-fusion"] and not set("▲▼") & set(first["same"])
     assert "1.500 ± 1.000" in first["generation"], "a row has the measures it has"
-
-
-def test_longtail_has_columns_of_its_own(tmp_path) -> None:
-    runs = [{"task": "longtail", "image_acc": 0.3, "top1": 0.4 + 0.1 * seed, "linear_few": 0.0}
-            for seed in range(3)]
-    title, _, row, *_, below = tables.table(write(tmp_path, {"clip": runs, "shapes": runs})).splitlines()
-    assert title == "| row | seeds | stage 1: Image-Acc | stage 2 |"
-    assert row == "| clip | 3 | 30.0 ± 0.0 | 50.0 ± 10.0 |"
-    assert "Under 1 % in every row: linear layer, few." in below
-
-
-def test_several_tasks_in_a_file_are_a_row(tmp_path) -> None:
-    tasks = {"retrieval": {"task": "retrieval", "mean_r1": 0.5}, "checker": {"task": "checker", "all": 0.25}}
-    assert {"mean_r1": 0.5, "all": 0.25}.items() <= write(tmp_path, {"joint": [tasks]})["joint"][0].items()
