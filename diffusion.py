@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
+SCHEDULES, TARGETS = ("linear", "cosine"), ("noise", "v", "data")      # of β; of what a network predicts
 Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]     # (x_t, t [B]) -> (x0_pred, eps_pred)
 
 

@@ -26,9 +26,6 @@ from torch.nn import functional as F
 from data import CACHE, Tokenizer, to_float, write_atomically
 from fusion import AlignmentTransformer, Attention, FusionConfig, SpatialTransformer
 
-TARGETS = ("noise", "v", "data")       # what a network may be asked to predict; formulas in diffusion.py
-SCHEDULES = ("linear", "cosine")
-
 
 # ---------------------------------------------------------------- configuration
 @dataclass(frozen=True)

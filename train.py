@@ -35,11 +35,11 @@ from tqdm import tqdm
 import model as models
 from data import (Batch, SkipReport, Source, Tokenizer, evaluation_batches, evenly_spaced, hold_out,
                   open_source, to_float, training_batches, usable_captions, write_atomically)
-from diffusion import (alignment_loss, generation_loss, generator_of, make_alphas_cumprod, make_target,
-                       q_sample, read_prediction, signal_and_noise)
+from diffusion import (SCHEDULES, TARGETS, alignment_loss, generation_loss, generator_of, make_alphas_cumprod,
+                       make_target, q_sample, read_prediction, signal_and_noise)
 from evaluate import (Reading, checker, denoising_errors, everybody, in_turn, join_ranks, over_images,
                       rank_and_world, report, retrieval, zeroshot)
-from model import CLIPS, PRESETS, SCHEDULES, TARGETS, Clip, ClipConfig, Config, DiffDis, TextConfig, is_new
+from model import CLIPS, PRESETS, Clip, ClipConfig, Config, DiffDis, TextConfig, is_new
 from sample import (Parser, draw_all, errors_in_one_line, make_grid, natural, pick_device, positive, share,
                     weight, within)
 

@@ -331,33 +331,27 @@ def test_recomputing_keeps_a_fraction_of_the_activations() -> None:
     assert held[1] < 0.5 * held[0], held
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_blocks_are_compiled_once_for_a_shape(recompute: bool, monkeypatch) -> None:
-    """Whole, without graph breaks (with the compiler's tracing, not its code generation); the same losses and
-    gradients; not in scores."""
+@pytest.mark.parametrize("flags", [(), ("--recompute",), ("--preset", "clip-tiny")], ids=str)
+def test_blocks_are_compiled_once_for_a_shape(small, monkeypatch, flags: tuple) -> None:
+    """Whole, without graph breaks (with the compiler's tracing, not its code generation), to the same numbers;
+    not for scores."""
     from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()
-    counter, compiled, results, counts = CompileCounter(), torch.compile, [], []
-    monkeypatch.setattr(torch, "compile", partial(compiled, backend=counter, fullgraph=True))
-    for compile in (False, True):
-        model = build(tiny_config(unet=UNetConfig((32, 64), (True, True), 3, 2))).requires_grad_(True)
-        if compile:
-            models.wrap_blocks(model, partial(torch.compile, dynamic=False))
-        if recompute:
-            recompute_activations(model)
-        loss = train.JointLoss(model)
-        for step in range(3):
-            noise = train.sample_noise(model.config, model.latent_shape(32, 32), 0, step, range(4))
-            pixels = torch.full((4, 32, 32, 3), 40 * step, dtype=torch.uint8)
-            model.zero_grad()
-            losses = train.backward(loss, [(pixels, model.tokenizer(["a red circle"] * 4), noise)], 1.0)
+    counter, records, counts = CompileCounter(), [], []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    monkeypatch.setitem(models.PRESETS, "tiny", tiny_config(unet=UNetConfig((32, 64), (True, True), 3, 2)))
+    for out, compile in (("plain", "--no-compile"), ("compiled", "--compile")):
+        trainer = small(*flags, compile, "--out", out)
+        batches = trainer.batches()
+        for _ in range(2):
+            records.append(trainer.train_step(next(batches)))
             counts.append(counter.frame_count)
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        results.append(losses | gradients)
-    blocks = sum(isinstance(module, (ResBlock, SpatialTransformer, ClipLayer)) for module in model.modules())
-    assert counts[:3] == [0] * 3 and 0 < counts[3] == counts[5] < blocks, (counts, blocks)
-    for name, value in results[0].items():
-        assert torch.equal(value, results[1][name]), name
+        trainer.evaluate()
+        counts.append(counter.frame_count)
+    blocks = sum(isinstance(module, (ResBlock, SpatialTransformer, ClipLayer))
+                 for module in trainer.model.modules())
+    assert counts[:3] == [0] * 3 and 0 < counts[3] == counts[4] == counts[5] < blocks, (counts, blocks)
+    assert records[:2] == records[2:]
     torch._dynamo.reset()
 
 
