@@ -333,8 +333,8 @@ def test_recomputing_keeps_a_fraction_of_the_activations() -> None:
 
 @pytest.mark.parametrize("flags", [(), ("--recompute",), ("--preset", "clip-tiny")], ids=str)
 def test_blocks_are_compiled_once_for_a_shape(small, monkeypatch, flags: tuple) -> None:
-    """Whole, without graph breaks (with the compiler's tracing, not its code generation), to the same numbers;
-    not for scores."""
+    """Whole, without graph breaks (traced, not translated by the compiler), not for scores, and to
+    the same numbers."""
     from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()
     counter, records, counts = CompileCounter(), [], []
