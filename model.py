@@ -544,6 +544,7 @@ def wrap_blocks(network: nn.Module, wrapper: Callable[[Callable], Callable]) -> 
 PARTS = {"unet": "unet/diffusion_pytorch_model.safetensors",
          "autoencoder": "vae/diffusion_pytorch_model.safetensors",
          "text_encoder": "text_encoder/model.safetensors"}
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}     # of 2022
 PREFIXES = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.",
             "text_encoder": "cond_stage_model.transformer.text_model."}
 QUERY_PREFIX = "diffdis."         # what Stable Diffusion does not have, in files we write under its names
@@ -621,17 +622,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A .safetensors file (8 bytes of header length; a JSON header of name: dtype, shape, byte range; then
     bytes, which the ranges must tile) -> tensors mapped from the file (read when touched), metadata."""
     with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    start = 8 + int.from_bytes(mapped[:8], "little")
-    header, tensors = json.loads(mapped[8:start]), {}
+        mapped = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+    start = 8 + int.from_bytes(mapped[:8].numpy().tobytes(), "little")
+    header, tensors = json.loads(mapped[8:start].numpy().tobytes()), {}
     metadata = header.pop("__metadata__", {})
     begins, ends = zip(*sorted(entry["data_offsets"] for entry in header.values()))
     if (*begins, len(mapped) - start) != (0, *ends):
         raise ValueError(f"{path} is cut short or damaged: its tensors do not fill it; fetch it again")
     for name, entry in header.items():
         (begin, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
-        values = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=start + begin)
-        is_aligned = values.data_ptr() % dtype.itemsize == 0
+        values = mapped[start + begin:start + end]
+        is_aligned = values.storage_offset() % dtype.itemsize == 0
         tensors[name] = (values if is_aligned else values.clone()).view(dtype).view(entry["shape"])
     return tensors, metadata
 
@@ -715,6 +716,8 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
     if path.is_dir():
         tensors = {f"{part}.{name.removeprefix('text_model.')}": value for part, file in PARTS.items()
                    for name, value in read_file(path / file)[0].items()}
+        for old, new in OLD_ATTENTION.items():
+            tensors = {name.replace(f".0.{old}.", f".0.{new}."): value for name, value in tensors.items()}
     else:
         tensors, said = read_file(path)
         if said.get("format") == FORMAT:                       # what `save` wrote
@@ -774,9 +777,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
 def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, foreign: bool) -> None:
     """Make a file's tensors the model's own, without a copy, or raise ValueError naming what does not fit.
     foreign: another program's file may hold more, which is listed, and lacks the query stream; all else must
-    be there, in our shapes, which no other version of Stable Diffusion has."""
-    # Of another shape: a RuntimeError that names the tensor.
-    missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)
+    be there, in our shapes, which no SD 2, SDXL or inpainting file has."""
+    missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)    # refuses other shapes
     lacking = [name for name in missing if not (foreign and is_new(name))]
     if lacking or (unknown and not foreign):
         raise ValueError(f"{path}: its tensors do not fit the configuration and flags: it lacks "

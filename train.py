@@ -81,7 +81,7 @@ FLAGS = {"the run": (
     ("image_size", {"type": within(int, 1, 4096), "metavar": "N"}, "px; without it the preset's"),
     ("device", {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
     ("precision", {"choices": ("fp32", "bf16")}, "without it bf16 on CUDA, else fp32"),
-    ("compile", SWITCH, "torch.compile the step; without it on CUDA"),
+    ("compile", SWITCH, "torch.compile the networks' blocks; without it on CUDA"),
     ("workers", WHOLE, "processes per rank that read data; without it 2, for shapes 0"),
     ("max_bad", {"default": 0.05, **SHARE}, "stop when more of the samples is unusable"),
     ("augment", SWITCH, "random crops and RandAugment; without it for CLIP, but not on shapes"),
@@ -341,7 +341,7 @@ class Averages:
 def latents_name(source: Source, model: DiffDis) -> str:
     """Of this data, at this size, by this autoencoder: others make others."""
     digest = hashlib.sha256(repr((len(source), model.config.image_size, model.config.autoencoder)).encode())
-    for i in np.linspace(0, len(source) - 1, 1000):        # keys would be the same for many data sets
+    for i in np.linspace(0, len(source) - 1, 1000):        # names could be those of other data
         digest.update(source.content(int(i), "image"))
     for value in model.autoencoder.state_dict().values():
         digest.update(value.cpu().contiguous().numpy())
@@ -449,7 +449,7 @@ class Trainer:
         self.averages = Averages(self.model, args.ema)
         self.flags = {name: list(value) if isinstance(value, tuple) else value
                       for name, value in vars(args).items() if name not in FREE_ON_RESUME}
-        self.flags |= {"latents": args.latents is not None, "samples": len(source)}      # wherever they lie
+        self.flags |= {"latents": args.latents is not None, "samples": [len(self.source), len(self.val)]}
         if checkpoint:
             self.restore(checkpoint)
         if args.latents:

@@ -23,7 +23,7 @@ def convert(folder: Path, out: Path) -> None:
         pixels = folder / "preprocessor_config.json"
         said, prepared = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
                           for path in (folder / "config.json", pixels))
-        theirs = CLIPConfig.from_pretrained(folder)           # which knows what an absent field means
+        theirs = CLIPConfig.from_pretrained(folder, local_files_only=True)     # knows what an absence means
         vision, text = theirs.vision_config, theirs.text_config
         kinds = {(said.get("model_type"), tower.hidden_act, tower.layer_norm_eps) for tower in (vision, text)}
         if kinds not in ({("clip", "quick_gelu", 1e-5)}, {("clip", "gelu", 1e-5)}):

@@ -89,6 +89,11 @@ def test_folders_that_the_libraries_write(whole, tmp_path) -> None:
     write_folder(whole, tmp_path / "folder")
     assert same(whole, models.load(tmp_path / "folder"))
     file = tmp_path / "folder/vae/diffusion_pytorch_model.safetensors"
+    old = safetensors.load_file(file)
+    for now, before in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        old = {name.replace(f".0.{now}.", f".0.{before}."): value for name, value in old.items()}
+    safetensors.save_file(old, file)           # as published in 2022
+    assert same(whole, models.load(tmp_path / "folder"))
     for spoil in (lambda: file.write_text("{}"), file.unlink):
         spoil()
         with pytest.raises(ValueError, match="vae/diffusion_pytorch_model.safetensors"):
