@@ -533,18 +533,18 @@ class Clip(nn.Module):
 
 def wrap_blocks(network: nn.Module, wrapper: Callable[[Callable], Callable]) -> None:
     """Every block's forward becomes wrapper(forward), which compiles it or computes its inside again in the
-    backward pass. Block by block: to compile the whole takes longer than anybody waits."""
+    backward pass. Block by block: the whole of sd-v1 was not compiled in five minutes."""
     for block in network.modules():
         if isinstance(block, (ResBlock, SpatialTransformer, ClipLayer)):
             block.forward = wrapper(block.forward)
 
 
 # ---------------------------------------------------------------- names in published files
-# Our names are those of a diffusers folder, Stable Diffusion's original files (CompVis) have others.
+# Ours are those of a diffusers folder; its vae/ of 2022 and the original files (CompVis) have others.
 PARTS = {"unet": "unet/diffusion_pytorch_model.safetensors",
          "autoencoder": "vae/diffusion_pytorch_model.safetensors",
          "text_encoder": "text_encoder/model.safetensors"}
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}     # of 2022
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 PREFIXES = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.",
             "text_encoder": "cond_stage_model.transformer.text_model."}
 QUERY_PREFIX = "diffdis."         # what Stable Diffusion does not have, in files we write under its names
@@ -778,7 +778,7 @@ def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, f
     """Make a file's tensors the model's own, without a copy, or raise ValueError naming what does not fit.
     foreign: another program's file may hold more, which is listed, and lacks the query stream; all else must
     be there, in our shapes, which no SD 2, SDXL or inpainting file has."""
-    missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)    # refuses other shapes
+    missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)      # other shapes raise
     lacking = [name for name in missing if not (foreign and is_new(name))]
     if lacking or (unknown and not foreign):
         raise ValueError(f"{path}: its tensors do not fit the configuration and flags: it lacks "

@@ -70,7 +70,7 @@ SWITCH = {"action": argparse.BooleanOptionalAction}
 # Without a default a flag that is not given is None, until `settle` knows from what training starts.
 FLAGS = {"the run": (
     ("data", {"default": "shapes"}, "shapes, cc3m, or a folder, tar, list or table as in the README"),
-    ("preset", {"choices": (*PRESETS, *CLIPS)}, "networks, recipe; else of --init, of cc3m sd-v1, tiny"),
+    ("preset", {"choices": (*PRESETS, *CLIPS)}, "networks, recipe; else --init's; else tiny, of cc3m sd-v1"),
     ("init", {"metavar": "WEIGHTS"}, "a checkpoint, Stable Diffusion v1, or sd-v1-5 to download"),
     ("out", {"metavar": "DIR"}, "folder of the run; without it runs/DATA-PRESET, numbered if taken"),
     ("resume", {"action": "store_true"}, "go on with the run in --out, else the newest of data and preset"),
@@ -478,7 +478,7 @@ class Trainer:
         if args.compile:
             models.wrap_blocks(self.model, partial(torch.compile, dynamic=False))
         if args.recompute:
-            models.wrap_blocks(self.model.unet, partial(partial, recompute, use_reentrant=False))
+            models.wrap_blocks(self.model.unet, lambda run: partial(recompute, run, use_reentrant=False))
         # The buffers never change, and gradients need no second copy beside the buckets they are sent in.
         return loss if self.world == 1 else DistributedDataParallel(
             loss, broadcast_buffers=False, gradient_as_bucket_view=True)
