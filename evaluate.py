@@ -15,9 +15,11 @@ import json
 import math
 import os
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
@@ -37,9 +39,9 @@ from data import (SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_bat
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        signal_and_noise)
 from model import Clip, DiffDis
-from sample import (CKPT_HELP, SAMPLERS, Parser, all_finite, denoise_queries, draw_images, draw_queries,
-                    errors_in_one_line, find_checkpoint, finite, natural, pick_device, positive, share,
-                    to_pil, weight, best_of as favourite)
+from sample import (CKPT_HELP, PRECISION, SAMPLERS, Parser, all_finite, denoise_queries, draw_images,
+                    draw_queries, errors_in_one_line, find_checkpoint, finite, load_ready, natural,
+                    pick_device, positive, score, share, target, to_pil, weight)
 
 
 # ---------------------------------------------------------------- ranks
@@ -158,16 +160,6 @@ def encode_texts(model: DiffDis | Clip, texts: list[str], batch: int = 256) -> T
     return all_finite(torch.cat(parts).cpu())
 
 
-@torch.no_grad()
-def score(model: DiffDis, images: Tensor, texts: list[str], text_steps: int = 1, draws: int = 1,
-          guidance_scale: float = 1.0, seed: int = 0) -> Tensor:
-    """images [B, 3, H, W] in [-1, 1], K candidate texts -> cosine similarities of the images' denoised text
-    queries (Algorithm 3) and the texts [B, K], float32. Options: as `sample.draw_queries`."""
-    queries = draw_queries(model, model.encode_image(images.to(model.device)), list(range(len(images))),
-                           text_steps, draws, guidance_scale, seed)
-    return queries @ encode_texts(model, texts).to(queries.device).T
-
-
 def shuffled(n: int, seed: int) -> np.ndarray:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
 
@@ -276,9 +268,12 @@ def checker(model: DiffDis, n: int = 64, best_of: int = 1, seed: int = 0, **draw
     for i in tqdm(range(0, len(prompts), at_once), "draw", unit="batch", disable=None, leave=False):
         batch = [prompt for prompt in prompts[i:i + at_once] for _ in range(best_of)]
         seeds = [seed + i * best_of + k for k in range(len(batch))]
-        images = draw_images(model, batch, seeds, **drawing)
-        for prompt, own in zip(batch[::best_of], images.split(best_of)):
-            choice = favourite(model, prompt, own, seed)[0] if best_of > 1 else 0
+        images, choices = draw_images(model, batch, seeds, **drawing), [0] * len(batch)
+        if best_of > 1:
+            places = [k % best_of for k in range(len(batch))]
+            own = score(model, images, batch, draws=4, seed=seed, indices=places).diagonal()
+            choices = own.unflatten(0, (-1, best_of)).argmax(dim=1).tolist()
+        for prompt, own, choice in zip(batch[::best_of], images.split(best_of), choices):
             judged = [check(to_square(to_pil(image), SIDE), prompt) for image in own]
             verdicts.append({**judged[choice], "all_single": judged[0]["all"]})
     rates = {key: sum(verdict[key] for verdict in verdicts) / len(verdicts) for key in verdicts[0]}
@@ -383,19 +378,24 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
     network: what compares, by `read_queries`; n: pictures, of samples from all over the source by their first
     captions, the i-th from seed + i; out: a folder for them; drawing: options of `draw_images`.
     """
-    size, (rank, world), rows = model.config.image_size, rank_and_world(), []
+    size, (rank, world), rows, written = model.config.image_size, rank_and_world(), [], ()
     read = over_images(network, source, reading, size=size)
     chosen = evenly_spaced(source, n)
     prompts = [captions[0] for captions in usable_captions(chosen, len(chosen))]
-    mine, at_once = range(rank, len(prompts), world), reading.batch_size
-    for places in tqdm([mine[i:i + at_once] for i in range(0, len(mine), at_once)], "draw", unit="batch",
-                       disable=None if rank == 0 else True):
-        pictures = [to_pil(image) for image in draw_images(
-            model, [prompts[i] for i in places], [reading.seed + i for i in places], **drawing)]
-        for i, picture in zip(places, pictures if out else ()):
-            picture.save(out / f"{i:06d}.png")
-        inputs = network.read_batch(torch.from_numpy(np.stack(pictures)).to(network.device))
-        rows += zip(places, read_queries(network, inputs, list(places), reading).cpu().numpy())
+    mine, at_once, began = range(rank, len(prompts), world), reading.batch_size, time.monotonic()
+    with ThreadPoolExecutor() as pool:            # which writes a batch while the next one is drawn
+        for places in tqdm([mine[i:i + at_once] for i in range(0, len(mine), at_once)], "draw", unit="batch",
+                           disable=None if rank == 0 else True):
+            pictures = [to_pil(image) for image in draw_images(
+                model, [prompts[i] for i in places], [reading.seed + i for i in places], **drawing)]
+            inputs = network.read_batch(torch.from_numpy(np.stack(pictures)).to(network.device))
+            rows += zip(places, read_queries(network, inputs, list(places), reading).cpu().numpy())
+            list(written)                         # waits; raises what went wrong
+            if out:
+                files = [out / f"{i:06d}.png" for i in places]
+                written = pool.map(Image.Image.save, pictures, files)
+        list(written)
+    rate = len(prompts) / (time.monotonic() - began)
     rows = sorted(sum(everybody(rows), []), key=lambda row: row[0])
     drawn = all_finite(torch.from_numpy(np.stack([features for _, features in rows])))
     count, width = min(len(drawn), len(read.values)), drawn.shape[1]
@@ -406,7 +406,7 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
               "number than about the pictures")
     return {"n": len(drawn), "n_reference": len(read.values), "seed": reading.seed, "chance": None,
             "fid": frechet_distance(drawn, read.values), "features": type(network).__name__,
-            "image_size": size, **drawing, "skipped": read.skipped}
+            "image_size": size, "images_per_s": round(rate, 3), **drawing, "skipped": read.skipped}
 
 
 # ---------------------------------------------------------------- long-tailed recognition (Table 8)
@@ -568,7 +568,7 @@ def fine_tune(model: DiffDis | Clip, data: LongTail, epochs: int, lr_scale: floa
 
     Our choice: a text query is denoised from pure noise, as in evaluation, so that no sentence can leak.
     """
-    student, seed = copy.deepcopy(model).requires_grad_(True), reading.seed
+    student, seed = copy.deepcopy(model).float().requires_grad_(True), reading.seed
 
     def logits_of(network: DiffDis | Clip, inputs: Tensor, noise: Tensor, chosen: list[str]) -> Tensor:
         queries = (network.encode_image(inputs) if isinstance(network, Clip) else
@@ -698,6 +698,7 @@ FLAGS = (
     ("json", TASKS, {"metavar": "FILE"}, "also write the numbers here; rates are fractions"),
     ("seed", TASKS, {**WHOLE, "default": 0}, "seed of all noise and of the controls' shuffling"),
     ("device", TASKS, {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
+    ("precision", TASKS, {"choices": PRECISION["choices"]}, PRECISION["help"]),
     ("batch-size", OF_DATA, COUNT, "images at once; without it 100, fid 16, longtail 128"),
     ("workers", OF_DATA, WHOLE, "processes that decode images; without it 0 for shapes, else 2"),
     ("max-bad", OF_DATA, {"type": share, "default": 0.05}, "share of samples that may be unusable"),
@@ -738,7 +739,7 @@ def report(task: str, result: dict, name: str) -> None:
     control = f", control {result['control']}" if result.get("control", "none") != "none" else ""
     print(f"{task} on {name}, seed {result['seed']}{control}  (n = {result['n']})")
     for key, value in result.items():
-        if isinstance(value, float) and key not in ("fid", "guidance_scale"):        # a rate
+        if isinstance(value, float) and key not in ("fid", "guidance_scale", "images_per_s"):        # a rate
             interval = " – ".join(f"{100 * end:5.1f}" for end in result.get(f"{key}_interval", ()))
             print(f"  {key:<17}{100 * value:7.2f} %{'   95 % interval ' * bool(interval)}{interval}")
         elif isinstance(value, int | float | str) and key not in ("n", "seed", "control"):
@@ -782,7 +783,7 @@ def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict
         return retrieval(model, source, reading)
     if task == "zeroshot":
         return zeroshot(model, source, reading, args.template, args.loss_timesteps)
-    network = (models.load(args.features, model.device) if args.features else
+    network = (load_ready(args.features, model.device, args.precision) if args.features else
                in_turn(lambda: Inception(model.device)))
     if args.features and ("alignment" not in network.tasks or network.config.image_size != size):
         raise ValueError(f"--features {args.features}: expected a model that reads pictures of {size} px")
@@ -791,10 +792,9 @@ def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """All tasks on one model; their tables and the JSON."""
-    if args.json and (not Path(args.json).resolve().parent.is_dir() or Path(args.json).is_dir()):
-        raise ValueError(f"--json is {args.json!r}, expected a file in an existing folder")
+    target("--json", args.json or "numbers.json")
     path, results = in_turn(lambda: models.locate(find_checkpoint(args.ckpt))), {}
-    model = models.load(path, device)
+    model = load_ready(path, device, args.precision)
     check_tasks(args, model)
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -803,11 +803,11 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
              "ranks": rank_and_world()[1], "device": str(device), "torch": torch.__version__}
     for task in args.tasks:
         result, name = run_task(task, model, args), "shapes" if task == "checker" else args.data
-        report(task, result, name)
         results[task] = {"task": task, "data": name, **result, **about}
         if args.json and rank_and_world()[0] == 0:       # now: a later task may end in an error
             numbers = results if len(args.tasks) > 1 else results[task]
             Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
+        report(task, result, name)
     if args.json:
         print(f"wrote {args.json}")
 

@@ -1,11 +1,14 @@
-"""Prompts to PNG, with DiffDis's own judgement of what it drew.
+"""Draws pictures for prompts, and reads pictures: which of some texts is it that they show?
 
     python sample.py "a red circle above a blue square" --best-of 4
+    python sample.py --image photo.jpg "a cat" "a dog" "a dog on a beach"
 
 The paper's Algorithm 2 (`draw_images`) and Algorithm 3 (`draw_queries`), each a few lines around `ddim` of
-diffusion.py; what the scripts share; and a command line, which draws. Read next: evaluate.py, which reads.
+diffusion.py; what the scripts share; and a command line. Read next: evaluate.py, which measures.
 """
 import argparse
+import json
+import os
 import re
 import sys
 import warnings
@@ -21,11 +24,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import parse, write_atomically
+from data import BadSample, decode_image, parse, to_float, to_square, write_atomically
 from diffusion import ddim, guide, make_alphas_cumprod, make_denoiser, noise_of, sampling_timesteps
-from model import DiffDis
+from model import Clip, DiffDis
 
-SAMPLERS = {"ddim": 1, "dpm++": 2}           # their order
+SAMPLERS = {"ddim": (1, "DDIM"), "dpm++": (2, "DPM++ 2M")}      # order; name in Stable Diffusion's programs
 
 
 def all_finite(values: Tensor) -> Tensor:
@@ -67,7 +70,7 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
     predicts_noise = config.image_target == "noise"
     timesteps = sampling_timesteps(steps, config.timesteps, "leading" if predicts_noise else "trailing")
     last = float(alphas_cumprod[0]) if predicts_noise and sampler == "ddim" else 1.0
-    latents = ddim(denoise, z_T, timesteps, alphas_cumprod, 1.0, last, progress, SAMPLERS[sampler])
+    latents = ddim(denoise, z_T, timesteps, alphas_cumprod, 1.0, last, progress, SAMPLERS[sampler][0])
     return all_finite(model.decode_image(latents).float()).clamp(-1, 1)
 
 
@@ -111,17 +114,32 @@ def draw_queries(model: DiffDis, latents: Tensor, indices: list[int], steps: int
 
 
 @torch.no_grad()
-def best_of(model: DiffDis, prompt: str, images: Tensor, seed: int = 0) -> tuple[int, Tensor]:
-    """Which of images [N, 3, H, W] the model itself reads `prompt` from best -> index, similarities [N]."""
-    queries = draw_queries(model, model.encode_image(images), list(range(len(images))), draws=4, seed=seed)
-    similarities = queries @ model.encode_text([prompt])[1][0]
-    return int(similarities.argmax()), similarities
+def score(model: DiffDis | Clip, images: Tensor, texts: list[str], text_steps: int = 1, draws: int = 1,
+          guidance_scale: float = 1.0, seed: int = 0, indices: list[int] | None = None) -> Tensor:
+    """images [B, 3, H, W] in [-1, 1], K texts -> cosine similarities of what is read from the images
+    (Algorithm 3; a CLIP embeds them) and the texts [B, K], float32; times model.logit_scale.exp(), logits.
+    Options: as `draw_queries`; indices: without them 0 to B-1. Raises ValueError where not finite."""
+    queries = model.encode_image(images.to(model.device))
+    if isinstance(model, DiffDis):
+        indices = indices or list(range(len(images)))
+        queries = draw_queries(model, queries, indices, text_steps, draws, guidance_scale, seed)
+    return all_finite(queries @ model.encode_text(texts)[1].T)
 
 
 # ---------------------------------------------------------------- pictures
 def to_pil(image: Tensor) -> Image.Image:
     """[3, H, W] in [-1, 1] -> 8-bit picture."""
     return Image.fromarray(((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+
+
+def load_image(file: str | Path, size: int) -> Tensor:
+    """A picture of any mode, size and rotation -> its centre square [1, 3, size, size] in [-1, 1]. Raises
+    OSError or ValueError."""
+    try:
+        square = to_square(decode_image(Path(file).read_bytes()), size)
+    except BadSample as bad:
+        raise ValueError(f"{file}: {bad}, expected a JPEG, PNG, WebP or GIF") from None
+    return to_float(torch.tensor(square)[None])
 
 
 def make_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Image.Image:
@@ -149,9 +167,11 @@ def fail(error: Exception | str, status: int = 2) -> None:
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """Around a whole program: a user's mistake ends it with status 2, Ctrl-C with 130."""
+    if hasattr(sys.stdout, "reconfigure"):       # no result is lost because a terminal has not its letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         fail(error)
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C or SIGTERM", 130)
@@ -186,10 +206,15 @@ finite, weight, share = within(float, -1e38, 1e38), within(float, 0, 1e38), with
 
 
 def pick_device(name: str) -> torch.device:
-    """auto | cpu | cuda -> the device. Raises ValueError if CUDA is asked for and absent."""
+    """auto | cpu | cuda -> the device, set to be fast. Raises ValueError if CUDA is asked for and absent."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but this machine has no CUDA device: use --device cpu")
+    torch.set_float32_matmul_precision("high")       # on CUDA, TF32 for what stays in float32
+    torch.backends.cudnn.benchmark = True            # shapes hardly change: try, then take the fastest
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+PRECISION = {"choices": ("fp32", "bf16"), "help": "without it bf16 on CUDA, else fp32"}
 
 
 def find_checkpoint(given: str | None, otherwise: str | None = None) -> str | Path:
@@ -204,69 +229,77 @@ def find_checkpoint(given: str | None, otherwise: str | None = None) -> str | Pa
     return path
 
 
+def load_ready(path: str | Path, device: torch.device, precision: str | None) -> DiffDis | Clip:
+    """`model.load`, its weights of this precision (see PRECISION) and laid out to be fast."""
+    is_half = (precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
+    model = models.load(path, device, dtype=torch.bfloat16 if is_half else torch.float32)
+    if isinstance(model, DiffDis):
+        model.unet.to(memory_format=torch.channels_last)       # float32, 512 px, CPU: a tenth faster
+    return model
+
+
+def target(flag: str, name: str, suffix: str = "") -> Path:
+    """Where a flag says to write, judged before the work. Raises ValueError."""
+    path = Path(name).resolve()
+    if not path.parent.is_dir() or path.is_dir() or not path.name.lower().endswith(suffix):
+        raise ValueError(f"{flag} is {name!r}, expected a {suffix or 'file'} in an existing folder")
+    return path
+
+
 # ---------------------------------------------------------------- command line
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+READING = ("prompts", "image", "ckpt", "precision", "seed", "json", "device")       # what --image goes with
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Draw images for prompts.")
+    parser = Parser(description="Draw pictures for prompts; with --image, read pictures.")
     add = parser.add_argument
-    add("prompts", nargs="+", help="what to draw; several prompts give a grid, a row each")
+    add("prompts", nargs="+", metavar="TEXT", help="what to draw, a row of the picture each; or to look for")
+    add("--image", action="append", metavar="FILE", help="a picture to read against the texts; repeatable")
     add("--ckpt", help=f"{CKPT_HELP}, and without one sd-v1-5")
-    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights; the autoencoder: never fp16")
+    add("--precision", **PRECISION)
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ is DPM-Solver++(2M): 20 steps are plenty")
     add("--steps", type=positive, default=50, help="sampler steps")
     add("--guidance-scale", type=finite, help="1 + w, 1 is none; without it the checkpoint's own")
     add("--negative", default="", help="prompt to guide away from")
-    add("--seed", type=natural, default=0, help="the k-th image drawn for a prompt comes from seed + k")
+    add("--seed", type=natural, default=0, help="of all noise; the k-th image of a prompt has seed + k")
     add("-n", type=positive, default=1, help="images per prompt")
     add("--best-of", type=positive, default=1, metavar="N", help="draw N for each, keep the one read best")
     add("--size", type=within(int, 1, 4096), nargs=2, metavar=("WIDTH", "HEIGHT"), help="px; else as trained")
     add("--out", default="sample.png", help="PNG to write; small pictures are enlarged to about 256 px")
+    add("--json", metavar="FILE", help="also write the numbers here")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    idle = [name for name, value in vars(args).items()
+            if name not in READING and value != parser.get_default(name)]
+    if args.image and idle:
+        parser.error(f"--image reads pictures, it does not draw: leave out {idle[0].replace('_', '-')}")
+    if args.image and (files := [text for text in args.prompts if os.path.isfile(text)]):
+        parser.error(f"{files[0]} is a file, not a text: put --image before each picture")
+    return args
 
 
 def draw_all(model: DiffDis, prompts: list[str], seed: int, n: int, best: int, size: tuple[int, int],
              **settings) -> tuple[Tensor, list[dict]]:
-    """n images per prompt, each the best of `best`; size, settings: as `draw_images`
-    -> images [P·n, 3, H, W], a note (prompt, seed, similarity) on each."""
+    """n images per prompt, each the one of `best` that the model itself reads its prompt from best; size,
+    settings: as `draw_images` -> images [P·n, 3, H, W], a note (prompt, seed, similarity) on each."""
     notes = [{"prompt": prompt, "seed": seed + k} for prompt in prompts for k in range(n * best)]
     at_once = min(64, max(1, 2 ** 20 // (size[0] * size[1])))           # 4 of 512 px
-    progress, drawn, chosen = partial(tqdm, unit="step", disable=None), [], []
+    progress, drawn, read = partial(tqdm, unit="step", disable=None), [], []
     for i in range(0, len(notes), at_once):
-        texts, seeds = zip(*(note.values() for note in notes[i:i + at_once]))
-        drawn.append(draw_images(model, list(texts), list(seeds), size=size, progress=progress, **settings))
+        texts, seeds = map(list, zip(*(note.values() for note in notes[i:i + at_once])))
+        drawn.append(draw_images(model, texts, seeds, size=size, progress=progress, **settings))
+        if best > 1:
+            places = [(i + j) % best for j in range(len(texts))]
+            read += score(model, drawn[-1], texts, draws=4, seed=seed, indices=places).diagonal().tolist()
     images = torch.cat(drawn)
     if best == 1:
         return images, notes
-    for i in range(0, len(notes), best):
-        index, similarities = best_of(model, notes[i]["prompt"], images[i:i + best], seed)
-        notes[i + index]["similarity"] = round(float(similarities[index]), 3)
-        chosen.append(i + index)
-    return images[chosen], [notes[i] for i in chosen]
+    chosen = [max(range(i, i + best), key=read.__getitem__) for i in range(0, len(notes), best)]
+    return images[chosen], [notes[i] | {"similarity": round(read[i], 3)} for i in chosen]
 
 
-@errors_in_one_line()
-def main(argv: list[str] | None = None) -> None:
+def draw(model: DiffDis, args: argparse.Namespace, path: Path) -> list[dict]:
     """One picture, or a grid with a row per prompt; what made it stands in the PNG's text chunks."""
-    args = parse_args(argv)
-    out = Path(args.out).resolve()
-    if out.suffix.lower() != ".png" or not out.parent.is_dir() or out.is_dir():
-        raise ValueError(f"--out is {args.out!r}, expected a .png in an existing folder")
-    device, path = pick_device(args.device), models.locate(find_checkpoint(args.ckpt, otherwise="sd-v1-5"))
-    model = models.load(path, device, dtype=DTYPES[args.dtype])
-    for task in ("generation", "alignment") if args.best_of > 1 else ("generation",):
-        if task not in model.tasks:
-            raise ValueError(f"{path} was trained for {model.tasks[0]} only, and drawing images needs "
-                             "generation, --best-of both: give another --ckpt, or train.py --init this one")
-    for prompt in args.prompts if model.data == "shapes" else ():       # it has seen no others than these
-        try:
-            parse(prompt)
-        except ValueError as error:
-            print(f"warning: {error}; this model was trained on nothing else: to draw anything, give Stable "
-                  "Diffusion as --ckpt sd-v1-5", file=sys.stderr)
-    model.unet.to(memory_format=torch.channels_last)       # float32, 512 px, CPU: a tenth faster
     scale = model.config.guidance_scale if args.guidance_scale is None else args.guidance_scale
     settings = dict(sampler=args.sampler, steps=args.steps, guidance_scale=scale, negative=args.negative)
     width, height = args.size or (model.config.image_size,) * 2
@@ -274,14 +307,58 @@ def main(argv: list[str] | None = None) -> None:
                              **settings)
     picture = make_grid(images, args.n, max(1, 256 // width), gap=2 if len(images) > 1 else 0)
     text = PngImagePlugin.PngInfo()
-    for name, value in {"prompt": " | ".join(dict.fromkeys(args.prompts)),
-                        "seeds": ", ".join(str(note["seed"]) for note in notes),
-                        "checkpoint": path, **settings}.items():
+    for name, value in {
+            # The first picture's, as Stable Diffusion's programs read it back.
+            "parameters": f"{args.prompts[0]}\nNegative prompt: {args.negative}\nSteps: {args.steps}, "
+                          f"Sampler: {SAMPLERS[args.sampler][1]}, CFG scale: {scale}, "
+                          f"Seed: {notes[0]['seed']}, Size: {width}x{height}, Model: {path.stem}",
+            "prompt": " | ".join(dict.fromkeys(args.prompts)), "checkpoint": path,
+            "seeds": ", ".join(str(note["seed"]) for note in notes), **settings}.items():
         text.add_itxt(name, str(value))
-    write_atomically(out, lambda file: picture.save(file, "PNG", pnginfo=text))
+    write_atomically(Path(args.out), lambda file: picture.save(file, "PNG", pnginfo=text))
     for note in notes:
         print("  ".join(f"{name}: {value}" for name, value in note.items()))
     print(f"wrote {args.out}")
+    return notes
+
+
+def read(model: DiffDis | Clip, args: argparse.Namespace) -> list[dict]:
+    """A table: of each picture the texts, from the likeliest on."""
+    texts, notes = args.prompts, []
+    print("probability  cosine  text, picture")
+    for file in args.image:        # always from the same noise: what is read depends on no other picture
+        image = load_image(file, model.config.image_size)
+        cosines = score(model, image, texts, draws=4, seed=args.seed)[0]
+        odds = (cosines * model.logit_scale.exp()).softmax(dim=0)          # at the model's own temperature
+        notes.append({"image": file, "cosines": cosines.tolist(), "probabilities": odds.tolist()})
+        for k in cosines.argsort(descending=True).tolist():
+            print(f"{100 * odds[k]:9.1f} %{cosines[k]:8.3f}  {texts[k]}, {file}")
+    return notes
+
+
+@errors_in_one_line()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    target("--out", args.out, ".png")
+    table = target("--json", args.json or "numbers.json")
+    device, path = pick_device(args.device), models.locate(find_checkpoint(args.ckpt, otherwise="sd-v1-5"))
+    model = load_ready(path, device, args.precision)
+    for task in ["generation"] * (not args.image) + ["alignment"] * (bool(args.image) or args.best_of > 1):
+        if task not in model.tasks:
+            raise ValueError(f"{path} was trained for {model.tasks[0]} only, and this needs {task}: give "
+                             "another --ckpt, or train this one for both by train.py --init (not a CLIP)")
+    for prompt in args.prompts if model.data == "shapes" else ():       # it has seen no others than these
+        try:
+            parse(prompt)
+        except ValueError as error:
+            print(f"warning: {error}; this model was trained on nothing else (Stable Diffusion draws "
+                  "anything: --ckpt sd-v1-5)", file=sys.stderr)
+    notes = read(model, args) if args.image else draw(model, args, path)
+    if args.json:
+        about = {"task": "read" if args.image else "draw", "n": len(notes), "seed": args.seed, "chance":
+                 1 / len(args.prompts) if args.image else None, "texts": args.prompts, "images": notes,
+                 "checkpoint": str(path), "device": str(device), "torch": torch.__version__}
+        table.write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -665,9 +665,6 @@ def plot_log(log: Path, path: Path) -> None:
 def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     rank, world, device = join_ranks(args.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")       # TF32 for what stays in float32
-        torch.backends.cudnn.benchmark = True            # shapes never change: try, then take the fastest
     trainer = Trainer(args, rank, world, device)
     is_done = trainer.train()
     if dist.is_initialized():      # from here on the first rank works alone

@@ -52,7 +52,7 @@ class Answers:
             program, *flags = words.split()
             # What is compared with the CPU's results does without TF32.
             tf32 = {} if program.startswith("tests/") else {"NVIDIA_TF32_OVERRIDE": "0"}
-            if program not in ("train.py", "sample.py"):
+            if program != "train.py":
                 flags += ["--json", f"{self.folder}/{name}.json"]
             with (self.folder / f"{name}.txt").open("w") as said:
                 jobs[name] = subprocess.Popen(
@@ -77,7 +77,8 @@ class Answers:
 
 def agree(folder: Path) -> dict:
     """Of every run the last loss and the average gradient beside the CPU's, differences in their own size; of
-    the picture drawn there and on the CPU the largest difference, in levels of 255."""
+    the picture drawn there and on the CPU the largest difference, in levels of 255, of what is read there (in
+    bf16) and on the CPU that of cosines."""
     losses, gradients, answer = {}, {}, {}
     for log in (log for log in folder.glob("*/log.jsonl") if log.stat().st_size):      # else it got nowhere
         run = log.parent.name
@@ -90,6 +91,9 @@ def agree(folder: Path) -> dict:
     pictures = [np.asarray(Image.open(path), int) for path in (folder / "cpu.png", folder / "eager.png")
                 if path.exists()]
     answer["drawn"] = int(abs(pictures[0] - pictures[-1]).max()) if len(pictures) == 2 else None
+    cosines = [np.array(json.loads(path.read_text())["images"][0]["cosines"])
+               for path in folder.glob("read*.json")]
+    answer["read"] = abs(cosines[0] - cosines[-1]).max() if len(cosines) == 2 else None
     return answer
 
 
@@ -114,9 +118,11 @@ def main() -> None:
             "train, CPU": f"{train}/cpu --no-compile --precision fp32 --device cpu",
             "train, bf16": f"{train}/bf16 --no-compile --precision bf16 --recompute"})
         answers.ask("scripts", 120, {
-            "sample": f"sample.py circle -n 8 {ckpt} --steps 10 --out {folder}/eager.png",
+            "sample": f"sample.py circle -n 8 {ckpt} --steps 10 --precision fp32 --out {folder}/eager.png",
             "sample, CPU": f"sample.py circle -n 8 {ckpt} --steps 10 --out {folder}/cpu.png --device cpu",
-            "sample, bf16": f"sample.py circle {ckpt} --dtype bf16 --sampler dpm++ --best-of 2 --steps 4 "
+            "read": f"sample.py --image .readme/sample.png circle square cross {ckpt}",
+            "read, CPU": f"sample.py --image .readme/sample.png circle square cross {ckpt} --device cpu",
+            "sample, bf16": f"sample.py circle {ckpt} --precision bf16 --sampler dpm++ --best-of 2 --steps 4 "
                             f"--out {folder}/bf16.png",
             "evaluate": f"evaluate.py retrieval zeroshot checker {ckpt} --limit 40 --n 4 --steps 4",
             "evaluate, fid": f"evaluate.py fid {ckpt} --features {folder}/eager/checkpoint.pt "

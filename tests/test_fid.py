@@ -183,7 +183,8 @@ def test_the_command_equals_its_parts_done_slowly(drawer, capsys) -> None:
     slow = (a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace()
     slow = slow - 2 * roots
     assert found["fid"] == pytest.approx(slow.item(), rel=1e-3)
-    assert np.array_equal(np.asarray(Image.open("drawn/000011.png")), drawn[11])
+    assert abs(np.asarray(Image.open("drawn/000011.png"), int) - drawn[11]).max() <= 1
+    assert len(list(Path("drawn").iterdir())) == 40 and found["images_per_s"] > 0
     assert "fid" in capsys.readouterr().out
 
 

@@ -1,14 +1,22 @@
-"""Sampling: an image depends on its prompt and seed alone; mistakes end in one line."""
+"""Drawing: an image depends on its prompt and seed alone. Reading: a picture against texts. Mistakes end in
+one line."""
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
-from conftest import build, tiny_config
+from conftest import ROOT, build, tiny_clip_config, tiny_config
 from PIL import Image
 from torch.nn import functional as F
 
 import model as models
 import sample
 from diffusion import make_alphas_cumprod, noise_of
-from sample import best_of, draw_images, draw_queries, make_grid
+from sample import draw_images, draw_queries, load_image, make_grid, score
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +130,9 @@ def test_queries_depend_on_the_image_index_not_on_the_batch(base) -> None:
 
 def test_best_of_keeps_the_highest_similarity(base, monkeypatch) -> None:
     read = base.encode_text(["a white cross", "a blue square", "a red circle", "a"])[1]
-    seen = []                                                               # what is read from images 0 to 3
-    monkeypatch.setattr(sample, "draw_queries", lambda *_, **options: seen.append(options) or read)
-    best, similarities = best_of(base, "a red circle", torch.zeros(4, 3, 32, 32), seed=5)
-    assert seen == [{"draws": 4, "seed": 5}] and best == 2 and similarities[2] == pytest.approx(1, abs=1e-5)
+    monkeypatch.setattr(sample, "draw_queries", lambda model, latents, indices, *_: read[indices])
+    similarities = score(base, torch.zeros(4, 3, 32, 32), ["a red circle", "a white cross"])
+    assert similarities.argmax(dim=0).tolist() == [2, 0] and similarities.shape == (4, 2)
     images, notes = sample.draw_all(base, ["a red circle", "a blue square"], 7, n=1, best=4,
                                    size=(32, 32), steps=2)
     assert [note["seed"] for note in notes] == [9, 8]
@@ -174,8 +181,61 @@ def test_command_line(base, tmp_path, monkeypatch, capsys) -> None:
     plain, negative = map(Image.open, ("plain.png", "negative.png"))
     assert plain.size == (256, 128) and plain.tobytes() != negative.tobytes()
     assert negative.text["negative"] == "a blue square"
+    assert negative.text["parameters"] == (
+        "a red circle\nNegative prompt: a blue square\nSteps: 1, Sampler: DDIM, CFG scale: "
+        f"{base.config.guidance_scale}, Seed: 0, Size: 64x32, Model: checkpoint")
     # Too long: cut; empty: allowed.
     sample.main([" ".join(["red"] * 99), "", "--steps", "1", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("config", [tiny_config(), tiny_clip_config()], ids=["DiffDis", "CLIP"])
+def test_pictures_are_read_against_texts(config, tmp_path, monkeypatch, capsys) -> None:
+    """Of any mode, rotation and format; the numbers are those of `score` and the model's own temperature."""
+    monkeypatch.chdir(tmp_path)
+    model, texts = build(config), ["a red circle", "a blue square", "caf\u00e9"]
+    models.save("c.pt", model)
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    turned, exif = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x112] = 6                                              # to be shown turned by 90 degrees clockwise
+    turned.save("turned.png", exif=exif)
+    upright.save("lossless.webp", lossless=True)
+    upright.convert("LA").save("grey.png")
+    files = ["turned.png", "lossless.webp", "grey.png"]
+    sample.main([*sum((["--image", file] for file in files), []), *texts, "--ckpt", "c.pt", "--seed", "3",
+                 "--json", "read.json", "--device", "cpu"])
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "read.json").read_text())
+    assert found["n"] == 3 and found["texts"] == texts and found["chance"] == pytest.approx(1 / 3)
+    for note, file in zip(found["images"], files, strict=True):
+        cosines = score(model, load_image(file, 32), texts, draws=4, seed=3)[0]
+        assert note["image"] == file and note["cosines"] == pytest.approx(cosines.tolist(), abs=1e-5)
+        odds = F.softmax(cosines * model.logit_scale.exp(), dim=0)
+        assert note["probabilities"] == pytest.approx(odds.tolist(), abs=1e-5)
+        ranked = re.findall(rf"([\d.]+) % +(-?[\d.]+)  (.*), {re.escape(file)}\n", said)
+        assert [text for *_, text in ranked] == [texts[k] for k in cosines.argsort(descending=True)]
+        assert float(ranked[0][0]) == pytest.approx(100 * odds.max().item(), abs=0.06)
+    first, second, _ = (note["cosines"] for note in found["images"])
+    assert first == pytest.approx(second, abs=1e-6), "not upright"
+
+
+def test_the_six_lines_of_the_readme(base, tmp_path, monkeypatch, capsys) -> None:
+    lines, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/shapes-tiny").mkdir(parents=True)
+    models.save("runs/shapes-tiny/checkpoint.pt", base)
+    exec(lines, {})
+    assert len(lines.splitlines()) == 6 and capsys.readouterr().out.startswith("tensor([[")
+    assert Image.open("drawn.png").size == (32, 32)
+
+
+def test_a_terminal_without_the_letters_loses_nothing(base, tmp_path) -> None:
+    models.save(tmp_path / "c.pt", base)
+    (tmp_path / "\u732b").mkdir()
+    for command in (f"{ROOT}/sample.py \u732b --steps 1 --out \u732b/x.png --json \u732b/x.json",
+                    f"{ROOT}/evaluate.py retrieval --limit 8 --json \u732b/y.json"):
+        done = subprocess.run([sys.executable, *command.split(), "--ckpt", "c.pt", "--device", "cpu"], cwd=tmp_path,
+                              env={**os.environ, "PYTHONIOENCODING": "cp437"}, capture_output=True)
+        assert done.returncode == 0 and b"\\u732b" in done.stdout, done.stderr
+    assert sorted(path.name for path in (tmp_path / "\u732b").iterdir()) == ["x.json", "x.png", "y.json"]
 
 
 def test_weights_that_are_not_finite_draw_nothing(tmp_path, monkeypatch, capsys) -> None:
@@ -197,13 +257,22 @@ def test_weights_that_are_not_finite_draw_nothing(tmp_path, monkeypatch, capsys)
     ("--ckpt x.pt", "no checkpoint"), ("--out x.jpg", ".png"), ("--out no/where.png", "existing folder"),
     ("--size 33 32", "multiples of 8"), ("--size 64", "--size"), ("--size 8 1600000", "4096"),
     ("--steps 2000", "1 to 1000"), ("--device cuda", "CUDA"), ("--seed -1", "--seed"),
-    ("--guidance-scale nan", "--guidance-scale")])
+    ("--guidance-scale nan", "--guidance-scale"), ("--json no/where.json", "existing folder"),
+    ("--image gone.png", "gone.png"), ("--image c.pt", "c.pt: unreadable image"),
+    ("--image c.pt c.pt", "not a text"), ("--image c.pt --steps 3", "leave out steps"),
+    ("--image c.pt --ckpt draws.pt", "this needs alignment"), ("--ckpt clip.pt", "this needs generation"),
+    ("--best-of 2 --ckpt draws.pt", "train.py --init")])
 def test_mistakes_end_in_one_line_and_status_2(base, tmp_path, monkeypatch, capsys, flags, message) -> None:
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     monkeypatch.chdir(tmp_path)
     models.save("c.pt", base)
+    if "clip" in flags or "draws" in flags:
+        models.save("clip.pt", build(tiny_clip_config()))
+        only = build()
+        only.tasks = ("generation",)
+        models.save("draws.pt", only)
     with pytest.raises(SystemExit) as stop:
-        sample.main(["a red circle", "--device", "cpu", "--ckpt", "c.pt", *flags.split()])
+        sample.main(["--device", "cpu", "--ckpt", "c.pt", *flags.split(), "a red circle"])
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and message in error and "\n" not in error

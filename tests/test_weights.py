@@ -310,7 +310,7 @@ def test_stable_diffusion_is_fine_tuned_resumed_and_sampled(whole, tmp_path, mon
     train.main([*flags, "--resume"])
     capsys.readouterr()
     sample.main(["a dog on a beach", "--ckpt", "run/checkpoint.pt", "--steps", "2", "--sampler", "dpm++",
-                 "--dtype", "bf16", "--best-of", "2", "--device", "cpu"])
+                 "--precision", "bf16", "--best-of", "2", "--device", "cpu"])
     said = capsys.readouterr()
     assert "grammar" not in said.err, "it was trained on more than shapes"
     text = Image.open("sample.png").text
