@@ -2,9 +2,8 @@
 the sources that `--data` names; batches that are a function of the step alone; and `shapes`, data that needs
 no files, with a checker that judges a picture by its pixels alone.
 
-What it is not: noise, or a network. It imports no other file of the project.
 A bad sample is never fatal and never silent: it is counted by cause, and too many of them stop the run.
-Read next: model.py.
+What it is not: noise, or a network. It imports no other file of the project. Read next: model.py.
 """
 import copy
 import gzip
@@ -23,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from glob import glob
 from itertools import chain, count, pairwise, product
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -71,13 +69,11 @@ def clean(caption: str) -> str:
     # Most captions have nothing to undo, and finding that out was a third of all loading time.
     if caption.isascii() and caption.isprintable() and "&" not in caption:
         return " ".join(caption.split()).lower()
-    text = html.unescape(html.unescape(ftfy.fix_text(caption)))
-    return regex.sub(r"\s+", " ", text).strip().lower()
+    return regex.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(caption)))).strip().lower()
 
 
 def spread(piece: str) -> str:
-    """A piece as BPE starts on it: byte by byte, the last one marked, each between spaces of its own, so that
-    str.replace joins just the pairs that are meant."""
+    """A piece as BPE starts on it: bytes, the last marked, each between spaces for str.replace to join."""
     return "".join(f" {SYMBOLS[byte]} " for byte in piece.encode("utf-8"))[:-1] + WORD_END + " "
 
 
@@ -97,17 +93,21 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path, context_length: int = 77) -> "Tokenizer":
-        """CLIP's bpe_simple_vocab_16e6.txt.gz, or a folder with merges.txt and the vocab.json that it gives.
-        Raises ValueError on anything else."""
-        path = Path(path)
+        """CLIP's bpe_simple_vocab_16e6.txt.gz, or a folder with merges.txt and the vocab.json that it gives,
+        or with both in one tokenizer.json. Raises ValueError on anything else."""
+        path, is_folder = Path(path), Path(path).is_dir()
         try:
-            raw = (path / "merges.txt").read_bytes() if path.is_dir() else gzip.decompress(path.read_bytes())
-            # After a headline; CLIP's own file holds more merges than CLIP uses.
-            merges = list(filter(None, raw.decode("utf-8").splitlines()[1:49152 - 256 - 2 + 1]))
+            if is_folder and not (path / "merges.txt").exists():           # as transformers 5 saves it
+                both = json.loads((path / "tokenizer.json").read_bytes())["model"]
+                merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in both["merges"]]
+            else:
+                raw = (path / "merges.txt").read_bytes() if is_folder else gzip.decompress(path.read_bytes())
+                # After a headline; CLIP's own file holds more merges than CLIP uses.
+                merges = list(filter(None, raw.decode("utf-8").splitlines()[1:49152 - 256 - 2 + 1]))
+                both = {"vocab": json.loads((path / "vocab.json").read_bytes())} if is_folder else {}
             tokenizer = cls(merges, context_length)
-            table = json.loads((path / "vocab.json").read_bytes()) if path.is_dir() else tokenizer.id
-            if table != tokenizer.id or {merge.count(" ") for merge in merges} != {1}:
-                raise ValueError("expected lines of two symbols, and the vocab.json that they give")
+            if both.get("vocab", tokenizer.id) != tokenizer.id or {m.count(" ") for m in merges} != {1}:
+                raise ValueError("expected merges of two symbols, and the vocabulary that they give")
         except Exception as error:      # what a damaged file raises has many names
             raise ValueError(f"{path} is no vocabulary of CLIP's ({error}): fetch it again") from None
         return tokenizer
@@ -139,13 +139,10 @@ class Tokenizer:
     def spell(self, piece: str) -> tuple[int, ...]:
         """One piece -> ids: start from bytes, apply the earliest learnt merge that fits until none does."""
         word = spread(piece)
-        while True:
-            parts = word.split()
-            known = [pair for pair in pairwise(parts) if pair in self.rank]
-            if not known:
-                return tuple(self.id[part] for part in parts)
+        while known := [pair for pair in pairwise(word.split()) if pair in self.rank]:
             pair = min(known, key=self.rank.get)
             word = word.replace(" {}  {} ".format(*pair), " {}{} ".format(*pair))
+        return tuple(self.id[part] for part in word.split())
 
     def encode(self, caption: str) -> list[int]:
         """A caption -> ids, without start and end."""
@@ -170,7 +167,7 @@ class Tokenizer:
 
 
 # ---------------------------------------------------------------- images that may be broken
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "jfif", "png", "webp", "gif")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")     # no others: Pillow would start Ghostscript for an EPS
 Image.MAX_IMAGE_PIXELS = 32_000_000                # Pillow refuses twice as many: a decompression bomb
 warnings.filterwarnings("ignore", module="PIL")    # on large pictures and odd metadata
@@ -182,8 +179,7 @@ class BadSample(Exception):
 
 def decode_image(raw: bytes, side: int | None = None) -> Image.Image:
     """Bytes of a JPEG, PNG, WebP or GIF (first frame), of any mode -> upright RGB picture. Raises BadSample.
-    side: px that are needed; a JPEG more than twice as large is decoded at a half, a quarter or an eighth of
-    its size, which saves time. None: at full size."""
+    side: px that are needed, a JPEG more than twice as large is decoded smaller, to save time; None: all."""
     try:
         image = Image.open(io.BytesIO(raw), formats=IMAGE_FORMATS)
         if side is not None:
@@ -252,12 +248,9 @@ OPERATIONS: dict[str, tuple[Callable, float, bool]] = {
     "TranslateX": (lambda image, x: affine(image, 1, 0, -int(x * image.width), 0, 1, 0), 45 / 331, True),
     "TranslateY": (lambda image, y: affine(image, 1, 0, 0, 0, 1, -int(y * image.height)), 45 / 331, True),
     "Rotate": (lambda image, degrees: image.rotate(degrees, Image.Resampling.NEAREST), 9, True),
-    "Brightness": (lambda image, value: ImageEnhance.Brightness(image).enhance(1 + value), 0.27, True),
-    "Color": (lambda image, value: ImageEnhance.Color(image).enhance(1 + value), 0.27, True),
-    "Contrast": (lambda image, value: ImageEnhance.Contrast(image).enhance(1 + value), 0.27, True),
-    "Sharpness": (lambda image, value: ImageEnhance.Sharpness(image).enhance(1 + value), 0.27, True),
-    "Posterize": (lambda image, bits: ImageOps.posterize(image, bits), 7, False),
-    "Solarize": (lambda image, value: ImageOps.solarize(image, value), 178.5, False),
+    **{how: (lambda image, value, how=how: getattr(ImageEnhance, how)(image).enhance(1 + value), 0.27, True)
+       for how in ("Brightness", "Color", "Contrast", "Sharpness")},
+    "Posterize": (ImageOps.posterize, 7, False), "Solarize": (ImageOps.solarize, 178.5, False),
     "AutoContrast": (lambda image, value: ImageOps.autocontrast(image), 0, False),
     "Equalize": (lambda image, value: ImageOps.equalize(image), 0, False)}
 
@@ -271,6 +264,14 @@ def rand_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 # ---------------------------------------------------------------- sources
+def decode_text(raw: bytes) -> str:
+    """Text from UTF-8. Raises BadSample on anything else: letters lost would be other captions."""
+    with suppress(UnicodeDecodeError):
+        if "\0" not in (text := raw.decode("utf-8-sig")):       # UTF-16 has these
+            return text
+    raise BadSample("caption is not UTF-8")
+
+
 def fill(template: str, name: str) -> str:
     """A sentence about a class: its name for {}, its name's article for {a}."""
     return template.replace("{a}", "an" if name[0].lower() in "aeiou" else "a").replace("{}", name)
@@ -287,8 +288,7 @@ class Source:
     """Image-caption samples by index: images as files, each of a class, with texts, or with KEY.txt or
     KEY.json beside it. `rows` are those in use, of all there are. Other kinds have a content, or captions and
     an image, of their own."""
-    # Instead of images what the autoencoder makes of them, mean and log-variance (train.py --latents):
-    moments: np.ndarray | None = None          # float16 [all rows, 2C, h, w], NaN where an image is unusable
+    moments: np.ndarray | None = None          # --latents: float16 [all rows, 2C, h, w], NaN if unusable
     template = "a photo of {a} {}"             # the caption of an image that has just a class
 
     def __init__(self, name: str, images: Sequence[Path] = (), classes: list[str] | None = None,
@@ -300,8 +300,8 @@ class Source:
         self.skipped: Counter = Counter()      # what indexing had to leave out, by cause
         # A score over the images that happen to be there compares with nothing.
         if missing := [image for image in images if not image.is_file()]:
-            raise FileNotFoundError(f"{len(missing)} of the {len(images)} images in {name} are not there, "
-                                    f"first {missing[0]}: complete the folder, or correct the list")
+            raise FileNotFoundError(f"{len(missing)} of the {len(images)} images in {name} are missing, as "
+                                    f"{missing[0]}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -310,6 +310,13 @@ class Source:
         part = copy.copy(self)
         part.rows, part.skipped = np.asarray(self.rows)[indices], Counter()
         return part
+
+    def fingerprint(self) -> str:
+        """What other data would not have, wherever it lies: of names, labels, texts and 1000 contents."""
+        digest = hashlib.sha256(repr(([path.name for path in self.images], self.labels, self.texts)).encode())
+        for index, kind in product(np.linspace(0, len(self) - 1, 1000).astype(int), TarSource.KINDS):
+            digest.update(self.content(index, kind))
+        return digest.hexdigest()[:8]
 
     def content(self, index: int, kind: str) -> bytes:
         """A sample's "image", "txt" or "json"; empty where there is none, or none that can be read."""
@@ -324,12 +331,12 @@ class Source:
             return self.texts[self.rows[index]]
         if self.labels is not None:
             return [fill(self.template, self.classes[self.labels[self.rows[index]]])]
-        lines, meta = self.content(index, "txt").decode("utf-8-sig", errors="replace").splitlines(), {}
+        (text, said), meta = (decode_text(self.content(index, kind)) for kind in ("txt", "json")), {}
         with suppress(ValueError, TypeError, RecursionError):      # no JSON object, or absurdly nested
-            meta = dict(json.loads(self.content(index, "json")))
+            meta = dict(json.loads(said))
         listed = meta["captions"] if isinstance(meta.get("captions"), list) else [meta.get("caption")]
         lines, listed = ([text.strip() for text in texts if isinstance(text, str) and clean(text)]
-                         for texts in (lines, listed))
+                         for texts in (text.splitlines(), listed))
         # KEY.txt wins: the list in KEY.json is used only where it agrees with it.
         if captions := listed if listed and (not lines or lines[0] in listed) else lines:
             return captions
@@ -345,8 +352,7 @@ class Source:
 
     def read(self, index: int, side: int | None = None) -> Sample:
         captions = self.captions(index)          # first: a bad one costs no decoding
-        label = self.labels and self.labels[self.rows[index]]
-        return Sample(self.image(index, side), captions, label, index)
+        return Sample(self.image(index, side), captions, self.labels and self.labels[self.rows[index]], index)
 
     def __getitem__(self, index: int) -> tuple[Sample | None, list[str]]:
         """As `make_batch` takes it."""
@@ -358,8 +364,7 @@ class Source:
 
 class TarSource(Source):
     """img2dataset's tars (CC3M's layout): KEY.jpg, KEY.txt and/or KEY.json, members of a sample side by side.
-    The headers are read once, and the index kept in CACHE: then a sample is a few reads at known places, and
-    to go on where one was a number is enough."""
+    The headers are read once, and the index kept in CACHE: then a sample is a few reads at known places."""
     KINDS = ("image", "txt", "json")
 
     def __init__(self, name: str, tars: list[Path]) -> None:
@@ -375,8 +380,8 @@ class TarSource(Source):
             self.places = np.concatenate([self.index_shard(*shard) for shard in shards])
             with suppress(OSError):              # costs only its use
                 CACHE.mkdir(parents=True, exist_ok=True)
-                write_atomically(saved, lambda file: np.savez(
-                    file, places=self.places, skipped=json.dumps(self.skipped)))
+                skipped = json.dumps(self.skipped)
+                write_atomically(saved, partial(np.savez, places=self.places, skipped=skipped))
         self.rows = range(len(self.places))
 
     def index_shard(self, shard: int, path: Path) -> np.ndarray:
@@ -389,12 +394,10 @@ class TarSource(Source):
                 if member.offset_data + member.size > size:
                     break
                 end = tar.offset
-                folder, base = os.path.split(member.name)
-                stem, _, suffix = base.rpartition(".")
+                key, _, suffix = member.name.rpartition(".")
                 kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
-                if not member.isreg() or base[0] == "." or kind not in self.KINDS:       # links, shadow files
-                    continue
-                key = os.path.join(folder, stem)
+                if not member.isreg() or kind not in self.KINDS or os.path.basename(key)[:1] in ("", "."):
+                    continue                                             # links, shadow files
                 # A kind seen again is another sample of the same name: never mix the two.
                 if not samples or key != samples[-1][0] or kind in samples[-1][1]:
                     samples.append((key, {}))
@@ -406,12 +409,10 @@ class TarSource(Source):
             self.skipped["damaged shard"] += max(1, round((len(samples) - 1) * (size / max(1, end) - 1)))
             print(f"warning: {path} is damaged, or compressed: {size - end:,} of {size:,} bytes are lost",
                   file=sys.stderr)
-        places = []
-        for _, parts in samples:
-            if "image" in parts and len(parts) > 1:
-                places.append([shard, *chain.from_iterable(parts.get(kind, (0, -1)) for kind in self.KINDS)])
-            else:
-                self.skipped["no caption" if "image" in parts else "no image"] += 1
+        images = [parts for _, parts in samples if "image" in parts]
+        places = [[shard, *chain.from_iterable(parts.get(kind, (0, -1)) for kind in self.KINDS)]
+                  for parts in images if len(parts) > 1]
+        self.skipped += {"no image": len(samples) - len(images), "no caption": len(images) - len(places)}
         return np.array(places, np.int64).reshape(-1, 7)
 
     def content(self, index: int, kind: str) -> bytes:
@@ -465,8 +466,7 @@ def open_source(name: str, split: str = "train", max_bad: float = 1.0) -> Source
                ".json": open_karpathy, ".txt": open_list}
     layout = "folder" if path.is_dir() else path.suffix.lower()
     if not path.exists() or layout not in layouts:
-        raise FileNotFoundError(f"no data at {name}: expected shapes, a folder, a tar, a list (.txt) or a "
-                                "table (.json), as in the README; cc3m is a folder as img2dataset leaves it")
+        raise FileNotFoundError(f"no data at {name}: expected shapes, a folder, a tar, a .txt or .json list")
     source = layouts[layout](path, split)
     if not len(source):
         raise ValueError(f"{name}: no usable sample ({dict(source.skipped)}): expected KEY.jpg with KEY.txt")
@@ -474,40 +474,62 @@ def open_source(name: str, split: str = "train", max_bad: float = 1.0) -> Source
     return source
 
 
+HALF = regex.compile(r"(?i)(?<!\p{L})(train|val|dev|test|eval)(ing|id|idation|uation)?(?!\p{L}{2})")
+# No class is called so: by a number, as ImageNet's n01440764, by what a folder holds, by a system.
+NO_CLASS = regex.compile(r"(?i)(n|class|(jpeg)?images|imgs|photos|data|masks|labels|annotations)?[_ -]?\d*"
+                         r"|segmentation\w*|[@_].*")
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """All folders and files below, in order, links followed. Raises OSError on what may not be seen."""
+    for path in sorted(folder.iterdir()):
+        if not regex.fullmatch(r"(?i)\..*|thumbs\.db|desktop\.ini|(readme|license)(\.\w+)?", path.name):
+            path.stat()              # raises
+            yield path
+            if path.is_dir():
+                yield from walk(path)
+
+
 def open_folder(path: Path, split: str) -> Source:
     """Tars, images with .txt or .json beside them, or class folders (DIR/CLASS/IMAGE), in DIR/SPLIT, or in a
-    DIR in which no folder is called as a half of the data: nothing may be trained on that is tested on.
-    Raises ValueError on anything else."""
+    DIR without halves: nothing may be trained on that is tested on. Raises ValueError on anything else."""
     root = path / split if (path / split).is_dir() else path
-    # Links are followed; names that begin with a dot are not seen: macOS's shadow files, notebooks' copies.
-    files = sorted(root / name for name in glob("**/*.*", root_dir=root, recursive=True))
-    folders = {file.parent for file in files}
-    if len({folder.resolve() for folder in folders}) < len(folders):
+    entries = {entry: entry.is_dir() for entry in walk(root)}
+    files, folders = ([entry for entry in entries if entries[entry] == kind] for kind in (False, True))
+    if len({folder.resolve() for folder in (root, *folders)}) <= len(folders):
         raise ValueError(f"links in {root} lead to the same folder twice: remove one")
-    halves = {part for folder in folders for part in folder.relative_to(path).parts
-              if regex.fullmatch(r"(train|val|valid|validation|dev|test)(ing)?\d*", part, regex.IGNORECASE)}
-    if halves and root == path:
-        raise ValueError(f"{path} has no folder {split}, but below it {', '.join(sorted(halves))}: name one")
     tars, images = ([file for file in files if file.suffix[1:].lower() in suffixes]
                     for suffixes in (("tar",), IMAGE_SUFFIXES))
+    # Halves of the data are a folder called train, or cars_train beside cars_test, but no "train station".
+    halves = {half[1].lower(): entry.name for entry in (*folders, *tars) if (half := HALF.search(entry.stem))}
+    is_half = any(HALF.fullmatch(folder.name.rstrip("0123456789")) for folder in folders)
+    if root == path and (is_half or len(halves) > 1):
+        raise ValueError(f"{path} has no folder {split}, but below it {', '.join(sorted(halves.values()))}: "
+                         "name one, or put each half into a folder, train and val")
     texts = {file.with_suffix("") for file in files if file.suffix in (".txt", ".json")}
     captioned = [image for image in images if image.with_suffix("") in texts]
     classes = {image.parent for image in images}
     if tars and not images:
         return TarSource(path.name, tars)
     if captioned and not tars:
-        source = Source(path.name, captioned)
-        source.skipped += Counter({"no caption": len(images) - len(captioned)})
+        source, without = Source(path.name, captioned), texts - {image.with_suffix("") for image in images}
+        source.skipped += {"no caption": len(images) - len(captioned), "no image": len(without)}
         return source
-    if tars or len(classes) < 2 or {folder.parent for folder in classes} != {root}:
-        raise ValueError(f"{root} holds {len(tars)} tars and {len(images)} images, not all in folders of two "
-                         "or more classes: expected tars, images with .txt beside them, or DIR/CLASS/IMAGE")
-    return Source(path.name, images, *class_names(root, [image.parent.name for image in images]))
+    odd = [folder for folder in (root, *folders) if (folder.parent == root) != (folder in classes)]
+    if tars or odd or len(classes) < 2:
+        raise ValueError(f"{root} holds {len(tars)} tars and {len(images)} images, not in two or more class "
+                         f"folders (see {[root, *odd][-1].name}): expected tars, KEY.jpg + .txt, CLASS/IMAGE")
+    source = Source(path.name, images, *class_names(root, [image.parent.name for image in images]))
+    source.skipped += {"other suffix": sum(file.parent != root for file in files) - len(images)}
+    return source
 
 
 def text_lines(path: Path) -> list[str]:
-    """A text file's lines that are not blank."""
-    return [line for line in path.read_text("utf-8-sig", errors="replace").split("\n") if line.strip()]
+    """A text file's lines that are not blank. Raises ValueError."""
+    try:
+        return [line for line in decode_text(path.read_bytes()).splitlines() if line.strip()]
+    except BadSample:
+        raise ValueError(f"{path} is no text in UTF-8: save it as that") from None
 
 
 def class_names(root: Path, tags: list[str]) -> tuple[list[str], list[int]]:
@@ -521,10 +543,9 @@ def class_names(root: Path, tags: list[str]) -> tuple[list[str], list[int]]:
         said = sorted((words[0], words[1].replace("_", " ").strip()) for words in lines if len(words) > 1)
         wrong, names = {tag for tag, _ in said} ^ number.keys(), [name for _, name in said]
         if wrong or len(lines) > len(number):
-            raise ValueError(f"{table} does not name each class in {root} once (look at "
-                             f"{min(wrong, default='doubles')}): expected lines 'TAG NAME'")
-    elif len(set(names)) < len(names) or any(regex.fullmatch(r"n\d{8}", tag) for tag in number):  # ImageNet's
-        raise ValueError(f"{root}: classes called {min(number)} and so on have no names that differ: put a "
+            raise ValueError(f"{table}: look at {min(wrong, default='doubles')}; a class is one 'TAG NAME'")
+    elif (unnamed := [*filter(NO_CLASS.fullmatch, number)]) or len(set(names)) < len(names):
+        raise ValueError(f"{root}: classes like {min(unnamed or number)} have no names that differ: put a "
                          "classnames.txt of lines 'TAG NAME' there (Kaggle's LOC_synset_mapping.txt)")
     return names, [number[tag] for tag in tags]
 
@@ -537,10 +558,8 @@ def open_list(table: Path, split: str) -> Source:
     tags = [tag.strip() or image.parent.name for image, (_, _, tag) in zip(images, rows)]
     # SUN397 has church/outdoor and cathedral/outdoor, which by their folders' names would be one class.
     folders = {image.parent for image, (_, _, tag) in zip(images, rows) if not tag.strip()}
-    if len({folder.name for folder in folders}) < len(folders):
-        raise ValueError(f"{table} lists images of two folders of one name: expected lines 'PATH<TAB>CLASS'")
-    if len(set(tags)) == 1:       # all would be captioned alike, whatever is beside them
-        raise ValueError(f"{table} lists images of one class: expected lines 'PATH<TAB>CLASS' of several")
+    if len({folder.name for folder in folders}) < len(folders) or len(set(tags)) == 1:
+        raise ValueError(f"{table} has one class, or two folders of one name: expected lines PATH<TAB>CLASS")
     return Source(table.stem, images, *class_names(table.parent, tags))
 
 
@@ -723,8 +742,7 @@ def is_held_out(pair: tuple) -> bool:
 
 
 PAIRS = [(a, b) for i, a in enumerate(KINDS) for b in KINDS[i + 1:] if a[0] != b[0]]
-TRAIN_PAIRS = [pair for pair in PAIRS if not is_held_out(pair)]
-HELD_OUT_PAIRS = [pair for pair in PAIRS if is_held_out(pair)]
+TRAIN_PAIRS, HELD_OUT_PAIRS = ([pair for pair in PAIRS if is_held_out(pair) == held] for held in (0, 1))
 MEANINGS = list(product(HELD_OUT_PAIRS, product(RADII, RADII), RELATIONS))
 MEANINGS = [MEANINGS[i] for i in np.random.default_rng(0).permutation(len(MEANINGS))]     # mixed
 

@@ -19,7 +19,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_
                        signal_and_noise)
 from model import Clip, DiffDis
 from sample import (CKPT_HELP, PRECISION, SAMPLERS, Parser, all_finite, denoise_queries, draw_images,
-                    draw_queries, errors_in_one_line, find_checkpoint, finite, load_ready, natural,
+                    draw_queries, errors_in_one_line, find_checkpoint, finite, natural,
                     pick_device, positive, score, share, target, to_pil, weight)
 
 
@@ -233,8 +232,7 @@ def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading()
     so many; a class is its first template."""
     names, templates = source.classes or [], templates or [source.template]
     if len(names) < 2:       # of a single class every answer is right
-        raise ValueError(f"{source.name} has {len(names)} classes, zeroshot needs two or more: folders "
-                         "DIR/CLASS, or a list of lines 'PATH<TAB>CLASS'")
+        raise ValueError(f"{source.name} has {len(names)} classes, zeroshot needs two: DIR/CLASS, or a list")
     if loss_timesteps is None:
         prompts = [fill(template, name) for name in names for template in templates]
         classes = F.normalize(encode_texts(model, prompts).unflatten(0, (len(names), -1)).mean(dim=1), dim=-1)
@@ -378,23 +376,19 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
     network: what compares, by `read_queries`; n: pictures, of samples from all over the source by their first
     captions, the i-th from seed + i; out: a folder for them; drawing: options of `draw_images`.
     """
-    size, (rank, world), rows, written = model.config.image_size, rank_and_world(), [], ()
+    size, (rank, world), rows = model.config.image_size, rank_and_world(), []
     read = over_images(network, source, reading, size=size)
     chosen = evenly_spaced(source, n)
     prompts = [captions[0] for captions in usable_captions(chosen, len(chosen))]
     mine, at_once, began = range(rank, len(prompts), world), reading.batch_size, time.monotonic()
-    with ThreadPoolExecutor() as pool:            # which writes a batch while the next one is drawn
-        for places in tqdm([mine[i:i + at_once] for i in range(0, len(mine), at_once)], "draw", unit="batch",
-                           disable=None if rank == 0 else True):
-            pictures = [to_pil(image) for image in draw_images(
-                model, [prompts[i] for i in places], [reading.seed + i for i in places], **drawing)]
-            inputs = network.read_batch(torch.from_numpy(np.stack(pictures)).to(network.device))
-            rows += zip(places, read_queries(network, inputs, list(places), reading).cpu().numpy())
-            list(written)                         # waits; raises what went wrong
-            if out:
-                files = [out / f"{i:06d}.png" for i in places]
-                written = pool.map(Image.Image.save, pictures, files)
-        list(written)
+    for places in tqdm([mine[i:i + at_once] for i in range(0, len(mine), at_once)], "draw", unit="batch",
+                       disable=None if rank == 0 else True):
+        pictures = [to_pil(image) for image in draw_images(
+            model, [prompts[i] for i in places], [reading.seed + i for i in places], **drawing)]
+        for i, picture in zip(places, pictures if out else ()):
+            picture.save(out / f"{i:06d}.png")
+        inputs = network.read_batch(torch.from_numpy(np.stack(pictures)).to(network.device))
+        rows += zip(places, read_queries(network, inputs, list(places), reading).cpu().numpy())
     rate = len(prompts) / (time.monotonic() - began)
     rows = sorted(sum(everybody(rows), []), key=lambda row: row[0])
     drawn = all_finite(torch.from_numpy(np.stack([features for _, features in rows])))
@@ -402,8 +396,7 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
     if count < 2:
         raise ValueError(f"{count} pictures: a distance between sets needs two or more of each")
     if count < width:
-        print(f"warning: {count} pictures and {width} features: the distance says more about the pictures' "
-              "number than about the pictures")
+        print(f"warning: {count} pictures, {width} features: the distance depends on their number")
     return {"n": len(drawn), "n_reference": len(read.values), "seed": reading.seed, "chance": None,
             "fid": frechet_distance(drawn, read.values), "features": type(network).__name__,
             "image_size": size, "images_per_s": round(rate, 3), **drawing, "skipped": read.skipped}
@@ -436,11 +429,9 @@ def open_longtail(name: str) -> LongTail:
         raise FileNotFoundError(f"--data is {name!r}: longtail expects a folder with train.txt and test.txt")
     train, test = (open_source(str(root / f"{split}.txt")) for split in ("train", "test"))
     if train.classes != test.classes:
-        raise ValueError(f"{root} has {len(train.classes)} classes in train.txt and {len(test.classes)} in "
-                         "test.txt: expected images of the same classes in both")
+        raise ValueError(f"train.txt and test.txt in {root} are not of the same classes")
     if shared := set(train.images) & set(test.images):
-        raise ValueError(f"{len(shared)} images are in both lists of {root}: what is tested on must not be "
-                         "trained on")
+        raise ValueError(f"{len(shared)} images are in both lists of {root}: expected others to test on")
     texts = {path.stem.replace("_", " "): path for path in (root / "texts").glob("*.txt")}
     sentences = [text_lines(texts[name]) if name in texts else [] for name in train.classes]
     if texts and not any(sentences):
@@ -783,7 +774,7 @@ def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict
         return retrieval(model, source, reading)
     if task == "zeroshot":
         return zeroshot(model, source, reading, args.template, args.loss_timesteps)
-    network = (load_ready(args.features, model.device, args.precision) if args.features else
+    network = (models.load(args.features, model.device, precision=args.precision) if args.features else
                in_turn(lambda: Inception(model.device)))
     if args.features and ("alignment" not in network.tasks or network.config.image_size != size):
         raise ValueError(f"--features {args.features}: expected a model that reads pictures of {size} px")
@@ -794,7 +785,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     """All tasks on one model; their tables and the JSON."""
     target("--json", args.json or "numbers.json")
     path, results = in_turn(lambda: models.locate(find_checkpoint(args.ckpt))), {}
-    model = load_ready(path, device, args.precision)
+    model = models.load(path, device, precision=args.precision).to(memory_format=torch.channels_last)
     check_tasks(args, model)
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)

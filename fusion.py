@@ -31,8 +31,7 @@ class FusionConfig:
         if self.align_blocks < 0:
             raise ValueError(f"align_blocks is {self.align_blocks}, expected 0 or more")
         if not self.fusion and not (self.shared_attention and self.own_ffn and self.align_blocks):
-            raise ValueError("without fusion there is no query stream whose attention or feed-forward could "
-                             "differ, and without align_blocks nothing would look at the image")
+            raise ValueError("without fusion it is the align_blocks that read, and nothing else is to change")
         if self.query_width % self.head_width:
             raise ValueError(f"query_width {self.query_width} is no multiple of head_width {self.head_width}")
 

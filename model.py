@@ -3,8 +3,7 @@
 What it is: the UNet first, then what only serves it (autoencoder, text encoder), `DiffDis`, which holds the
 three, CLIP, with which the paper compares, and last the files: published weights in, checkpoints in and out.
 What it is not: attention blocks (fusion.py), noise, losses and samplers (diffusion.py), or data (data.py).
-Parameter names are those of the diffusers and transformers folders of Stable Diffusion v1; what DiffDis adds
-is named `query_...`. Read next: sample.py.
+Parameters are named as in diffusers' folders; what DiffDis adds is named `query_...`. Read next: sample.py.
 """
 import argparse
 import json
@@ -94,8 +93,7 @@ class ClipConfig:
 
 
 def from_dict(config: type, values: dict):
-    """The inverse of `asdict` for Config and ClipConfig, also after JSON, which has lists for tuples. Raises
-    TypeError on fields that this version does not know, or misses."""
+    """The inverse of `asdict`, also after JSON, where tuples are lists. Raises TypeError on other fields."""
     kinds = {field.name: field.type for field in fields(config)}
     return config(**{name: from_dict(kinds[name], value) if is_dataclass(kinds.get(name)) else
                      tuple(value) if isinstance(value, list) else value for name, value in values.items()})
@@ -313,31 +311,34 @@ class KLAutoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config, channels, widths = config, config.latent_channels, config.channels
-        self.encoder = chain(
-            conv_in=nn.Conv2d(3, widths[0], 3, padding=1),
-            down_blocks=autoencoder_levels(widths, down=True),
-            mid_block=AutoencoderMiddle(widths[-1]),
-            conv_norm_out=nn.GroupNorm(32, widths[-1], eps=1e-6), silu=nn.SiLU(),
-            conv_out=nn.Conv2d(widths[-1], 2 * channels, 3, padding=1))
+
+        def half(inputs: int, widths: tuple[int, ...], outputs: int, **blocks: nn.Module) -> nn.Sequential:
+            return chain(conv_in=nn.Conv2d(inputs, widths[0], 3, padding=1), **blocks,
+                         conv_norm_out=nn.GroupNorm(32, widths[-1], eps=1e-6), silu=nn.SiLU(),
+                         conv_out=nn.Conv2d(widths[-1], outputs, 3, padding=1))
+        self.encoder = half(3, widths, 2 * channels, down_blocks=autoencoder_levels(widths, down=True),
+                            mid_block=AutoencoderMiddle(widths[-1]))
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.post_quant_conv = nn.Conv2d(channels, channels, 1)
-        self.decoder = chain(
-            conv_in=nn.Conv2d(channels, widths[-1], 3, padding=1),
-            mid_block=AutoencoderMiddle(widths[-1]),
-            up_blocks=autoencoder_levels(widths[::-1], down=False),
-            conv_norm_out=nn.GroupNorm(32, widths[0], eps=1e-6), silu=nn.SiLU(),
-            conv_out=nn.Conv2d(widths[0], 3, 3, padding=1))
+        self.decoder = half(channels, widths[::-1], 3, mid_block=AutoencoderMiddle(widths[-1]),
+                            up_blocks=autoencoder_levels(widths[::-1], down=False))
+
+    def split(self, x: Tensor, factor: int) -> tuple[Tensor, ...]:
+        """x [B, C, h, w], factor px a side -> parts of 512 px squared: no batch takes more memory."""
+        return x.split(max(1, 512 ** 2 // (factor ** 2 * x.shape[2] * x.shape[3])))
 
     def moments(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> mean and log-variance [B, 2C, H/f, W/f], before scaling."""
         images = images.to(self.quant_conv.weight.dtype)
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        moments = torch.cat([self.quant_conv(self.encoder(part)) for part in self.split(images, 1)])
+        mean, logvar = moments.chunk(2, dim=1)
         return torch.cat([mean, logvar.clamp(-30, 20)], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, H/f, W/f] -> images [B, 3, H, W], nominally in [-1, 1]."""
         latents = latents.to(self.post_quant_conv.weight.dtype) / self.config.scale
-        return self.decoder(self.post_quant_conv(latents))
+        return torch.cat([self.decoder(self.post_quant_conv(part))
+                          for part in self.split(latents, self.config.factor)])
 
 
 # ---------------------------------------------------------------- text encoder
@@ -511,16 +512,13 @@ class Clip(nn.Module):
             nn.init.normal_(layer.weight, std=config.width ** -0.5)
         nn.init.normal_(self.text_projection.weight, std=config.text.width ** -0.5)
 
-    device = DiffDis.device
-
-    def read_batch(self, images: Tensor) -> Tensor:
-        """uint8 [B, S, S, 3] -> [B, 3, S, S] of CLIP's mean and deviation."""
-        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
-        return ((to_float(images) + 1) / 2 - mean) / std
+    device, read_batch = DiffDis.device, staticmethod(to_float)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S], of CLIP's mean and deviation -> [B, embedding], unit norm, float32."""
-        return F.normalize(self.visual_projection(self.vision_model(images)).float(), dim=-1)
+        """images [B, 3, S, S] in [-1, 1] -> [B, embedding], unit norm, float32."""
+        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+        pixels = (((images + 1) / 2 - mean) / std).to(self.visual_projection.weight.dtype)
+        return F.normalize(self.visual_projection(self.vision_model(pixels)).float(), dim=-1)
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """tokens [B, L] -> [B, embedding], unit norm, float32."""
@@ -541,9 +539,8 @@ def wrap_blocks(network: nn.Module, wrapper: Callable[[Callable], Callable]) -> 
 
 # ---------------------------------------------------------------- names in published files
 # Ours are those of a diffusers folder; its vae/ of 2022 and the original files (CompVis) have others.
-PARTS = {"unet": "unet/diffusion_pytorch_model.safetensors",
-         "autoencoder": "vae/diffusion_pytorch_model.safetensors",
-         "text_encoder": "text_encoder/model.safetensors"}
+PARTS = {"unet": "unet/diffusion_pytorch_model", "autoencoder": "vae/diffusion_pytorch_model",
+         "text_encoder": "text_encoder/model"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 PREFIXES = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.",
             "text_encoder": "cond_stage_model.transformer.text_model."}
@@ -597,10 +594,49 @@ def from_compvis(raw: dict[str, Tensor], model: DiffDis, weights: str) -> dict[s
     return raw | tensors
 
 
+# What a refused file is, by a tensor's name and shape.
+KINDS = {
+    "a LoRA": r"lora[_.]", "a textual inversion": "string_to_param|emb_params",
+    "Stable Diffusion XL": r"conditioner\.|attn2\.to_k\.weight \[\d+, 2048",
+    "Stable Diffusion 2": r"cond_stage_model\.model\.|attn2\.to_k\.weight \[\d+, 1024",
+    "for inpainting": r"(conv_in|input_blocks\.0\.0)\.weight \[\d+, 9,", "Flux": r"(joint|double)_blocks",
+    "scaled float8": "scaled_fp8|scale_weight", "a ControlNet": r"(?s)\A(?!.*diffusion_model\.in).*control"}
+
+
+def obey(path: Path, said: dict) -> Config:
+    """Stable Diffusion v1 with the target and size that its files ask for: a folder's configurations, a
+    file's modelspec, a .yaml beside it. Raises ValueError where they ask for what we do not compute."""
+    config = PRESETS["sd-v1"]
+    heads, scale, steps = config.unet.heads, config.autoencoder.scale, config.timesteps
+    ours = {"prediction_type": "epsilon v_prediction v", "parameterization": "eps v", "trained_betas": "None",
+            "beta_schedule": "scaled_linear", "beta_start": "0.00085", "linear_start": "0.00085",
+            "beta_end": "0.012", "linear_end": "0.012 0.0120", "rescale_betas_zero_snr": "False",
+            "num_train_timesteps": steps, "timesteps": steps, "scaling_factor": scale, "scale_factor": scale,
+            "attention_head_dim": heads, "num_heads": heads, "num_head_channels": "-1", "freq_shift": "0",
+            "num_attention_heads": f"None {heads} {config.text.heads}", "hidden_act": "quick_gelu",
+            "act_fn": "silu", "norm_num_groups": "32", "norm_eps": "1e-05", "layer_norm_eps": "1e-05",
+            "flip_sin_to_cos": "True", "class_embed_type": "None", "time_cond_proj_dim": "None",
+            "resnet_time_scale_shift": "default", "architecture": "stable-diffusion-v1"}
+    words = [(path, str(key).removeprefix("modelspec."), value) for key, value in said.items()]
+    for file in (*path.glob("*/*config.json"), *path.parent.glob(f"{path.stem}.yaml")):
+        with reading(file):
+            text = file.read_text("utf-8-sig")
+            words += [(file, *word) for word in (json.loads(text).items() if file.suffix == ".json" else
+                                                 re.findall(r"""(\w+)["']?: *["']?([\w.+-]+)""", text))]
+    for file, key, value in words:
+        if key in ours and str(value) not in str(ours[key]).split():
+            raise ValueError(f"{file}: {key} is {value!r}, and we compute {ours[key]} alone")
+    is_v = any(key in ("prediction_type", "parameterization") and value[0] == "v" for _, key, value in words)
+    sides = [value for file, key, value in words if file.parent.name == "unet" and key == "sample_size"]
+    return replace(config, image_target="v" if is_v else "noise", image_size=8 * int([*sides, 64][0] or 64))
+
+
 # ---------------------------------------------------------------- files; nothing in them is ever run
 FORMAT = "diffdis-1"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, **{
+              f"{name[0].upper()}{bits}": getattr(torch, f"{name}{bits}") for name in ("int", "uint")
+              for bits in (8, 16, 32, 64)}}
 HARMLESS = ("pytorch_lightning.", "lightning.", "numpy.")      # whose objects training programs leave behind
 
 
@@ -655,15 +691,17 @@ def read_torch(path: Path) -> dict:
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
     """A .safetensors file or torch.save's -> its tensors by name, what else it says. Raises ValueError."""
-    with reading(path):
+    with reading(path), path.open("rb") as file:
+        if re.match(rb"version https://git-lfs|\s*<(!doctype|html|\?xml)", file.read(64), re.IGNORECASE):
+            raise ValueError(f"{path} is a git-lfs pointer (run `git lfs pull`) or a web page: fetch it")
         tensors, said = read_safetensors(path) if path.suffix == ".safetensors" else (read_torch(path),) * 2
-        tensors = tensors.get("state_dict", tensors)
+        while isinstance(tensors.get("state_dict"), dict):
+            tensors = tensors["state_dict"]
         return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}, said
 
 
 # ---------------------------------------------------------------- downloads
-DOWNLOADS = {
-    # 4.3 GB, under the licence CreativeML OpenRAIL-M.
+DOWNLOADS = {                                # the first: 4.3 GB, under the licence CreativeML OpenRAIL-M
     "sd-v1-5": ("https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/"
                 "v1-5-pruned-emaonly.safetensors",
                 "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa"),
@@ -689,9 +727,9 @@ def download(name: str) -> Path:
 
 
 def locate(path: str | Path) -> Path:
-    """A path, the checkpoint in a run's folder, or the downloaded file of "sd-v1-5"."""
-    run = Path(path) / "checkpoint.pt"
-    return download("sd-v1-5") if str(path) == "sd-v1-5" else run if run.is_file() else Path(path)
+    """A path, the checkpoint in a run's folder, or, where nothing is called so, the download "sd-v1-5"."""
+    path, run, wanted = Path(path), Path(path) / "checkpoint.pt", str(path) == "sd-v1-5"
+    return download("sd-v1-5") if wanted and not path.exists() else run if run.is_file() else path
 
 
 # ---------------------------------------------------------------- save, load, export
@@ -713,9 +751,15 @@ def save(path: str | Path, model: DiffDis | Clip, ema: dict | None = None,
 def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
     """Any file or folder that `load` takes -> its description, as `describe` writes it, and its tensors under
     our names or CompVis's."""
+    tensors, said, starts = {}, {}, ("unet.", PREFIXES["unet"], *["model_ema.diff"] * (weights == "ema"))
     if path.is_dir():
-        tensors = {f"{part}.{name.removeprefix('text_model.')}": value for part, file in PARTS.items()
-                   for name, value in read_file(path / file)[0].items()}
+        for part, stem in PARTS.items():
+            files = [*path.glob(f"{stem}.safetensors")] or [*path.glob(f"{stem}[.-]*safetensors")]
+            if len({re.sub(r"-\d+-of", "", file.name) for file in files}) != 1:
+                raise ValueError(f"{path / stem}.safetensors, one variant of it, or its shards are expected, "
+                                 f"not {[file.name for file in files]}; diffusers makes it of .bin")
+            tensors |= {f"{part}.{name.removeprefix('text_model.')}": value for file in files
+                        for name, value in read_file(file)[0].items()}
         for old, new in OLD_ATTENTION.items():
             tensors = {name.replace(f".0.{old}.", f".0.{new}."): value for name, value in tensors.items()}
     else:
@@ -724,34 +768,34 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
             return said, said["model"] | ((weights == "ema" and said["ema"]) or {})
         if "diffdis" in said:                                  # what `export` wrote
             return json.loads(said["diffdis"]), tensors
-        if "v_pred" in tensors or not any(name.startswith(PREFIXES["unet"]) for name in tensors):
-            raise ValueError(f"{path} is no checkpoint of DiffDis ({FORMAT!r}) or of Stable Diffusion v1 "
-                             f"(predicting noise): it holds {', '.join(sorted(tensors)[-4:]) or 'no tensor'}")
-    config = replace(PRESETS["sd-v1"], image_size=512)         # what v1 was trained at
+    lines = "\n".join(f"{name} {[*getattr(value, 'shape', ())]}" for name, value in (tensors or said).items())
+    kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, lines)), None)
+    if kind or not any(name.startswith(starts) for name in tensors):
+        raise ValueError(f"{path} is {kind or 'another file'}, not DiffDis ({FORMAT!r}) or Stable Diffusion "
+                         f"v1: it holds {', '.join(sorted(tensors)[-4:]) or 'no tensor'}")
+    config = obey(path, said | ({"prediction_type": "v"} if "v_pred" in tensors else {}))
     folders = [folder / name for folder in (path, path.parent) for name in ("tokenizer", "")]
-    given = [folder for folder in folders if (folder / "vocab.json").is_file()]
+    given = [place for place in folders if {*place.glob("vocab.json"), *place.glob("tokenizer.json")}]
     tokenizer = Tokenizer.from_file(given[0] if given else download("vocabulary"), config.text.context_length)
     return {"config": asdict(config), "tokenizer": asdict(tokenizer), "data": None, "foreign": True,
             "tasks": ["generation"]}, tensors
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema",
-         dtype: torch.dtype = torch.float32, adapt: Callable[[Config], Config] = lambda config: config
+         precision: str | None = "fp32", adapt: Callable[[Config], Config] = lambda config: config
          ) -> DiffDis | Clip:
     """A checkpoint as a model in eval mode. Raises FileNotFoundError or ValueError.
 
-    path: what `save` or `export` wrote; Stable Diffusion v1 as .ckpt, .safetensors (CompVis's names) or
-    diffusers folder (one with a folder unet), whose query stream starts from random weights; or "sd-v1-5",
-    downloaded once; weights: "ema", averaged ones if the file has them, or "raw"; adapt: changes the
-    configuration before the networks are built.
-    """
+    path: what `save` or `export` wrote; or, its query stream from random weights, Stable Diffusion v1: .ckpt,
+    .safetensors, diffusers folder, or "sd-v1-5", downloaded once; weights: "ema", averaged ones if the file
+    has them, or "raw"; precision: of weights, fp32, bf16, or None, bf16 on CUDA (in fp16 the autoencoder
+    overflows); adapt: changes the configuration before the networks are built."""
     path = locate(path)
     if not (path.is_file() or (path / "unet").is_dir()):
         held = ", ".join(sorted(entry.name for entry in path.glob("*"))[:4]) or "nothing"
         raise FileNotFoundError(
             f"no checkpoint at {path} (found: {held}): train one with `python train.py`, or give Stable "
-            "Diffusion v1, a file, a folder with unet/, or sd-v1-5 to download it; a CLIP's folder is first "
-            "converted by tests/convert_clip.py")
+            "Diffusion v1, a file, a folder with unet/ or sd-v1-5; tests/convert_clip.py converts a CLIP's")
     with reading(path):
         said, tensors = read_weights(path, weights)
         network, kind = (DiffDis, Config) if "fusion" in said["config"] else (Clip, ClipConfig)
@@ -767,17 +811,16 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
         if network is DiffDis:
             tensors = from_compvis(tensors, model, weights)
         put_tensors(model, tensors, path, "foreign" in said)
+    is_half = precision == "bf16" or precision is None and torch.device(device).type == "cuda"
     model.to(device, torch.float32)              # files may hold half precision
-    for name, part in model.named_children():
-        if name != "autoencoder" or dtype != torch.float16:     # there it overflows: black pictures
-            part.to(dtype)
+    for part in model.children() if is_half else ():
+        part.to(torch.bfloat16)
     return model.eval().requires_grad_(False)
 
 
 def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, foreign: bool) -> None:
     """Make a file's tensors the model's own, without a copy, or raise ValueError naming what does not fit.
-    foreign: another program's file may hold more, which is listed, and lacks the query stream; all else must
-    be there, in our shapes, which no SD 2, SDXL or inpainting file has."""
+    foreign: another program's file may hold more, which is listed, and lacks the query stream."""
     missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)      # other shapes raise
     lacking = [name for name in missing if not (foreign and is_new(name))]
     if lacking or (unknown and not foreign):
@@ -796,14 +839,12 @@ def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, f
 
 
 def export(model: DiffDis, path: Path) -> None:
-    """Write a model for other programs, under CompVis's names. The query stream stands beside under a prefix,
-    configuration and vocabulary in the metadata, so that `load` gives the whole model back.
-    Raises ValueError for a model that is not of Stable Diffusion v1's make."""
+    """Write a model for other programs, under CompVis's names; the query stream under a prefix, the rest in
+    the metadata, for `load` to give all back. Raises ValueError if it is not of Stable Diffusion's make."""
     config = model.config
     if isinstance(model, Clip) or path.suffix != ".safetensors" or (
             config.autoencoder.kind, config.image_target, config.image_schedule) != ("kl", "noise", "linear"):
-        raise ValueError("exported is, as OUT.safetensors, only a DiffDis with Stable Diffusion's "
-                         "autoencoder, target and schedule ('kl', 'noise', 'linear')")
+        raise ValueError("only a DiffDis with Stable Diffusion's autoencoder and target is exported")
     tensors, types, end = model.state_dict(), {dtype: name for name, dtype in DTYPES.items()}, 0
     names = to_compvis(tensors, config)
     header: dict = {"__metadata__": {"format": "pt", "diffdis": json.dumps(describe(model))}}

@@ -126,8 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.preset is None and args.init is None:
         args.preset, args.init = ("sd-v1", "sd-v1-5") if args.data == "cc3m" else ("tiny", None)
         if args.init and pick_device(args.device).type != "cuda":
-            raise ValueError("--data cc3m is the paper's run, Stable Diffusion at 256 px, which needs CUDA, "
-                             "and this machine has none: give --preset tiny to train a small model")
+            raise ValueError("--data cc3m trains Stable Diffusion, which needs CUDA: or give --preset tiny")
     return args
 
 
@@ -171,11 +170,9 @@ def settle(args: argparse.Namespace, device: torch.device, world: int, base: Con
             (foreign or is_clip and draws,
              f"a CLIP only reads images: leave out --{[*foreign, 'tasks'][0].replace('_', '-')}"),
             (preset == "sd-v1" and not args.init,
-             "--preset sd-v1 needs a trained autoencoder, which training leaves as it is: give --init "
-             "sd-v1-5, or other weights of Stable Diffusion"),
+             "--preset sd-v1 needs a trained autoencoder: give --init sd-v1-5, or other weights"),
             (args.augment and draws,
-             "--augment recolours and shears, which a model that draws would learn to draw: leave it out, or "
-             "train --tasks alignment"),
+             "--augment shears, as a model that draws would learn to draw: train --tasks alignment with it"),
             (args.latents and (args.augment or is_shapes),
              "--latents replaces pictures, which --augment and the endless shapes need: leave it out"),
             (left or pairs % (args.micro_batch or 1) or reads and args.batch_size < 2,
@@ -340,9 +337,8 @@ class Averages:
 # ---------------------------------------------------------------- latents
 def latents_name(source: Source, model: DiffDis) -> str:
     """Of this data, at this size, by this autoencoder: others make others."""
-    digest = hashlib.sha256(repr((len(source), model.config.image_size, model.config.autoencoder)).encode())
-    for i in np.linspace(0, len(source) - 1, 1000):        # names could be those of other data
-        digest.update(source.content(int(i), "image"))
+    known = len(source), source.fingerprint(), model.config.image_size, model.config.autoencoder
+    digest = hashlib.sha256(repr(known).encode())
     for value in model.autoencoder.state_dict().values():
         digest.update(value.cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
@@ -449,7 +445,8 @@ class Trainer:
         self.averages = Averages(self.model, args.ema)
         self.flags = {name: list(value) if isinstance(value, tuple) else value
                       for name, value in vars(args).items() if name not in FREE_ON_RESUME}
-        self.flags |= {"latents": args.latents is not None, "samples": [len(self.source), len(self.val)]}
+        known = None if args.data == "shapes" else source.fingerprint()
+        self.flags |= {"latents": bool(args.latents), "samples": [len(self.source), len(self.val), known]}
         if checkpoint:
             self.restore(checkpoint)
         if args.latents:

@@ -2,8 +2,8 @@
 
     python tests/convert_clip.py FOLDER clip.pt
 
-FOLDER holds config.json, model.safetensors, vocab.json, merges.txt and, if the images of its training were
-normalised otherwise than CLIP's, preprocessor_config.json. OpenCLIP's models are published in this form, too.
+FOLDER holds config.json, model.safetensors, a vocabulary and, where they were published, how its pictures are
+prepared (preprocessor_config.json, open_clip_config.json). OpenCLIP's models come in this form, too.
 """
 import json
 import sys
@@ -20,18 +20,24 @@ from data import Tokenizer
 def convert(folder: Path, out: Path) -> None:
     """Raises ValueError, in one line, on whatever our two towers would not obey."""
     with models.reading(folder):
-        pixels = folder / "preprocessor_config.json"
-        said, prepared = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-                          for path in (folder / "config.json", pixels))
+        files = [folder / f"{name}_config.json" for name in ("preprocessor", "open_clip")]
+        said, pixels, openclip = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+                                  for path in (folder / "config.json", *files))
         theirs = CLIPConfig.from_pretrained(folder, local_files_only=True)     # knows what an absence means
         vision, text = theirs.vision_config, theirs.text_config
         kinds = {(said.get("model_type"), tower.hidden_act, tower.layer_norm_eps) for tower in (vision, text)}
         if kinds not in ({("clip", "quick_gelu", 1e-5)}, {("clip", "gelu", 1e-5)}):
             raise ValueError(f"{folder} has (model_type, hidden_act, layer_norm_eps) {kinds}, expected both "
                              "towers to be ('clip', 'quick_gelu' or 'gelu', 1e-05)")
-        for name, ours in {"image_mean": models.CLIP_MEAN, "image_std": models.CLIP_STD}.items():
-            if prepared.get(name, [*ours]) != [*ours]:
-                raise ValueError(f"{pixels} has {name} {prepared[name]}, expected CLIP's {ours}")
+        wanted = {**dict.fromkeys(("image_mean", "mean"), [*models.CLIP_MEAN]),
+                  **dict.fromkeys(("image_std", "std"), [*models.CLIP_STD]),
+                  **dict.fromkeys(("size", "crop_size"), vision.image_size), "rescale_factor": 1 / 255,
+                  **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
+                  "resample": 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+        for name, value in (pixels | openclip.get("preprocess_cfg", {})).items():
+            given = list(value.values()) if isinstance(value, dict) else [value]      # of a size, its sides
+            if any(side not in (wanted.get(name, side), None) for side in given):
+                raise ValueError(f"{folder} prepares pictures with {name} {value}, expected {wanted[name]}")
         config = models.ClipConfig(
             vision.hidden_size, vision.num_hidden_layers, vision.num_attention_heads, vision.patch_size,
             vision.image_size, theirs.projection_dim,

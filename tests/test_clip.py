@@ -42,8 +42,10 @@ def test_pixels_come_with_the_mean_and_deviation_of_clips_training() -> None:
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     expected = (pixels / 255 - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)
-    read = build(tiny_clip_config()).read_batch(pixels)
-    assert torch.allclose(read, expected.permute(0, 3, 1, 2), atol=1e-5)
+    clip, seen = build(tiny_clip_config()), []
+    clip.vision_model.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    clip.encode_image(clip.read_batch(pixels))
+    assert torch.allclose(seen[0], expected.permute(0, 3, 1, 2), atol=1e-5)
 
 
 @torch.no_grad()
@@ -65,11 +67,12 @@ def test_vectors_are_those_of_transformers(tokenizer, tmp_path, activation: str,
     ours = models.load(tmp_path / "clip.pt")
     assert not ours.training and ours.tasks == ("alignment",) and ours.data is None
     assert ours.tokenizer.merges == tokenizer.merges and ours.tokenizer.context_length == 16
-    images, tokens = torch.randn(3, 3, 32, 32), ours.tokenizer(CAPTIONS)
+    images, tokens = 2 * torch.rand(3, 3, 32, 32) - 1, ours.tokenizer(CAPTIONS)
+    mean, std = (torch.tensor(value)[:, None, None] for value in (models.CLIP_MEAN, models.CLIP_STD))
     ends = tokens.argmax(dim=-1)
     assert len(set(ends.tolist())) == 4 and ends.max() == 15
     zeros = torch.where(torch.arange(16) > ends[:, None], 0, tokens)
-    expected = theirs(input_ids=zeros, pixel_values=images)
+    expected = theirs(input_ids=zeros, pixel_values=((images + 1) / 2 - mean) / std)
     image, text = ours.encode_image(images), ours.encode_tokens(tokens)
     for got, wanted in ((image, expected.image_embeds), (text, expected.text_embeds),
                         (ours.encode_text(CAPTIONS)[1], expected.text_embeds),
@@ -89,6 +92,12 @@ TOWERS = ("vision_config", "text_config")
     ("config", {"text_config": {"vocab_size": 559}}, "559 tokens.*vocab.json"),
     ("config", {"model_type": "siglip"}, "'siglip'"), ("config", {"text_config": [1]}, ""),
     ("preprocessor_config", {"image_mean": [0.5, 0.5, 0.5]}, r"image_mean \[0.5, 0.5, 0.5\]"),
+    ("preprocessor_config", {"resample": 2}, "resample 2"),
+    ("preprocessor_config", {"do_normalize": False}, "do_normalize False"),
+    ("preprocessor_config", {"crop_size": {"height": 32, "width": 64}}, "crop_size .*64"),
+    ("preprocessor_config", {"size": {"shortest_edge": 48}}, "size .*48"),
+    ("open_clip_config", {"preprocess_cfg": {"std": [0.5, 0.5, 0.5]}}, "std .*0.5"),
+    ("open_clip_config", {"preprocess_cfg": {"resize_mode": "squash"}}, "resize_mode squash"),
     ("model", {"logit_scale": None}, "Missing.*logit_scale"),
     ("model", {"logit_bias": torch.zeros(1)}, "Unexpected.*logit_bias"),
     ("model", {"visual_projection.weight": torch.zeros(96, 24)}, r"visual_projection.weight.*\[96, 24\]")])
@@ -100,8 +109,9 @@ def test_what_would_change_results_is_refused(tokenizer, tmp_path, file: str, ch
     else:
         path = tmp_path / f"{file}.json"
         said = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(said | {name: said[name] | value if isinstance(value, dict) else value
-                                           for name, value in changes.items()}))
+        path.write_text(json.dumps(said | {
+            name: said.get(name, {}) | value if isinstance(value, dict) else value
+            for name, value in changes.items()}))
     with pytest.raises(ValueError, match=f"^{tmp_path}.*{message}") as error:
         convert(tmp_path, tmp_path / "clip.pt")
     assert "\n" not in str(error.value) and not (tmp_path / "clip.pt").exists()

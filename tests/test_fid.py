@@ -202,7 +202,7 @@ def test_damaged_pictures_are_said_and_too_many_refused(drawer, capsys) -> None:
 def test_inceptions_features_and_a_small_number_is_said(drawer, network, capsys) -> None:
     found = result_of("--n", "6")
     assert found["features"] == "Inception" and found["n"] == 6 and found["fid"] > 0.01
-    assert "warning: 6 pictures and 2048 features" in capsys.readouterr().out
+    assert "warning: 6 pictures, 2048 features" in capsys.readouterr().out
     models.save(drawer / "clip.pt", build(tiny_clip_config()))
     assert result_of("--features", "clip.pt")["features"] == "Clip"
     assert "warning" not in capsys.readouterr().out, "40 pictures are more than 32 features"

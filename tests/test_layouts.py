@@ -1,14 +1,14 @@
 """The layouts that evaluation data sets come in: names, classes and pictures against files made here."""
 import io
 import json
-from glob import glob
+import os
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import data
 from data import open_source
 
 
@@ -66,23 +66,38 @@ def test_names_of_class_folders(folders, place: str, text: str) -> None:
     ("n01440764 tench\nn02012849 a\nn03126707 b\nn99999999 c\n", "n99999999"), ("", "n01440764")])
 def test_names_that_do_not_fit_are_refused(folders, text: str, look_at: str) -> None:
     (folders / "classnames.txt").write_text(text)
-    with pytest.raises(ValueError, match=f"look at {look_at}.*'TAG NAME'"):
+    with pytest.raises(ValueError, match=f"look at {look_at}; .*'TAG NAME'"):
         open_source(str(folders), "val")
 
 
 def test_folders_are_names_unless_they_are_synsets_or_alike(folders) -> None:
     with pytest.raises(ValueError, match="no names that differ.*LOC_synset_mapping.txt"):
         open_source(str(folders), "val")
-    for name in ("food/apple_pie", "food/churros", "alike/a_b", "alike/a b"):
+    for name in ("food/apple_pie", "food/churros", "alike/a_b", "alike/a b", "numbers/00", "numbers/01",
+                 "tags/class_0", "tags/class_1"):
         write_image(folders / name / "0.jpg")
     assert open_source(str(folders / "food")).classes == ["apple pie", "churros"]
-    with pytest.raises(ValueError, match="no names that differ"):
-        open_source(str(folders / "alike"))
+    for name in ("alike", "numbers", "tags"):
+        with pytest.raises(ValueError, match="no names that differ"):
+            open_source(str(folders / name))
+
+
+def test_real_classes_stay_classes_whatever_lies_beside_them(tmp_path) -> None:
+    names = ["707-320", "bullet train", "data center", "label", "train", "train station"]
+    for name, place in product(names, ("halves/train", "halves/val", "whole")):
+        if (place, name) != ("whole", "train"):            # CIFAR-100 has it
+            write_image(tmp_path / place / name / "0.jfif")
+            (tmp_path / place / name / "Thumbs.db").write_text("")
+    (tmp_path / "whole/README.txt").write_text("")
+    for place, split in product(("halves", "whole"), ("train", "val")):
+        source = open_source(str(tmp_path / place), split)
+        assert source.classes == [n for n in names if (place, n) != ("whole", "train")] and not source.skipped
 
 
 def test_listing_order_changes_nothing(folders, monkeypatch) -> None:
     (folders / "classnames.txt").write_text("n01440764 tench\nn02012849 crane\nn03126707 crane\n")
-    monkeypatch.setattr(data, "glob", lambda *args, **options: sorted(glob(*args, **options), reverse=True))
+    see = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: reversed(list(see(path))))
     assert greys(open_source(str(folders), "val")) == EXPECTED
 
 
@@ -95,8 +110,8 @@ def images(tmp_path) -> Path:
     return tmp_path
 
 
-def listed(folder: Path, text: str):
-    (folder / "list.txt").write_text(text)
+def listed(folder: Path, text: str, encoding: str = "utf-8"):
+    (folder / "list.txt").write_text(text, encoding)
     return open_source(str(folder / "list.txt"), "val")
 
 
@@ -121,6 +136,9 @@ def test_a_list_chooses_images_and_their_classes(images) -> None:
 def test_lists_that_are_refused(images, text: str, words: str, error: type) -> None:
     with pytest.raises(error, match=words):
         listed(images, text)
+    for encoding in ("latin-1", "utf-16", "utf-16-le"):
+        with pytest.raises(ValueError, match="list.txt is no text in UTF-8"):
+            listed(images, text + "a b/4.jpg\tcafé\n", encoding)
 
 
 # ---------------------------------------------------------------- Karpathy's tables

@@ -271,7 +271,7 @@ HALL = "train/hall/0.png"
     (lambda p: (p / "test.txt").unlink(), [], "no data at"),
     (lambda p: (p / "test" / "hall" / "1.png").unlink(), [], "1 of the 9 images in"),
     (lambda p: (p / "test.txt").write_text("test/hall/0.png\ntest/airplane/0.png\n"), [],
-     "the same classes in both"),
+     "not of the same classes"),
     (lambda p: (p / "test.txt").write_text((p / "train.txt").read_text()), [], "16 images are in both"),
     (lambda p: (p / HALL).write_text("none"), ["--batch-size", "16"], "unreadable image"),
     (lambda p: (p / HALL).write_text("none"), ["--epochs", "0"], "unreadable image"),

@@ -232,8 +232,9 @@ def test_a_terminal_without_the_letters_loses_nothing(base, tmp_path) -> None:
     (tmp_path / "\u732b").mkdir()
     for command in (f"{ROOT}/sample.py \u732b --steps 1 --out \u732b/x.png --json \u732b/x.json",
                     f"{ROOT}/evaluate.py retrieval --limit 8 --json \u732b/y.json"):
-        done = subprocess.run([sys.executable, *command.split(), "--ckpt", "c.pt", "--device", "cpu"], cwd=tmp_path,
-                              env={**os.environ, "PYTHONIOENCODING": "cp437"}, capture_output=True)
+        environment = {**os.environ, "PYTHONIOENCODING": "cp437"}
+        done = subprocess.run([sys.executable, *command.split(), "--ckpt", "c.pt", "--device", "cpu"],
+                              cwd=tmp_path, env=environment, capture_output=True)
         assert done.returncode == 0 and b"\\u732b" in done.stdout, done.stderr
     assert sorted(path.name for path in (tmp_path / "\u732b").iterdir()) == ["x.json", "x.png", "y.json"]
 
@@ -258,9 +259,9 @@ def test_weights_that_are_not_finite_draw_nothing(tmp_path, monkeypatch, capsys)
     ("--size 33 32", "multiples of 8"), ("--size 64", "--size"), ("--size 8 1600000", "4096"),
     ("--steps 2000", "1 to 1000"), ("--device cuda", "CUDA"), ("--seed -1", "--seed"),
     ("--guidance-scale nan", "--guidance-scale"), ("--json no/where.json", "existing folder"),
-    ("--image gone.png", "gone.png"), ("--image c.pt", "c.pt: unreadable image"),
-    ("--image c.pt c.pt", "not a text"), ("--image c.pt --steps 3", "leave out steps"),
-    ("--image c.pt --ckpt draws.pt", "this needs alignment"), ("--ckpt clip.pt", "this needs generation"),
+    ("--image gone.png", "gone.png"), ("--image c.pt", "c.pt cannot be used: BadSample: unreadable image"),
+    ("--image c.pt c.pt", "not a text"), ("--image c.pt --ckpt draws.pt", "this needs alignment"),
+    ("--ckpt clip.pt", "this needs generation"),
     ("--best-of 2 --ckpt draws.pt", "train.py --init")])
 def test_mistakes_end_in_one_line_and_status_2(base, tmp_path, monkeypatch, capsys, flags, message) -> None:
     if "cuda" in flags and torch.cuda.is_available():

@@ -2,6 +2,7 @@
 import gzip
 import importlib.util
 import itertools
+import json
 import random
 import re
 import unicodedata
@@ -44,7 +45,8 @@ def test_control_tokens_in_a_caption_stay_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("<|endoftext|> a dog <|startoftext|>")
     assert max(ids) < tokenizer.start, \
         "a caption must not be able to end itself: the text query is read at the end"
-    assert tokenizer.decode(ids).replace(" ", "") == "<|endoftext|>adog<|startoftext|>"
+    spelt = "".join(tokenizer.names[i] for i in ids).replace("</w>", "")
+    assert spelt == "<|endoftext|>adog<|startoftext|>"
 
 
 def slow_learn(captions: list[str], count: int) -> list[str]:
@@ -71,9 +73,7 @@ def test_learning_equals_the_textbook_algorithm() -> None:
     assert Tokenizer.learn(plain, 514 + 40).merges == slow_learn(plain, 40)
 
 
-def test_round_trips(tokenizer: Tokenizer, tmp_path) -> None:
-    for text in ("a dog on the beach", "naïve 犬 🐶", "x"):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+def test_every_file_gives_the_same_tokens(tokenizer: Tokenizer, tmp_path) -> None:
     again = Tokenizer(**asdict(tokenizer))
     assert again.id == tokenizer.id and again.context_length == 16
     put_vocabulary(tmp_path, tokenizer)
@@ -81,6 +81,20 @@ def test_round_trips(tokenizer: Tokenizer, tmp_path) -> None:
     path.write_bytes(gzip.compress("\n".join(['"a header"', *tokenizer.merges, ""]).encode("utf-8")))
     for file in (tmp_path, path):
         assert Tokenizer.from_file(file).id == tokenizer.id, "the first line is a header, not a merge"
+
+
+@pytest.mark.parametrize("spell", [" ".join, list])
+def test_what_transformers_5_saves_is_read(tokenizer: Tokenizer, tmp_path, spell) -> None:
+    transformers, file = pytest.importorskip("transformers"), tmp_path / "new/tokenizer.json"
+    put_vocabulary(tmp_path / "old", tokenizer)
+    transformers.CLIPTokenizer.from_pretrained(str(tmp_path / "old")).save_pretrained(file.parent)
+    saved = json.loads(file.read_bytes())
+    merges = [spell(m.split(" ") if isinstance(m, str) else m) for m in saved["model"]["merges"]]
+    file.write_text(json.dumps(saved | {"model": saved["model"] | {"merges": merges}}))
+    assert Tokenizer.from_file(file.parent).id == tokenizer.id
+    file.write_text(json.dumps(saved | {"model": saved["model"] | {"merges": merges[::-1]}}))
+    with pytest.raises(ValueError, match="no vocabulary of CLIP's .*expected merges of two symbols"):
+        Tokenizer.from_file(file.parent)
 
 
 def test_padding_and_truncation(tokenizer: Tokenizer) -> None:
@@ -135,5 +149,3 @@ def test_the_published_vocabulary_gives_the_published_ids() -> None:
     for text in strings_of_the_web(20_000):
         if "<|" not in text:                     # control tokens, which ours does not let a caption say
             assert ours.encode(text) == theirs.encode(text), repr(text)
-        spelt = ours.decode(ours.encode(text))
-        assert ours.decode(ours.encode(spelt)) == spelt, f"{text!r}: decoding must be stable"
