@@ -596,11 +596,11 @@ def from_compvis(raw: dict[str, Tensor], model: DiffDis, weights: str) -> dict[s
 
 # What a refused file is, by a tensor's name and shape.
 KINDS = {
-    "a LoRA": r"lora[_.]", "a textual inversion": "string_to_param|emb_params",
+    "a LoRA": r"lora[_.]", "scaled float8": "scaled_fp8|scale_weight",
     "Stable Diffusion XL": r"conditioner\.|attn2\.to_k\.weight \[\d+, 2048",
     "Stable Diffusion 2": r"cond_stage_model\.model\.|attn2\.to_k\.weight \[\d+, 1024",
     "for inpainting": r"(conv_in|input_blocks\.0\.0)\.weight \[\d+, 9,", "Flux": r"(joint|double)_blocks",
-    "scaled float8": "scaled_fp8|scale_weight", "a ControlNet": r"(?s)\A(?!.*diffusion_model\.in).*control"}
+    "a ControlNet or a textual inversion": r"(?s)\A(?!.*diffusion_model\.in).*(control|string_to_p|emb_p)"}
 
 
 def obey(path: Path, said: dict) -> Config:
@@ -834,8 +834,8 @@ def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, f
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
                 module.to_empty(device="cpu", recurse=False).reset_parameters()
     if foreign:
-        print(f"{path}: loaded {len(tensors) - len(unknown)} tensors; from random weights: {len(missing)}; "
-              f"ignored: {len(unknown)} {unknown[:3]}")
+        print(f"{path}: loaded {len(tensors) - len(unknown)} tensors, predicts {model.config.image_target}; "
+              f"from random weights: {len(missing)}; ignored: {len(unknown)} {unknown[:3]}")
 
 
 def export(model: DiffDis, path: Path) -> None:

@@ -184,7 +184,8 @@ def test_what_files_say_is_obeyed_or_refused_by_name(whole, tmp_path, where: str
         config = models.load(path).config
         assert config.image_target == target and config.image_size == (64 if "sample_size" in words else 512)
     else:
-        said = [*words][0] if where != "yaml" else "linear_end|scale_factor|num_head_channels|parameterization"
+        keys = "linear_end|scale_factor|num_head_channels|parameterization"
+        said = keys if where == "yaml" else [*words][0]
         with pytest.raises(ValueError, match=rf"^{tmp_path}.*({said}) is .* alone") as error:
             models.load(path)
         assert "\n" not in str(error.value)
@@ -219,7 +220,7 @@ def test_variants_shards_averages_and_nested_files_are_taken(whole, tmp_path) ->
 
 @pytest.mark.parametrize("body, kind", [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs"),
-    (b"\n<!DOCTYPE html><html>", "web page"), ({"emb_params": torch.ones(2, 768)}, "a textual"),
+    (b"\n<!DOCTYPE html><html>", "web page"), ({"emb_params": torch.ones(2, 768)}, "a textual inversion"),
     ({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, "a LoRA"),
     ({"control_model.time_embed.0.weight": torch.ones(2)}, "a ControlNet"), ({}, "another file"),
     ({"model.diffusion_model.joint_blocks.0.x": torch.ones(2)}, "Flux")])
