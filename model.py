@@ -596,11 +596,11 @@ def from_compvis(raw: dict[str, Tensor], model: DiffDis, weights: str) -> dict[s
 
 # What a refused file is, by a tensor's name and shape.
 KINDS = {
-    "a LoRA": r"lora[_.]", "scaled float8": "scaled_fp8|scale_weight",
+    "a LoRA": r"lora[_.]", "scaled float8": "scaled_fp8|scale_weight", "an LCM": r"embedding\.cond_proj",
     "Stable Diffusion XL": r"conditioner\.|attn2\.to_k\.weight \[\d+, 2048",
     "Stable Diffusion 2": r"cond_stage_model\.model\.|attn2\.to_k\.weight \[\d+, 1024",
-    "for inpainting": r"(conv_in|input_blocks\.0\.0)\.weight \[\d+, 9,", "Flux": r"(joint|double)_blocks",
-    "a ControlNet or a textual inversion": r"(?s)\A(?!.*diffusion_model\.in).*(control|string_to_p|emb_p)"}
+    "for inpainting or editing": r"(conv_in|input_blocks\.0\.0)\.weight \[\d+, [89],", "of zero SNR": "ztsnr",
+    "ControlNet or textual inversion": r"(?s)\A(?!.*(diffusion_model|unet\.)).*(control|string_to_p|emb_pa)"}
 
 
 def obey(path: Path, said: dict) -> Config:

@@ -35,7 +35,8 @@ def convert(folder: Path, out: Path) -> None:
                   **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
                   "resample": 3, "interpolation": "bicubic", "resize_mode": "shortest"}
         for name, value in (pixels | openclip.get("preprocess_cfg", {})).items():
-            given = list(value.values()) if isinstance(value, dict) else [value]      # of a size, its sides
+            sides = name == "crop_size" or "shortest_edge" in str(value)     # height and width would squeeze
+            given = list(value.values()) if isinstance(value, dict) and sides else [value]
             if any(side not in (wanted.get(name, side), None) for side in given):
                 raise ValueError(f"{folder} prepares pictures with {name} {value}, expected {wanted[name]}")
         config = models.ClipConfig(

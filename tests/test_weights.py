@@ -220,10 +220,9 @@ def test_variants_shards_averages_and_nested_files_are_taken(whole, tmp_path) ->
 
 @pytest.mark.parametrize("body, kind", [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs"),
-    (b"\n<!DOCTYPE html><html>", "web page"), ({"emb_params": torch.ones(2, 768)}, "a textual inversion"),
+    (b"\n<!DOCTYPE html><html>", "web page"), ({"emb_params": torch.ones(2, 768)}, "textual inversion"),
     ({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, "a LoRA"),
-    ({"control_model.time_embed.0.weight": torch.ones(2)}, "a ControlNet"), ({}, "another file"),
-    ({"model.diffusion_model.joint_blocks.0.x": torch.ones(2)}, "Flux")])
+    ({"control_model.time_embed.0.weight": torch.ones(2)}, "ControlNet"), ({}, "another file")])
 def test_a_refused_file_is_named_for_what_it_is(tmp_path, body, kind: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(body if isinstance(body, bytes) else safetensors.save(body | {"y": torch.ones(1)}))
@@ -360,6 +359,9 @@ def test_damaged_safetensors_are_refused_by_name(tmp_path) -> None:
 @pytest.mark.parametrize("gone, changes, message", [
     (f"{UNET}out.2.bias", {}, "lacks unet.conv_out.bias"), ("first_stage_model.", {}, "lacks autoencoder."),
     ("", {f"{UNET}input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "for inpainting"),
+    ("", {f"{UNET}input_blocks.0.0.weight": torch.zeros(32, 8, 3, 3)}, "editing"),
+    ("", {f"{UNET}time_embedding.cond_proj.weight": torch.zeros(8, 8)}, "an LCM"),
+    ("", {"ztsnr": torch.ones(1)}, "of zero SNR"), ("", {"scaled_fp8": torch.ones(1)}, "scaled float8"),
     ("", {f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(32, 1024)},
      "Stable Diffusion 2"),
     ("", {f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(32, 128)},     # SD 2
