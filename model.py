@@ -613,19 +613,20 @@ def obey(path: Path, said: dict) -> Config:
             "beta_end": "0.012", "linear_end": "0.012 0.0120", "rescale_betas_zero_snr": "False",
             "num_train_timesteps": steps, "timesteps": steps, "scaling_factor": scale, "scale_factor": scale,
             "attention_head_dim": heads, "num_heads": heads, "num_head_channels": "-1", "freq_shift": "0",
-            "num_attention_heads": f"None {heads} {config.text.heads}", "hidden_act": "quick_gelu",
+            "num_attention_heads": f"None {heads}", "text_encoder/num_attention_heads": config.text.heads,
             "act_fn": "silu", "norm_num_groups": "32", "norm_eps": "1e-05", "layer_norm_eps": "1e-05",
             "flip_sin_to_cos": "True", "class_embed_type": "None", "time_cond_proj_dim": "None",
-            "resnet_time_scale_shift": "default", "architecture": "stable-diffusion-v1"}
+            "hidden_act": "quick_gelu", "architecture": "stable-diffusion-v1"}
     words = [(path, str(key).removeprefix("modelspec."), value) for key, value in said.items()]
     for file in (*path.glob("*/*config.json"), *path.parent.glob(f"{path.stem}.yaml")):
         with reading(file):
-            text = file.read_text("utf-8-sig")
-            words += [(file, *word) for word in (json.loads(text).items() if file.suffix == ".json" else
-                                                 re.findall(r"""(\w+)["']?: *["']?([\w.+-]+)""", text))]
+            text, is_json = file.read_text("utf-8-sig"), file.suffix == ".json"
+            words += [(file, *word) for word in (json.loads(text).items() if is_json else re.findall(
+                r"(\w+): *([\w.+-]+)", re.sub("#.*|['\"]", "", text)))]
     for file, key, value in words:
-        if key in ours and str(value) not in str(ours[key]).split():
-            raise ValueError(f"{file}: {key} is {value!r}, and we compute {ours[key]} alone")
+        fits = str(ours.get(f"{file.parent.name}/{key}", ours.get(key, "any"))).split()
+        if not {"any", str(value)} & {*fits}:
+            raise ValueError(f"{file}: {key} is {value!r}, and we compute {' or '.join(fits)} alone")
     is_v = any(key in ("prediction_type", "parameterization") and value[0] == "v" for _, key, value in words)
     sides = [value for file, key, value in words if file.parent.name == "unet" and key == "sample_size"]
     return replace(config, image_target="v" if is_v else "noise", image_size=8 * int([*sides, 64][0] or 64))

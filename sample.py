@@ -165,8 +165,7 @@ def fail(error: Exception | str, status: int = 2) -> None:
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """Around a whole program: a user's mistake ends it with status 2, Ctrl-C with 130."""
-    if hasattr(sys.stdout, "reconfigure"):       # no result is lost because a terminal has not its letters
-        sys.stdout.reconfigure(errors="backslashreplace")
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")      # a terminal may lack letters
     try:
         yield
     except (ValueError, OSError, torch.OutOfMemoryError) as error:

@@ -5,13 +5,13 @@ import hashlib
 import json
 import sys
 import types
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import build, put_vocabulary, randomise, write_folder
+from conftest import build, diffusers_unet, give_weights, put_vocabulary, randomise, write_folder
 from PIL import Image
 
 import evaluate
@@ -28,9 +28,6 @@ diffusers = pytest.importorskip(
     "diffusers", reason="diffusers is the oracle: pip install -r tests/requirements.txt")
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
-
-
-UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer.text_model."
 
 
 @pytest.fixture()
@@ -59,19 +56,21 @@ def same(model, other, only_theirs: bool = True) -> bool:
 
 
 # ---------------------------------------------------------------- layouts
-@pytest.mark.parametrize("layout", ["flat.ckpt", "nested.ckpt", "plain.safetensors"])
+@pytest.mark.parametrize("layout", ["flat.ckpt", "nested.ckpt", "v_pred.ckpt", "v.safetensors"])
 def test_original_layouts(whole, tmp_path, capsys, layout: str) -> None:
     tensors = original_names(whole)
-    tensors |= {"betas": torch.ones(3), "sqrt_one_minus_alphas_cumprod": torch.ones(3),
-                "control_model.zero_convs.0.0.weight": torch.ones(1),       # more than we have is no harm
+    tensors |= {layout.split(".")[0]: torch.ones(3), "sqrt_one_minus_alphas_cumprod": torch.ones(3),
+                "control_model.zero_convs.0.0.weight": torch.ones(1).to(torch.uint16),      # more is no harm
                 "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
     if layout.endswith(".safetensors"):
-        safetensors.save_file({n: value.contiguous() for n, value in tensors.items()}, tmp_path / layout)
+        safetensors.save_file({n: value.contiguous() for n, value in tensors.items()}, tmp_path / layout,
+                              {"modelspec.prediction_type": "v"})
     else:
-        nested = {"state_dict": tensors, "global_step": 7}
+        nested = {"state_dict": {"state_dict": tensors}, "global_step": 7}
         torch.save(tensors if layout == "flat.ckpt" else nested, tmp_path / layout)
     loaded = models.load(tmp_path / layout)
     assert same(whole, loaded) and not loaded.training
+    assert loaded.config.image_target == {"v": "v"}.get(layout[0], "noise")
     fresh = sum(map(models.is_new, whole.state_dict()))
     assert f"from random weights: {fresh}; ignored: 4" in capsys.readouterr().out
     assert all(torch.isfinite(value).all() for value in loaded.state_dict().values())
@@ -82,11 +81,14 @@ def test_averages_of_an_original_file(whole, tmp_path) -> None:
     averaged = {"model_ema." + name.removeprefix("model.").replace(".", ""): value + 1
                 for name, value in tensors.items() if name.startswith("model.")}
     averaged["model_ema.decay"] = torch.tensor(0.9)
-    torch.save({"state_dict": tensors | averaged}, tmp_path / "full.ckpt")
+    for file, gone in (("full.ckpt", "nothing"), ("alone.ckpt", "model.")):
+        torch.save({n: v for n, v in (tensors | averaged).items() if not n.startswith(gone)}, tmp_path / file)
+        for name, value in models.load(tmp_path / file).state_dict().items():
+            expected = whole.state_dict()[name] + name.startswith("unet.")
+            assert models.is_new(name) or torch.equal(value, expected), name
     assert same(whole, models.load(tmp_path / "full.ckpt", weights="raw"))
-    for name, value in models.load(tmp_path / "full.ckpt").state_dict().items():
-        expected = whole.state_dict()[name] + name.startswith("unet.")
-        assert models.is_new(name) or torch.equal(value, expected), name
+    with pytest.raises(ValueError, match="alone.ckpt is another file"):
+        models.load(tmp_path / "alone.ckpt", weights="raw")
 
 
 def test_folders_that_the_libraries_write(whole, tmp_path) -> None:
@@ -98,146 +100,44 @@ def test_folders_that_the_libraries_write(whole, tmp_path) -> None:
         old = {name.replace(f".0.{now}.", f".0.{before}."): value for name, value in old.items()}
     safetensors.save_file(old, file)           # as published in 2022
     assert same(whole, models.load(tmp_path / "folder"))
-    for spoil in (lambda: file.write_text("{}"), file.unlink):
-        spoil()
-        with pytest.raises(ValueError, match="vae/diffusion_pytorch_model.safetensors"):
-            models.load(tmp_path / "folder")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("ways, lost, message", [
+    ([{"variant": "fp16"}], "none", ""), ([{"max_shard_size": "2MB"}], "none", ""),
+    ([{"variant": "fp16"}, {"variant": "bf16"}], "none", "unet/diff.*one variant of it.*fp16"),
+    ([{"max_shard_size": "2MB"}], "*-00001-*", "it lacks unet"),
+    ([{"safe_serialization": False}], "none", "unet/diff.*not \\[\\]; diffusers makes it")])
+def test_variants_and_shards_that_diffusers_writes(whole, tmp_path, ways, lost: str, message: str) -> None:
+    write_folder(whole, tmp_path)
+    (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()
+    for way in ways:
+        give_weights(whole.unet, diffusers_unet(whole.config)).save_pretrained(tmp_path / "unet", **way)
+    for file in (tmp_path / "unet").glob(lost):
+        file.unlink()
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        assert same(whole, models.load(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_files_of_other_types_become_float32_or_bfloat16(whole, tmp_path, dtype: torch.dtype) -> None:
     tensors = {name: value.to(dtype).contiguous() for name, value in original_names(whole).items()}
-    file = tmp_path / "half.safetensors"
-    safetensors.save_file(tensors | {"x.alpha": torch.ones(2, dtype=torch.uint16)}, file)
-    full, half = (models.load(file, precision=kind) for kind in ("fp32", "bf16"))
-    for name, value in full.unet.state_dict().items():
-        assert models.is_new(name) or torch.equal(value, whole.unet.state_dict()[name].to(dtype).float())
-    assert half.unet.conv_in.weight.dtype == half.autoencoder.quant_conv.weight.dtype == torch.bfloat16
-    assert half.logit_scale.dtype == torch.float32
+    safetensors.save_file(tensors, tmp_path / "other.safetensors")
+    full, half = (models.load(tmp_path / "other.safetensors", precision=kind) for kind in ("fp32", "bf16"))
+    for name, value in full.state_dict().items():
+        assert models.is_new(name) or torch.equal(value, whole.state_dict()[name].to(dtype).float()), "rounded"
+    assert {value.dtype for part in half.children() for value in part.parameters()} == {torch.bfloat16}
     image, exact = (draw_images(model, ["a red circle"], [0], 2, size=(64, 64)) for model in (half, full))
-    assert image.dtype == torch.float32 and (image - exact).abs().mean() < 0.1
+    assert image.dtype == half.logit_scale.dtype == torch.float32 and (image - exact).abs().mean() < 0.1
 
 
-@torch.no_grad()
-def test_a_batch_is_encoded_and_decoded_by_512_px_squared(whole) -> None:
-    seen, images = [], torch.rand(3, 3, 512, 256) * 2 - 1
-    whole.autoencoder.encoder.register_forward_pre_hook(lambda module, x: seen.append(len(x[0])))
-    whole.autoencoder.decoder.register_forward_pre_hook(lambda module, x: seen.append(len(x[0])))
-    latents = whole.encode_image(images)
-    drawn = whole.decode_image(latents)
-    assert seen == [2, 1, 2, 1] and drawn.shape == images.shape
-    for i in range(3):
-        assert torch.allclose(latents[i], whole.encode_image(images[i:i + 1])[0], atol=1e-5)
-        assert torch.allclose(drawn[i], whole.decode_image(latents[i:i + 1])[0], atol=1e-4)
-
-
-# ---------------------------------------------------------------- what files say of themselves
-def write_single(whole, path, **metadata) -> None:
-    tensors = {name: value.contiguous() for name, value in original_names(whole).items()}
-    safetensors.save_file(tensors, path, {f"modelspec.{key}": value for key, value in metadata.items()})
-
-
-V1_YAML = """model:
-  target: ldm.models.diffusion.ddpm.LatentDiffusion
-  params:
-    linear_start: 0.00085
-    linear_end: 0.0120
-    num_timesteps_cond: 1
-    timesteps: 1000
-    first_stage_key: "jpg"
-    scale_factor: 0.18215
-    unet_config: {target: x, params: {image_size: 32, in_channels: 4, num_heads: 8, legacy: False}}
-"""
-
-
-@pytest.mark.parametrize("where, words, target", [
-    ("scheduler/scheduler", {"prediction_type": "v_prediction"}, "v"), ("unet/", {"sample_size": 8}, "noise"),
-    ("metadata", {"prediction_type": "v", "architecture": "stable-diffusion-v1"}, "v"),
-    ("metadata", {"prediction_type": "epsilon"}, "noise"), ("yaml", V1_YAML, "noise"),
-    ("yaml", V1_YAML + "    parameterization: v", "v"), ("tensor", "v_pred", "v"),
-    *(("scheduler/scheduler", words, None) for words in (
-        {"prediction_type": "sample"}, {"beta_schedule": "linear"}, {"beta_start": 0.1}, {"beta_end": 0.02},
-        {"rescale_betas_zero_snr": True}, {"num_train_timesteps": 500}, {"trained_betas": [0.1]})),
-    ("vae/", {"scaling_factor": 0.13025}, None), ("text_encoder/", {"hidden_act": "gelu"}, None),
-    *(("unet/", words, None) for words in ({"attention_head_dim": 16}, {"num_attention_heads": 2},
-                                           {"act_fn": "gelu"}, {"class_embed_type": "timestep"})),
-    ("metadata", {"prediction_type": "x0"}, None),
-    ("metadata", {"architecture": "stable-diffusion-xl-v1-base"}, None),
-    *(("yaml", V1_YAML.replace(*change), None) for change in (
-        ("0.0120", "0.02"), ("0.18215", "0.13"), ("num_heads: 8", "num_head_channels: 64"),
-        ("timesteps: 1000", "parameterization: x0")))])
-def test_what_files_say_is_obeyed_or_refused_by_name(whole, tmp_path, where: str, words, target) -> None:
-    path = tmp_path / ("folder" if "/" in where else "single.safetensors")
-    if "/" in where:
-        write_folder(whole, path)
-        file = path / f"{where}_config.json".replace("/_", "/")
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | words))
-    elif where == "tensor":
-        path = tmp_path / "v.ckpt"
-        torch.save(original_names(whole) | {words: torch.ones(1)}, path)
-    else:
-        write_single(whole, path, **(words if where == "metadata" else {}))
-        if where == "yaml":
-            (tmp_path / "single.yaml").write_text(words)
-    if target:
-        config = models.load(path).config
-        assert config.image_target == target and config.image_size == (64 if "sample_size" in words else 512)
-    else:
-        keys = "linear_end|scale_factor|num_head_channels|parameterization"
-        said = keys if where == "yaml" else [*words][0]
-        with pytest.raises(ValueError, match=rf"^{tmp_path}.*({said}) is .* alone") as error:
-            models.load(path)
-        assert "\n" not in str(error.value)
-
-
-def test_variants_shards_averages_and_nested_files_are_taken(whole, tmp_path) -> None:
-    write_folder(whole, tmp_path / "sd")
-    stem, tensors = tmp_path / "sd/unet/diffusion_pytorch_model", original_names(whole)
-    file, unet = stem.with_suffix(".safetensors"), whole.unet.state_dict()
-    file.rename(f"{stem}.non_ema.safetensors")
-    assert same(whole, models.load(tmp_path / "sd"))
-    theirs = safetensors.load_file(f"{stem}.non_ema.safetensors")
-    safetensors.save_file(theirs, f"{stem}.fp16.safetensors")
-    with pytest.raises(ValueError, match="one variant.*fp16"):
-        models.load(tmp_path / "sd")
-    for variant in ("non_ema", "fp16"):
-        Path(f"{stem}.{variant}.safetensors").unlink()
-    for i in range(2):
-        shard = {name: value for k, (name, value) in enumerate(theirs.items()) if k % 2 == i}
-        safetensors.save_file(shard, f"{stem}-0000{i + 1}-of-00002.safetensors")
-    assert same(whole, models.load(tmp_path / "sd")) and len(theirs) < len(unet)
-    Path(f"{stem}-00001-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="it lacks unet"):
-        models.load(tmp_path / "sd")
-    averages = {"model_ema." + name.removeprefix("model.").replace(".", ""): tensors.pop(name)
-                for name in list(tensors) if name.startswith(UNET)}
-    torch.save({"state_dict": {"state_dict": tensors | averages}}, tmp_path / "e.ckpt")
-    assert same(whole, models.load(tmp_path / "e.ckpt"))
-    with pytest.raises(ValueError, match="e.ckpt"):
-        models.load(tmp_path / "e.ckpt", weights="raw")
-
-
-@pytest.mark.parametrize("body, kind", [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs"),
-    (b"\n<!DOCTYPE html><html>", "web page"), ({"emb_params": torch.ones(2, 768)}, "textual inversion"),
-    ({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, "a LoRA"),
-    ({"control_model.time_embed.0.weight": torch.ones(2)}, "ControlNet"), ({}, "another file")])
-def test_a_refused_file_is_named_for_what_it_is(tmp_path, body, kind: str) -> None:
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(body if isinstance(body, bytes) else safetensors.save(body | {"y": torch.ones(1)}))
-    with pytest.raises(ValueError, match=f"x.safetensors is (a )?.*{kind}") as error:
-        models.load(path)
-    assert "\n" not in str(error.value)
-
-
-def test_a_path_can_say_that_it_is_one(whole, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "download", lambda name: pytest.fail("a download"))
-    write_folder(whole, tmp_path / "sd-v1-5")
-    assert all(same(whole, models.load(path)) for path in ("sd-v1-5", "./sd-v1-5", "sd-v1-5/"))
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        models.load("./sd-v1-4")
+def test_the_autoencoder_takes_a_picture_of_512_px_at_a_time() -> None:
+    network, seen = models.KLAutoencoder(AutoencoderConfig(channels=(32,))), []
+    network.encoder, network.decoder = torch.nn.Conv2d(3, 8, 8, 8), torch.nn.ConvTranspose2d(4, 3, 8, 8)
+    for part, run, batch in ((network.encoder, network.moments, torch.randn(3, 3, 256, 512)),
+                             (network.decoder, network.decode, torch.randn(3, 4, 32, 64))):
+        part.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        assert torch.allclose(run(batch), torch.cat([run(one[None]) for one in batch]), atol=1e-5)
+    assert seen == 2 * [2, 1, 1, 1, 1], "not two of 256 x 512 px, then the third"
 
 
 @torch.no_grad()
@@ -342,41 +242,62 @@ def test_damaged_safetensors_are_refused_by_name(tmp_path) -> None:
     length = int.from_bytes(raw[:8], "little")
     header, body = json.loads(raw[8:8 + length]), raw[8 + length:]
     first = header["a"]["data_offsets"][0]
-    cases = [raw[:-10], raw[:40], raw + b"more", b"", (9).to_bytes(8, "little") + b"{not json",
+    cases = [b"", raw[:-10], raw[:40], raw + b"more", (9).to_bytes(8, "little") + b"{not json",
              (2 ** 60).to_bytes(8, "little") + b"{}"]
     for entry in ({"data_offsets": [first, first + 4 * 10 ** 9], "shape": [10 ** 9]},
                   {"data_offsets": [first + 4, first + 28]}, {"data_offsets": [-24, 0]},
                   {"data_offsets": [first, first + 24 + 8]}, {"shape": [3, 3]}, {"dtype": "F99"}):
         text = json.dumps(header | {"a": header["a"] | entry}).encode()
         cases.append(len(text).to_bytes(8, "little") + text + body)
-    for i, case in enumerate(cases):
+    known = {b"version https://git-lfs": "git lfs pull", b"\n<!DOCTYPE html>": "web page"}
+    for i, case in enumerate([*cases, *known]):
         bad.write_bytes(case)
-        with pytest.raises(ValueError, match="bad.safetensors"):
+        with pytest.raises(ValueError, match=f"bad.safetensors.*{known.get(case, '')}"):
             models.read_file(bad)
             pytest.fail(f"case {i}: accepted")
 
 
-@pytest.mark.parametrize("gone, changes, message", [
-    (f"{UNET}out.2.bias", {}, "lacks unet.conv_out.bias"), ("first_stage_model.", {}, "lacks autoencoder."),
-    ("", {f"{UNET}input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "for inpainting"),
-    ("", {f"{UNET}input_blocks.0.0.weight": torch.zeros(32, 8, 3, 3)}, "editing"),
-    ("", {f"{UNET}time_embedding.cond_proj.weight": torch.zeros(8, 8)}, "an LCM"),
-    ("", {"ztsnr": torch.ones(1)}, "of zero SNR"), ("", {"scaled_fp8": torch.ones(1)}, "scaled float8"),
-    ("", {f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(32, 1024)},
-     "Stable Diffusion 2"),
-    ("", {f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(32, 128)},     # SD 2
-     r"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight.*32, 128"),
-    ("", {f"{UNET}input_blocks.1.1.proj_in.weight": torch.zeros(32, 32)},      # SD 2 and SDXL: linear there
-     r"unet.down_blocks.0.attentions.0.proj_in.weight.*32, 32"),
-    (TEXT, {"cond_stage_model.model.token_embedding.weight": torch.zeros(560, 64)},      # SD 2's text encoder
-     "Stable Diffusion 2"),
-    (TEXT, {"conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": torch.zeros(64)},
-     "Stable Diffusion XL")])
-def test_other_networks_are_refused_by_name(whole, tmp_path, gone: str, changes: dict, message: str) -> None:
-    """gone: how names of Stable Diffusion v1 begin that the file has not; changes: what it has."""
-    tensors = {name: value for name, value in original_names(whole).items()
-               if not (gone and name.startswith(gone))}
-    torch.save(tensors | changes, tmp_path / "other.ckpt")
+UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer.text_model."
+
+
+YAML = "params:\n  linear_end: 0.0120\n  timesteps: 1000 # parameterization: v\n  num_heads: 8\n"
+
+
+@pytest.mark.parametrize("place, words, expected", [
+    ("", YAML, ("noise", 512)), ("", YAML + 'parameterization: "v"', ("v", 512)),
+    ("", YAML.replace("120", "200"), "linear_end"), ("", YAML + "num_head_channels: 64", "num_head_chan"),
+    ("scheduler", {"prediction_type": "v_prediction", "trained_betas": None}, ("v", 512)),
+    ("scheduler", {"prediction_type": "flow_prediction"}, "'flow_prediction', and we compute epsilon"),
+    ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True, and we compute False"),
+    ("scheduler", {"num_train_timesteps": 500}, "1000"), ("scheduler", {"beta_end": 0.02}, "0.012 alone"),
+    ("scheduler", {"beta_schedule": "linear"}, "scaled_linear"), ("vae", {"scaling_factor": 0.13}, "0.18215"),
+    ("unet", {"sample_size": 96, "freq_shift": 0, "attention_head_dim": 8}, ("noise", 768)),
+    ("unet", {"sample_size": None, "num_attention_heads": None}, ("noise", 512)),
+    ("unet", {"attention_head_dim": 16}, "16.*compute 8"), ("unet", "{", "unet/config.json .*JSON"),
+    ("text_encoder", {"num_attention_heads": 8}, "compute 4"), ("text_encoder", {"hidden_act": ""}, "gelu")])
+def test_what_files_say_is_obeyed_or_refused_by_name(whole, tmp_path, place, words, expected) -> None:
+    file = tmp_path / place / {"": "sd.yaml", "scheduler": "scheduler_config.json"}.get(place, "config.json")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(words if isinstance(words, str) else json.dumps(words))
+    with pytest.raises(ValueError, match=expected) if isinstance(expected, str) else nullcontext():
+        config = models.obey(tmp_path if place else tmp_path / "sd.ckpt", {})
+        assert (config.image_target, config.image_size) == expected
+
+
+@pytest.mark.parametrize("gone, more, message", [
+    (f"{UNET}out.2.bias", "x", "lacks unet.conv_out.bias"), ("first_stage", "x", "lacks autoencoder"),
+    ("-", f"{UNET}input_blocks.0.0.weight 32 9 3 3", "for inpainting"), ("-", "ztsnr", "of zero SNR"),
+    ("-", f"{UNET}input_blocks.0.0.weight 32 8 3 3", "editing"), ("-", "x_embedding.cond_proj", "an LCM"),
+    ("-", f"{UNET}input_blocks.1.1.proj_in.weight 32 32", "0.proj_in.weight.*32, 32.*32, 32, 1, 1"),
+    ("-", "x.attn2.to_k.weight 32 1024", "Diffusion 2"), ("-", "x.attn2.to_k.weight 32 2048", "Diffusion XL"),
+    (TEXT, "cond_stage_model.model.x", "Diffusion 2"), (TEXT, "conditioner.embedders.1.x", "Diffusion XL"),
+    ("-", "scaled_fp8", "scaled float8"), ("-", "a.lora_up.weight", "LoRA"), (".", "emb_params", "textual"),
+    (".", "control_model.x", "ControlNet"), (".", "x", "another file, not DiffDis .*it holds x")])
+def test_other_networks_are_refused_by_name(whole, tmp_path, gone: str, more: str, message: str) -> None:
+    """gone: in names of Stable Diffusion v1 that the file has not; more: what it has, a name and a shape."""
+    name, *shape = more.split()
+    tensors = {name: value for name, value in original_names(whole).items() if gone not in name}
+    torch.save(tensors | {name: torch.zeros([*map(int, shape)])}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=rf"other.ckpt.*{message}") as error:
         models.load(tmp_path / "other.ckpt")
     assert "\n" not in str(error.value)
@@ -413,6 +334,9 @@ def test_without_a_checkpoint_stable_diffusion_comes_once(whole, tmp_path, monke
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and "\n" not in error
     assert all(way in error for way in ("could not download", "put the file at", "train.py", "--ckpt"))
+    assert {str(models.locate(path)) for path in ("./sd-v1-5", "sd-v1-5/")} == {"sd-v1-5"}, "are paths"
+    (tmp_path / "sd-v1-5").mkdir()
+    assert str(models.locate("sd-v1-5")) == "sd-v1-5", "what is here goes first"
 
 
 def test_a_broken_download_leaves_nothing(tmp_path, monkeypatch) -> None:
