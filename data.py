@@ -434,11 +434,11 @@ def evenly_spaced(source: Source, count: int | None) -> Source:
     return source.subset(np.linspace(0, len(source) - 1, count).astype(np.int64))
 
 
-def hold_out(source: Source, name: str, count: int) -> tuple[Source, Source]:
+def hold_out(source: Source, name: str, count: int, max_bad: float = 1.0) -> tuple[Source, Source]:
     """What to train on, and `count` samples to take scores on: from `name`/val where that is there, else from
     the source, at most a twentieth, evenly spaced; `shapes` has its own. Raises ValueError."""
     if name == "shapes" or Path(name, "val").is_dir():
-        return source, evenly_spaced(open_source(name, "val"), count)
+        return source, evenly_spaced(open_source(name, "val", max_bad), count)
     if len(source) < 2:
         raise ValueError(f"{source.name} has {len(source)} sample, and one is held out: training needs more")
     held = evenly_spaced(source, max(1, min(count, len(source) // 20)))

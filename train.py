@@ -433,7 +433,7 @@ class Trainer:
         if args.resume and not checkpoint and rank == 0:
             print(f"nothing to resume, {path} is not there: starting anew")
         source = in_turn(lambda: open_source(args.data, "train", args.max_bad))
-        self.source, self.val = in_turn(lambda: hold_out(source, args.data, args.val))
+        self.source, self.val = in_turn(lambda: hold_out(source, args.data, args.val, args.max_bad))
         torch.manual_seed(args.seed)
         self.model = make_model(args, self.source, path if checkpoint else args.init,
                                 partial(settle, args, device, world))
