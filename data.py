@@ -97,7 +97,7 @@ class Tokenizer:
         or with both in one tokenizer.json. Raises ValueError on anything else."""
         path, is_folder = Path(path), Path(path).is_dir()
         try:
-            if is_folder and not (path / "merges.txt").exists():           # as transformers 5 saves it
+            if is_folder and not (path / "vocab.json").exists():           # as transformers 5 saves it
                 both = json.loads((path / "tokenizer.json").read_bytes())["model"]
                 merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in both["merges"]]
             else:
@@ -312,11 +312,11 @@ class Source:
         return part
 
     def fingerprint(self) -> str:
-        """What other data would not have, wherever it lies: of names, labels, texts and 1000 contents."""
-        digest = hashlib.sha256(repr(([path.name for path in self.images], self.labels, self.texts)).encode())
-        for index, kind in product(np.linspace(0, len(self) - 1, 1000).astype(int), TarSource.KINDS):
-            digest.update(self.content(index, kind))
-        return digest.hexdigest()[:8]
+        """A digest of names, classes, labels, texts and 1000 samples' contents, wherever the data lies."""
+        names, places = [path.name for path in self.images], np.linspace(0, len(self) - 1, 1000).astype(int)
+        contents = [self.content(i, kind) for i, kind in product(places, ("image", "txt", "json"))]
+        known = repr((names, self.classes, self.labels, self.texts, contents))
+        return hashlib.sha256(known.encode()).hexdigest()[:8]
 
     def content(self, index: int, kind: str) -> bytes:
         """A sample's "image", "txt" or "json"; empty where there is none, or none that can be read."""
@@ -474,16 +474,16 @@ def open_source(name: str, split: str = "train", max_bad: float = 1.0) -> Source
     return source
 
 
-HALF = regex.compile(r"(?i)(?<!\p{L})(train|val|dev|test|eval)(ing|id|idation|uation)?(?!\p{L}{2})")
+HALF = regex.compile(r"(?i)(?<!\p{L})(train|val|dev|test|eval|holdout|trainval)(ing|id\p{L}*)?(?!\p{L}{2})")
 # No class is called so: by a number, as ImageNet's n01440764, by what a folder holds, by a system.
-NO_CLASS = regex.compile(r"(?i)(n|class|(jpeg)?images|imgs|photos|data|masks|labels|annotations)?[_ -]?\d*"
-                         r"|segmentation\w*|[@_].*")
+NO_CLASS = regex.compile(r"(?i)(n|class[_ ]?)?\d+|((jpeg)?images|imgs|photos|data|masks|labels|annotations)"
+                         r"[_ -]?\d*|segmentation\w*|[@_].*")
 
 
 def walk(folder: Path) -> Iterator[Path]:
     """All folders and files below, in order, links followed. Raises OSError on what may not be seen."""
     for path in sorted(folder.iterdir()):
-        if not regex.fullmatch(r"(?i)\..*|thumbs\.db|desktop\.ini|(readme|license)(\.\w+)?", path.name):
+        if not regex.fullmatch(r"(?i)\..*|thumbs.db|desktop.ini|(readme|license).*|.*_stats.json", path.name):
             path.stat()              # raises
             yield path
             if path.is_dir():
@@ -537,7 +537,7 @@ def class_names(root: Path, tags: list[str]) -> tuple[list[str], list[int]]:
     image's label. A name is the tag, or what classnames.txt, in `root` or above it, gives first in its line
     "TAG NAME, …". Raises ValueError."""
     number = {tag: i for i, tag in enumerate(sorted(set(tags)))}
-    names = [tag.replace("_", " ") for tag in number]
+    names = [regex.sub(r"^(n\d{8}-|\d+\.|\d{3,}_)(?=\p{L})", "", tag).replace("_", " ") for tag in number]
     if table := next(filter(Path.is_file, (root / "classnames.txt", root.parent / "classnames.txt")), None):
         lines = [line.partition(",")[0].split(maxsplit=1) for line in text_lines(table)]
         said = sorted((words[0], words[1].replace("_", " ").strip()) for words in lines if len(words) > 1)

@@ -2,7 +2,6 @@
 
     python evaluate.py retrieval --data shapes        R@1/5/10, image -> text and text -> image
     python evaluate.py zeroshot fid --data DIR        top-1, top-5; Fréchet distance of drawn to real pictures
-    python evaluate.py checker --best-of 4            pictures for held-out prompts, judged from their pixels
     python evaluate.py longtail --data DIR            VL-LTR's two stages on few images of most classes
 The predictor receives only clean latents and noise, of a CLIP pixels; what it reads meets all candidate
 texts, and only then the truth. `--control` breaks that on purpose: a sound evaluation then falls to chance.
@@ -783,7 +782,7 @@ def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """All tasks on one model; their tables and the JSON."""
-    target("--json", args.json or "numbers.json")
+    table = args.json and target("--json", args.json)
     path, results = in_turn(lambda: models.locate(find_checkpoint(args.ckpt))), {}
     model = models.load(path, device, precision=args.precision).to(memory_format=torch.channels_last)
     check_tasks(args, model)
@@ -795,12 +794,11 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     for task in args.tasks:
         result, name = run_task(task, model, args), "shapes" if task == "checker" else args.data
         results[task] = {"task": task, "data": name, **result, **about}
-        if args.json and rank_and_world()[0] == 0:       # now: a later task may end in an error
+        if table and rank_and_world()[0] == 0:       # now: a later task may end in an error
             numbers = results if len(args.tasks) > 1 else results[task]
-            Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
+            table.write_text(json.dumps(numbers, indent=1) + "\n")
         report(task, result, name)
-    if args.json:
-        print(f"wrote {args.json}")
+    table and print(f"wrote {args.json}")
 
 
 @errors_in_one_line()

@@ -323,22 +323,19 @@ class KLAutoencoder(nn.Module):
         self.decoder = half(channels, widths[::-1], 3, mid_block=AutoencoderMiddle(widths[-1]),
                             up_blocks=autoencoder_levels(widths[::-1], down=False))
 
-    def split(self, x: Tensor, factor: int) -> tuple[Tensor, ...]:
-        """x [B, C, h, w], factor px a side -> parts of 512 px squared: no batch takes more memory."""
-        return x.split(max(1, 512 ** 2 // (factor ** 2 * x.shape[2] * x.shape[3])))
-
     def moments(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> mean and log-variance [B, 2C, H/f, W/f], before scaling."""
-        images = images.to(self.quant_conv.weight.dtype)
-        moments = torch.cat([self.quant_conv(self.encoder(part)) for part in self.split(images, 1)])
+        # One picture of 512 x 512 px at a time, or as many pixels: a batch takes no more memory.
+        parts = images.to(self.quant_conv.weight.dtype).split(max(1, 512 ** 2 // images[0, 0].numel()))
+        moments = torch.cat([self.quant_conv(self.encoder(part)) for part in parts])
         mean, logvar = moments.chunk(2, dim=1)
         return torch.cat([mean, logvar.clamp(-30, 20)], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, H/f, W/f] -> images [B, 3, H, W], nominally in [-1, 1]."""
         latents = latents.to(self.post_quant_conv.weight.dtype) / self.config.scale
-        return torch.cat([self.decoder(self.post_quant_conv(part))
-                          for part in self.split(latents, self.config.factor)])
+        parts = latents.split(max(1, (512 // self.config.factor) ** 2 // latents[0, 0].numel()))
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
 
 
 # ---------------------------------------------------------------- text encoder
@@ -594,50 +591,52 @@ def from_compvis(raw: dict[str, Tensor], model: DiffDis, weights: str) -> dict[s
     return raw | tensors
 
 
-# What a refused file is, by a tensor's name and shape.
+# What a refused file is, by a tensor's name and shape: the last only where no UNet is beside it.
 KINDS = {
-    "a LoRA": r"lora[_.]", "scaled float8": "scaled_fp8|scale_weight", "an LCM": r"embedding\.cond_proj",
+    "scaled float8": "scaled_fp8|scale_weight", "an LCM": r"embedding\.cond_proj",
     "Stable Diffusion XL": r"conditioner\.|attn2\.to_k\.weight \[\d+, 2048",
     "Stable Diffusion 2": r"cond_stage_model\.model\.|attn2\.to_k\.weight \[\d+, 1024",
     "for inpainting or editing": r"(conv_in|input_blocks\.0\.0)\.weight \[\d+, [89],", "of zero SNR": "ztsnr",
-    "ControlNet or textual inversion": r"(?s)\A(?!.*(diffusion_model|unet\.)).*(control|string_to_p|emb_pa)"}
+    "LoRA, ControlNet or textual inversion": r"(?s)\A(?!.*(n_model|unet)\.).*(lora|control|string_t|emb_p)"}
 
 
 def obey(path: Path, said: dict) -> Config:
-    """Stable Diffusion v1 with the target and size that its files ask for: a folder's configurations, a
-    file's modelspec, a .yaml beside it. Raises ValueError where they ask for what we do not compute."""
+    """Stable Diffusion v1 with the target that its files ask for: a folder's configurations, a file's
+    metadata, a .yaml beside it. Raises ValueError where a word of theirs is for another computation."""
     config = PRESETS["sd-v1"]
     heads, scale, steps = config.unet.heads, config.autoencoder.scale, config.timesteps
-    ours = {"prediction_type": "epsilon v_prediction v", "parameterization": "eps v", "trained_betas": "None",
-            "beta_schedule": "scaled_linear", "beta_start": "0.00085", "linear_start": "0.00085",
-            "beta_end": "0.012", "linear_end": "0.012 0.0120", "rescale_betas_zero_snr": "False",
-            "num_train_timesteps": steps, "timesteps": steps, "scaling_factor": scale, "scale_factor": scale,
+    ours = {"prediction_type": "epsilon v_prediction v", "predict_key": "epsilon v", "beta_start": "0.00085",
+            "parameterization": "eps v", "v_parameterization": "False True", "trained_betas": "None",
+            "beta_schedule": "scaled_linear", "linear_start": "0.00085 8.5e-4", "linear_end": "0.012 0.0120",
+            "beta_end": "0.012", "rescale_betas_zero_snr": "False", "num_train_timesteps": steps,
+            "timesteps": steps, "scaling_factor": scale, "scale_factor": scale, "shift_factor": "None",
             "attention_head_dim": heads, "num_heads": heads, "num_head_channels": "-1", "freq_shift": "0",
             "num_attention_heads": f"None {heads}", "text_encoder/num_attention_heads": config.text.heads,
             "act_fn": "silu", "norm_num_groups": "32", "norm_eps": "1e-05", "layer_norm_eps": "1e-05",
-            "flip_sin_to_cos": "True", "class_embed_type": "None", "time_cond_proj_dim": "None",
-            "hidden_act": "quick_gelu", "architecture": "stable-diffusion-v1"}
-    words = [(path, str(key).removeprefix("modelspec."), value) for key, value in said.items()]
-    for file in (*path.glob("*/*config.json"), *path.parent.glob(f"{path.stem}.yaml")):
+            "flip_sin_to_cos": "True", "time_embedding_act_fn": "None", "timestep_post_act": "None",
+            "resnet_time_scale_shift": "default", "only_cross_attention": "False", "latents_mean": "None",
+            "center_input_sample": "False", "hidden_act": "quick_gelu", "architecture": "stable-diffusion-v1"}
+    words = [(path, word[1], value) for key, value in said.items()
+             if (word := re.match(r"(?:modelspec\.|ss_)(\w+)", str(key)))]
+    files = [path / f"{p}config.json" for p in ("scheduler/scheduler_", "vae/", "unet/", "text_encoder/")]
+    for file in filter(Path.is_file, files if path.is_dir() else [path.with_suffix(".yaml")]):
         with reading(file):
             text, is_json = file.read_text("utf-8-sig"), file.suffix == ".json"
             words += [(file, *word) for word in (json.loads(text).items() if is_json else re.findall(
-                r"(\w+): *([\w.+-]+)", re.sub("#.*|['\"]", "", text)))]
+                r"(\w+)[ \t]*:[ \t]*([\w.+-]+)", re.sub("#.*|['\"]", "", text)))]
     for file, key, value in words:
         fits = str(ours.get(f"{file.parent.name}/{key}", ours.get(key, "any"))).split()
         if not {"any", str(value)} & {*fits}:
             raise ValueError(f"{file}: {key} is {value!r}, and we compute {' or '.join(fits)} alone")
-    is_v = any(key in ("prediction_type", "parameterization") and value[0] == "v" for _, key, value in words)
-    sides = [value for file, key, value in words if file.parent.name == "unet" and key == "sample_size"]
-    return replace(config, image_target="v" if is_v else "noise", image_size=8 * int([*sides, 64][0] or 64))
+    is_v = any(str(value) in ("v", "v_prediction", "True") for _, key, value in words if key in
+               ("prediction_type", "predict_key", "parameterization", "v_parameterization"))
+    return replace(config, image_target="v" if is_v else "noise", image_size=512)
 
 
 # ---------------------------------------------------------------- files; nothing in them is ever run
 FORMAT = "diffdis-1"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, **{
-              f"{name[0].upper()}{bits}": getattr(torch, f"{name}{bits}") for name in ("int", "uint")
-              for bits in (8, 16, 32, 64)}}
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64}
 HARMLESS = ("pytorch_lightning.", "lightning.", "numpy.")      # whose objects training programs leave behind
 
 
@@ -667,10 +666,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if (*begins, len(mapped) - start) != (0, *ends):
         raise ValueError(f"{path} is cut short or damaged: its tensors do not fill it; fetch it again")
     for name, entry in header.items():
-        (begin, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
+        (begin, end), kind = entry["data_offsets"], entry["dtype"]
+        dtype, shape = (DTYPES[kind], entry["shape"]) if kind in DTYPES else (torch.uint8, [-1])
         values = mapped[start + begin:start + end]
         is_aligned = values.storage_offset() % dtype.itemsize == 0
-        tensors[name] = (values if is_aligned else values.clone()).view(dtype).view(entry["shape"])
+        tensors[name] = (values if is_aligned else values.clone()).view(dtype).view(shape)
     return tensors, metadata
 
 
@@ -696,8 +696,8 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
         if re.match(rb"version https://git-lfs|\s*<(!doctype|html|\?xml)", file.read(64), re.IGNORECASE):
             raise ValueError(f"{path} is a git-lfs pointer (run `git lfs pull`) or a web page: fetch it")
         tensors, said = read_safetensors(path) if path.suffix == ".safetensors" else (read_torch(path),) * 2
-        while isinstance(tensors.get("state_dict"), dict):
-            tensors = tensors["state_dict"]
+        for _ in range(2):                         # programs nest it
+            tensors = tensors.get("state_dict", tensors)
         return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}, said
 
 
@@ -774,7 +774,7 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
     if kind or not any(name.startswith(starts) for name in tensors):
         raise ValueError(f"{path} is {kind or 'another file'}, not DiffDis ({FORMAT!r}) or Stable Diffusion "
                          f"v1: it holds {', '.join(sorted(tensors)[-4:]) or 'no tensor'}")
-    config = obey(path, said | ({"prediction_type": "v"} if "v_pred" in tensors else {}))
+    config = obey(path, said | ({"modelspec.prediction_type": "v"} if "v_pred" in tensors else {}))
     folders = [folder / name for folder in (path, path.parent) for name in ("tokenizer", "")]
     given = [place for place in folders if {*place.glob("vocab.json"), *place.glob("tokenizer.json")}]
     tokenizer = Tokenizer.from_file(given[0] if given else download("vocabulary"), config.text.context_length)
@@ -824,9 +824,11 @@ def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, f
     foreign: another program's file may hold more, which is listed, and lacks the query stream."""
     missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)      # other shapes raise
     lacking = [name for name in missing if not (foreign and is_new(name))]
-    if lacking or (unknown and not foreign):
+    larger = [name for name in unknown if not foreign or re.match(    # than ours: a layer more would be lost
+        r"unet\.|model\.diff|(text_encoder|cond_.*model)\.encoder|(autoenc.*|first_.*)\.(en|de)coder", name)]
+    if lacking or larger:
         raise ValueError(f"{path}: its tensors do not fit the configuration and flags: it lacks "
-                         f"{', '.join(lacking[:3]) or 'none'}; unknown {', '.join(unknown[:3]) or 'is none'}")
+                         f"{', '.join(lacking[:3]) or 'none'}; unknown {', '.join(larger[:3]) or 'is none'}")
     if isinstance(model, DiffDis):
         model.null_tokens = model.tokenizer([""])
     if missing:                                  # the query stream starts as PyTorch starts its layers

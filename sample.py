@@ -228,7 +228,7 @@ def find_checkpoint(given: str | None, otherwise: str | None = None) -> str | Pa
 
 def target(flag: str, name: str, suffix: str = "") -> Path:
     """Where a flag says to write, judged before the work. Raises ValueError."""
-    path = Path(name).resolve()
+    path = Path(name).absolute()
     if not path.parent.is_dir() or path.is_dir() or not path.name.lower().endswith(suffix):
         raise ValueError(f"{flag} is {name!r}, expected a {suffix or 'file'} in an existing folder")
     return path
@@ -306,22 +306,23 @@ def draw(model: DiffDis, args: argparse.Namespace, path: Path) -> list[dict]:
 def read(model: DiffDis | Clip, args: argparse.Namespace) -> list[dict]:
     """A table: of each picture the texts, from the likeliest on."""
     texts, notes = args.prompts, []
+    images = torch.cat([load_image(file, model.config.image_size) for file in args.image]).split(64)
+    cosines = torch.cat([          # from the same noise: what is read depends on no other picture
+        score(model, part, texts, draws=4, seed=args.seed, indices=[0] * len(part)) for part in images])
+    odds = (cosines * model.logit_scale.exp()).softmax(dim=1)          # at the model's own temperature
     print("probability  cosine  text, picture")
-    for file in args.image:        # always from the same noise: what is read depends on no other picture
-        image = load_image(file, model.config.image_size)
-        cosines = score(model, image, texts, draws=4, seed=args.seed)[0]
-        odds = (cosines * model.logit_scale.exp()).softmax(dim=0)          # at the model's own temperature
-        notes.append({"image": file, "cosines": cosines.tolist(), "probabilities": odds.tolist()})
-        for k in cosines.argsort(descending=True).tolist():
-            print(f"{100 * odds[k]:9.1f} %{cosines[k]:8.3f}  {texts[k]}, {file}")
+    for file, cosine, odd in zip(args.image, cosines.tolist(), odds.tolist()):
+        notes.append({"image": file, "cosines": cosine, "probabilities": odd})
+        for k in sorted(range(len(texts)), key=lambda k: -cosine[k]):
+            print(f"{100 * odd[k]:9.1f} %{cosine[k]:8.3f}  {texts[k]}, {file}")
     return notes
 
 
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    target("--out", args.out, ".png")
-    table = target("--json", args.json or "numbers.json")
+    table = args.json and target("--json", args.json)
+    args.image or target("--out", args.out, ".png")
     device, path = pick_device(args.device), models.locate(find_checkpoint(args.ckpt, otherwise="sd-v1-5"))
     model = models.load(path, device, precision=args.precision)
     model.to(memory_format=torch.channels_last)       # float32, 512 px, CPU: a tenth faster
@@ -334,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"warning: {text!r} is not in the grammar of 'a red circle above a small blue square', all "
                   "this model has seen: Stable Diffusion draws anything (--ckpt sd-v1-5)", file=sys.stderr)
     notes = read(model, args) if args.image else draw(model, args, path)
-    if args.json:
+    if table:
         about = {"task": "read" if args.image else "draw", "n": len(notes), "chance": 1 / len(args.prompts),
                  "seed": args.seed, "texts": args.prompts, "images": notes, "checkpoint": str(path)}
         table.write_text(json.dumps(about, indent=1) + "\n")

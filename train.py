@@ -4,7 +4,6 @@
     python train.py --data DIR --resume                    go on with the newest run of that data and preset
     torchrun --nproc_per_node=8 train.py --data cc3m       the paper's run, from Stable Diffusion v1
 
-Top to bottom: flags and recipes; the loss, as the paper writes it; optimiser, averages; latents; a run.
 Nothing random here has a state: batches, timesteps and noise are functions of (seed, step, index in the
 global batch). So a resumed run is the run that was never stopped, and N ranks see what one rank would see.
 """
@@ -445,8 +444,8 @@ class Trainer:
         self.averages = Averages(self.model, args.ema)
         self.flags = {name: list(value) if isinstance(value, tuple) else value
                       for name, value in vars(args).items() if name not in FREE_ON_RESUME}
-        known = None if args.data == "shapes" else source.fingerprint()
-        self.flags |= {"latents": bool(args.latents), "samples": [len(self.source), len(self.val), known]}
+        known = [len(self.source), len(self.val), *([source.fingerprint()] if args.data != "shapes" else [])]
+        self.flags |= {"latents": bool(args.latents), "samples": known}
         if checkpoint:
             self.restore(checkpoint)
         if args.latents:

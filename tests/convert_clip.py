@@ -20,9 +20,13 @@ from data import Tokenizer
 def convert(folder: Path, out: Path) -> None:
     """Raises ValueError, in one line, on whatever our two towers would not obey."""
     with models.reading(folder):
-        files = [folder / f"{name}_config.json" for name in ("preprocessor", "open_clip")]
-        said, pixels, openclip = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-                                  for path in (folder / "config.json", *files))
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json: expected a folder of transformers")
+        names = ("config", "preprocessor_config", "processor_config", "open_clip_config")
+        files = [folder / f"{name}.json" for name in names]
+        said, pixels, processor, openclip = (
+            json.loads(path.read_text(encoding="utf-8")) if path.exists() else {} for path in files)
+        pixels |= processor.get("image_processor") or {}
         theirs = CLIPConfig.from_pretrained(folder, local_files_only=True)     # knows what an absence means
         vision, text = theirs.vision_config, theirs.text_config
         kinds = {(said.get("model_type"), tower.hidden_act, tower.layer_norm_eps) for tower in (vision, text)}
@@ -34,9 +38,10 @@ def convert(folder: Path, out: Path) -> None:
                   **dict.fromkeys(("size", "crop_size"), vision.image_size), "rescale_factor": 1 / 255,
                   **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
                   "resample": 3, "interpolation": "bicubic", "resize_mode": "shortest"}
-        for name, value in (pixels | openclip.get("preprocess_cfg", {})).items():
+        for name, value in (pixels | (openclip.get("preprocess_cfg") or {})).items():
             sides = name == "crop_size" or "shortest_edge" in str(value)     # height and width would squeeze
             given = list(value.values()) if isinstance(value, dict) and sides else [value]
+            given = value if isinstance(value, list) and "size" in name else given
             if any(side not in (wanted.get(name, side), None) for side in given):
                 raise ValueError(f"{folder} prepares pictures with {name} {value}, expected {wanted[name]}")
         config = models.ClipConfig(
@@ -62,4 +67,5 @@ if __name__ == "__main__":
     try:
         convert(*map(Path, sys.argv[1:]))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -77,6 +77,9 @@ def test_folders_are_names_unless_they_are_synsets_or_alike(folders) -> None:
                  "tags/class_0", "tags/class_1"):
         write_image(folders / name / "0.jpg")
     assert open_source(str(folders / "food")).classes == ["apple pie", "churros"]
+    for name in ("001.ak47", "n02085620-Chihuahua", "00012_Owl", "N"):
+        write_image(folders / "numbered" / name / "0.jpg")
+    assert open_source(str(folders / "numbered")).classes == ["Owl", "ak47", "N", "Chihuahua"]
     for name in ("alike", "numbers", "tags"):
         with pytest.raises(ValueError, match="no names that differ"):
             open_source(str(folders / name))

@@ -136,6 +136,10 @@ def test_best_of_keeps_the_highest_similarity(base, monkeypatch) -> None:
     images, notes = sample.draw_all(base, ["a red circle", "a blue square"], 7, n=1, best=4,
                                    size=(32, 32), steps=2)
     assert [note["seed"] for note in notes] == [9, 8]
+    indices = []
+    monkeypatch.setattr(sample, "draw_queries", lambda model, latents, k, *_: indices.extend(k) or read[k])
+    sample.draw_all(base, ["a red circle"] * 22, 0, n=1, best=3, size=(32, 32), steps=1)       # 64 at once
+    assert indices == [0, 1, 2] * 22
     for image, note in zip(images, notes, strict=True):
         again = draw_images(base, [note["prompt"]], [note["seed"]], steps=2)[0]
         assert torch.allclose(image, again, atol=1e-4), "the picture is not the one its note names"
@@ -184,6 +188,8 @@ def test_command_line(base, tmp_path, monkeypatch, capsys) -> None:
     assert negative.text["parameters"] == (
         "a red circle\nNegative prompt: a blue square\nSteps: 1, Sampler: DDIM, CFG scale: "
         f"{base.config.guidance_scale}, Seed: 0, Size: 64x32, Model: checkpoint")
+    (tmp_path / "numbers.json").mkdir()
+    sample.main(["--image", "plain.png", "a red circle", "--device", "cpu"])       # writes nothing
     # Too long: cut; empty: allowed.
     sample.main([" ".join(["red"] * 99), "", "--steps", "1", "--device", "cpu"])
 

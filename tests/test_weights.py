@@ -121,7 +121,8 @@ def test_variants_and_shards_that_diffusers_writes(whole, tmp_path, ways, lost: 
 @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_files_of_other_types_become_float32_or_bfloat16(whole, tmp_path, dtype: torch.dtype) -> None:
     tensors = {name: value.to(dtype).contiguous() for name, value in original_names(whole).items()}
-    safetensors.save_file(tensors, tmp_path / "other.safetensors")
+    extra = {"x.alpha": torch.ones(3, dtype=torch.uint16), "first_stage_model.model_ema.decay": torch.ones(1)}
+    safetensors.save_file(tensors | extra, tmp_path / "other.safetensors")
     full, half = (models.load(tmp_path / "other.safetensors", precision=kind) for kind in ("fp32", "bf16"))
     for name, value in full.state_dict().items():
         assert models.is_new(name) or torch.equal(value, whole.state_dict()[name].to(dtype).float()), name
@@ -246,7 +247,7 @@ def test_damaged_safetensors_are_refused_by_name(tmp_path) -> None:
              (2 ** 60).to_bytes(8, "little") + b"{}"]
     for entry in ({"data_offsets": [first, first + 4 * 10 ** 9], "shape": [10 ** 9]},
                   {"data_offsets": [first + 4, first + 28]}, {"data_offsets": [-24, 0]},
-                  {"data_offsets": [first, first + 24 + 8]}, {"shape": [3, 3]}, {"dtype": "F99"}):
+                  {"data_offsets": [first, first + 24 + 8]}, {"shape": [3, 3]}):
         text = json.dumps(header | {"a": header["a"] | entry}).encode()
         cases.append(len(text).to_bytes(8, "little") + text + body)
     known = {b"version https://git-lfs": "git lfs pull", b"\n<!DOCTYPE html>": "web page"}
@@ -271,12 +272,17 @@ YAML = "params:\n  linear_end: 0.0120\n  timesteps: 1000 # parameterization: v\n
     ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True, and we compute False"),
     ("scheduler", {"num_train_timesteps": 500}, "1000"), ("scheduler", {"beta_end": 0.02}, "0.012 alone"),
     ("scheduler", {"beta_schedule": "linear"}, "scaled_linear"), ("vae", {"scaling_factor": 0.13}, "0.18215"),
-    ("unet", {"sample_size": 96, "freq_shift": 0, "attention_head_dim": 8}, ("noise", 768)),
-    ("unet", {"sample_size": None, "num_attention_heads": None}, ("noise", 512)),
+    ("", YAML + "parameterization : v", ("v", 512)),
+    ("beside", YAML + "parameterization: v", ("noise", 512)),
+    ("unet", {"freq_shift": 0, "attention_head_dim": 8, "num_attention_heads": None}, ("noise", 512)),
+    ("image_encoder", {"hidden_act": "gelu"}, ("noise", 512)),
+    ("unet", {"center_input_sample": True}, "center"),
     ("unet", {"attention_head_dim": 16}, "16.*compute 8"), ("unet", "{", "unet/config.json .*JSON"),
     ("text_encoder", {"num_attention_heads": 8}, "compute 4"), ("text_encoder", {"hidden_act": ""}, "gelu")])
 def test_what_files_say_is_obeyed_or_refused_by_name(whole, tmp_path, place, words, expected) -> None:
-    file = tmp_path / place / {"": "sd.yaml", "scheduler": "scheduler_config.json"}.get(place, "config.json")
+    names = {"": "sd.yaml", "beside": f"../../{tmp_path.name}.yaml", "scheduler": "scheduler_config.json"}
+    (tmp_path / place).mkdir(exist_ok=True)
+    file = tmp_path / place / names.get(place, "config.json")
     file.parent.mkdir(exist_ok=True)
     file.write_text(words if isinstance(words, str) else json.dumps(words))
     with pytest.raises(ValueError, match=expected) if isinstance(expected, str) else nullcontext():
@@ -285,13 +291,17 @@ def test_what_files_say_is_obeyed_or_refused_by_name(whole, tmp_path, place, wor
 
 
 @pytest.mark.parametrize("gone, more, message", [
+    ("-", f"{UNET}input_blocks.1.1.transformer_blocks.1.norm1.bias 64", "none; unknown model.diff"),
+    ("-", f"{TEXT}encoder.layers.2.layer_norm1.bias 64", "unknown cond_stage_model.transformer.text"),
+    ("-", "first_stage_model.decoder.up.3.x 64", "unknown first_stage_model.dec"),
     (f"{UNET}out.2.bias", "x", "lacks unet.conv_out.bias"), ("first_stage", "x", "lacks autoencoder"),
     ("-", f"{UNET}input_blocks.0.0.weight 32 9 3 3", "for inpainting"), ("-", "ztsnr", "of zero SNR"),
-    ("-", f"{UNET}input_blocks.0.0.weight 32 8 3 3", "editing"), ("-", "x_embedding.cond_proj", "an LCM"),
+    ("-", f"{UNET}input_blocks.0.0.weight 32 8 3 3", "editing"),
+    ("-", f"{UNET}x_embedding.cond_proj", "an LCM"),
     ("-", f"{UNET}input_blocks.1.1.proj_in.weight 32 32", "0.proj_in.weight.*32, 32.*32, 32, 1, 1"),
     ("-", "x.attn2.to_k.weight 32 1024", "Diffusion 2"), ("-", "x.attn2.to_k.weight 32 2048", "Diffusion XL"),
     (TEXT, "cond_stage_model.model.x", "Diffusion 2"), (TEXT, "conditioner.embedders.1.x", "Diffusion XL"),
-    ("-", "scaled_fp8", "scaled float8"), ("-", "a.lora_up.weight", "LoRA"), (".", "emb_params", "textual"),
+    ("-", "scaled_fp8", "scaled float8"), (".", "a.lora_up.weight", "LoRA"), (".", "emb_params", "textual"),
     (".", "control_model.x", "ControlNet"), (".", "x", "another file, not DiffDis .*it holds x")])
 def test_other_networks_are_refused_by_name(whole, tmp_path, gone: str, more: str, message: str) -> None:
     """gone: in names of Stable Diffusion v1 that the file has not; more: what it has, a name and a shape."""
