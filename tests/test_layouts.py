@@ -101,7 +101,10 @@ def test_listing_order_changes_nothing(folders, monkeypatch) -> None:
     (folders / "classnames.txt").write_text("n01440764 tench\nn02012849 crane\nn03126707 crane\n")
     see = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda path: reversed(list(see(path))))
-    assert greys(open_source(str(folders), "val")) == EXPECTED
+    source, read = open_source(str(folders), "val"), open_source(str(folders), "val").fingerprint()
+    assert greys(source) == EXPECTED and source.fingerprint() == read
+    source.classes = ["other", *source.classes[1:]]
+    assert source.fingerprint() != read, "other names make other captions"
 
 
 # ---------------------------------------------------------------- lists

@@ -176,6 +176,8 @@ def test_command_line(base, tmp_path, monkeypatch, capsys) -> None:
     picture = Image.open(tmp_path / "sample.png")
     assert (picture.size == (2 * 258 + 2, 2 * 258 + 2)
             and picture.text["prompt"] == "a red circle | a dog outdoors")
+    first = re.search(r"prompt: a red circle  seed: (\d)", said.out)[1]
+    assert f"Seed: {first}, " in picture.text["parameters"], "of the one that was kept"
     assert said.err.count("warning") == 1 and "'a dog outdoors' is not in the grammar" in said.err
     assert ("runs/one/checkpoint.pt" in said.out and "sample.png" in said.out
             and said.out.count("similarity") == 4)

@@ -345,7 +345,7 @@ def test_without_a_checkpoint_stable_diffusion_comes_once(whole, tmp_path, monke
     assert stop.value.code == 2 and "\n" not in error
     assert all(way in error for way in ("could not download", "put the file at", "train.py", "--ckpt"))
     assert {str(models.locate(path)) for path in ("./sd-v1-5", "sd-v1-5/")} == {"sd-v1-5"}, "are paths"
-    (tmp_path / "sd-v1-5").mkdir()
+    (tmp_path / "sd-v1-5").write_text("a file as well as a folder")
     assert str(models.locate("sd-v1-5")) == "sd-v1-5", "what is here goes first"
 
 
