@@ -189,6 +189,8 @@ def decode_image(raw: bytes, side: int | None = None) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):      # 16 bits of grey: convert() would clip them all to white
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:     # white shows through: black ink would be on black
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         image = image.convert("RGB")
     except Exception:       # Pillow's decoders raise nearly anything on damaged files
         raise BadSample("unreadable image") from None
@@ -476,8 +478,7 @@ def open_source(name: str, split: str = "train", max_bad: float = 1.0) -> Source
 
 HALF = regex.compile(r"(?i)(?<!\p{L})(train|val|dev|test|eval|holdout|trainval)(ing|id\p{L}*)?(?!\p{L}{2})")
 # No class is called so: by a number, as ImageNet's n01440764, by what a folder holds, by a system.
-NO_CLASS = regex.compile(r"(?i)(n|class[_ ]?)?\d+|((jpeg)?images|imgs|photos|data|masks|labels|annotations)"
-                         r"[_ -]?\d*|segmentation\w*|[@_].*")
+NO_CLASS = regex.compile(r"(?i)(n|class_)?\d+|((jpeg)?images|photos|data|masks|labels)_?\d*|segm.*|[@_].*")
 
 
 def walk(folder: Path) -> Iterator[Path]:
@@ -892,9 +893,8 @@ def check(image: np.ndarray, caption: str) -> dict[str, bool]:
     strays = (np.abs(image - explained).max(-1) > FAR).sum()
     axis = RELATIONS.get(relation, (0, 0))
     offset = centroid(masks[things[0].colour]) - centroid(masks[things[-1].colour])      # first from second
-    verdict = {
-        "colour": present == mentioned and bool(strays <= MAX_STRAYS),
-        "shape": [fit.shape for fit in fits if fit.overlap >= MIN_OVERLAP] == [t.shape for t in things],
-        "size": [fit.radius < middle for fit in fits] == [thing.size == "small" for thing in things],
-        "relation": relation is None or bool(offset @ axis > max(abs(offset @ axis[::-1]), 4.0))}
+    verdict = {"colour": present == mentioned and bool(strays <= MAX_STRAYS),
+               "shape": [f.shape for f in fits if f.overlap >= MIN_OVERLAP] == [t.shape for t in things],
+               "size": [fit.radius < middle for fit in fits] == [thing.size == "small" for thing in things],
+               "relation": relation is None or bool(offset @ axis > max(abs(offset @ axis[::-1]), 4.0))}
     return {**verdict, "all": all(verdict.values())}

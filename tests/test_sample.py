@@ -223,6 +223,8 @@ def test_pictures_are_read_against_texts(config, tmp_path, monkeypatch, capsys) 
         assert float(ranked[0][0]) == pytest.approx(100 * odds.max().item(), abs=0.06)
     first, second, _ = (note["cosines"] for note in found["images"])
     assert first == pytest.approx(second, abs=1e-6), "not upright"
+    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save("clear.png")
+    assert load_image("clear.png", 32).min() == 1, "what is transparent is white"
 
 
 def test_the_six_lines_of_the_readme(base, tmp_path, monkeypatch, capsys) -> None:
