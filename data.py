@@ -315,10 +315,11 @@ class Source:
 
     def fingerprint(self) -> str:
         """A digest of names, classes, labels, texts and 1000 samples' contents, wherever the data lies."""
-        names, places = [path.name for path in self.images], np.linspace(0, len(self) - 1, 1000).astype(int)
-        contents = [self.content(i, kind) for i, kind in product(places, ("image", "txt", "json"))]
-        known = repr((names, self.classes, self.labels, self.texts, contents))
-        return hashlib.sha256(known.encode()).hexdigest()[:8]
+        known = [path.name for path in self.images], self.classes, self.labels, self.texts
+        digest, part = hashlib.sha256(repr(known).encode()), evenly_spaced(self, 1000)
+        for index, kind in product(range(len(part)), TarSource.KINDS):
+            digest.update(part.content(index, kind))
+        return digest.hexdigest()[:8]
 
     def content(self, index: int, kind: str) -> bytes:
         """A sample's "image", "txt" or "json"; empty where there is none, or none that can be read."""
@@ -476,7 +477,7 @@ def open_source(name: str, split: str = "train", max_bad: float = 1.0) -> Source
     return source
 
 
-HALF = regex.compile(r"(?i)(?<!\p{L})(train|val|dev|test|eval|holdout|trainval)(ing|id\p{L}*)?(?!\p{L}{2})")
+HALF = regex.compile(r"(?i)(?<!\p{L})(train(val)?|val|dev|test|eval|holdout)(ing|(id|u)\w*)?(?!\p{L}{2})")
 # No class is called so: by a number, as ImageNet's n01440764, by what a folder holds, by a system.
 NO_CLASS = regex.compile(r"(?i)(n|class_)?\d+|((jpeg)?images|photos|data|masks|labels)_?\d*|segm.*|[@_].*")
 
@@ -484,10 +485,9 @@ NO_CLASS = regex.compile(r"(?i)(n|class_)?\d+|((jpeg)?images|photos|data|masks|l
 def walk(folder: Path) -> Iterator[Path]:
     """All folders and files below, in order, links followed. Raises OSError on what may not be seen."""
     for path in sorted(folder.iterdir()):
-        if not regex.fullmatch(r"(?i)\..*|thumbs.db|desktop.ini|(readme|license).*|.*_stats.json", path.name):
-            path.stat()              # raises
+        if not regex.fullmatch(r"(?i)\..*|thumbs.db|desktop.ini|readme(\.\w+)?|.*_stats.json", path.name):
             yield path
-            if path.is_dir():
+            if path.stat() and path.is_dir():        # stat() raises where a link leads nowhere
                 yield from walk(path)
 
 

@@ -37,7 +37,7 @@ from data import (SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_bat
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        signal_and_noise)
 from model import Clip, DiffDis
-from sample import (CKPT_HELP, PRECISION, SAMPLERS, Parser, all_finite, denoise_queries, draw_images,
+from sample import (CKPT_HELP, SAMPLERS, Parser, all_finite, denoise_queries, draw_images,
                     draw_queries, errors_in_one_line, find_checkpoint, finite, natural,
                     pick_device, positive, score, share, target, to_pil, weight)
 
@@ -388,7 +388,6 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
             picture.save(out / f"{i:06d}.png")
         inputs = network.read_batch(torch.from_numpy(np.stack(pictures)).to(network.device))
         rows += zip(places, read_queries(network, inputs, list(places), reading).cpu().numpy())
-    rate = len(prompts) / (time.monotonic() - began)
     rows = sorted(sum(everybody(rows), []), key=lambda row: row[0])
     drawn = all_finite(torch.from_numpy(np.stack([features for _, features in rows])))
     count, width = min(len(drawn), len(read.values)), drawn.shape[1]
@@ -396,9 +395,10 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
         raise ValueError(f"{count} pictures: a distance between sets needs two or more of each")
     if count < width:
         print(f"warning: {count} pictures, {width} features: the distance depends on their number")
-    return {"n": len(drawn), "n_reference": len(read.values), "seed": reading.seed, "chance": None,
+    return {"n": len(drawn), "images_per_s": round(len(drawn) / (time.monotonic() - began), 3),
+            "n_reference": len(read.values), "seed": reading.seed, "chance": None,
             "fid": frechet_distance(drawn, read.values), "features": type(network).__name__,
-            "image_size": size, "images_per_s": round(rate, 3), **drawing, "skipped": read.skipped}
+            "image_size": size, **drawing, "skipped": read.skipped}
 
 
 # ---------------------------------------------------------------- long-tailed recognition (Table 8)
@@ -688,7 +688,7 @@ FLAGS = (
     ("json", TASKS, {"metavar": "FILE"}, "also write the numbers here; rates are fractions"),
     ("seed", TASKS, {**WHOLE, "default": 0}, "seed of all noise and of the controls' shuffling"),
     ("device", TASKS, {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
-    ("precision", TASKS, {"choices": PRECISION["choices"]}, PRECISION["help"]),
+    ("precision", TASKS, {"choices": ("fp32", "bf16")}, "of weights; without it bf16 on CUDA, else fp32"),
     ("batch-size", OF_DATA, COUNT, "images at once; without it 100, fid 16, longtail 128"),
     ("workers", OF_DATA, WHOLE, "processes that decode images; without it 0 for shapes, else 2"),
     ("max-bad", OF_DATA, {"type": share, "default": 0.05}, "share of samples that may be unusable"),
@@ -798,7 +798,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             numbers = results if len(args.tasks) > 1 else results[task]
             table.write_text(json.dumps(numbers, indent=1) + "\n")
         report(task, result, name)
-    table and print(f"wrote {args.json}")
+    if args.json:
+        print(f"wrote {args.json}")
 
 
 @errors_in_one_line()

@@ -613,9 +613,8 @@ def obey(path: Path, said: dict) -> Config:
             "attention_head_dim": heads, "num_heads": heads, "num_head_channels": "-1", "freq_shift": "0",
             "num_attention_heads": f"None {heads}", "text_encoder/num_attention_heads": config.text.heads,
             "act_fn": "silu", "norm_num_groups": "32", "norm_eps": "1e-05", "layer_norm_eps": "1e-05",
-            "flip_sin_to_cos": "True", "time_embedding_act_fn": "None", "timestep_post_act": "None",
-            "resnet_time_scale_shift": "default", "only_cross_attention": "False", "latents_mean": "None",
-            "center_input_sample": "False", "hidden_act": "quick_gelu", "architecture": "stable-diffusion-v1"}
+            "flip_sin_to_cos": "True", "resnet_time_scale_shift": "default", "center_input_sample": "False",
+            "hidden_act": "quick_gelu", "architecture": "stable-diffusion-v1"}
     words = [(path, word[1], value) for key, value in said.items()
              if (word := re.match(r"(?:modelspec\.|ss_)(\w+)", str(key)))]
     files = [path / f"{p}config.json" for p in ("scheduler/scheduler_", "vae/", "unet/", "text_encoder/")]

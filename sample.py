@@ -133,8 +133,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def load_image(file: str | Path, size: int) -> Tensor:
-    """A picture of any mode, size and rotation -> its centre square [1, 3, size, size] in [-1, 1]. Raises
-    ValueError."""
+    """Any picture -> its upright centre square [1, 3, size, size] in [-1, 1]. Raises ValueError."""
     with models.reading(file):
         square = to_square(decode_image(Path(file).read_bytes()), size)
     return to_float(torch.tensor(square)[None])
@@ -204,14 +203,12 @@ finite, weight, share = within(float, -1e38, 1e38), within(float, 0, 1e38), with
 
 def pick_device(name: str) -> torch.device:
     """auto | cpu | cuda -> the device, set to be fast. Raises ValueError if CUDA is asked for and absent."""
-    if name == "cuda" and not torch.cuda.is_available():
+    is_cuda = name != "cpu" and torch.cuda.is_available()
+    if name == "cuda" and not is_cuda:
         raise ValueError("--device cuda, but this machine has no CUDA device: use --device cpu")
-    torch.set_float32_matmul_precision("high")       # on CUDA, TF32 for what stays in float32
+    torch.set_float32_matmul_precision("high" if is_cuda else "highest")    # TF32 for what stays in float32
     torch.backends.cudnn.benchmark = True            # shapes hardly change: try, then take the fastest
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-PRECISION = {"choices": ("fp32", "bf16"), "help": "without it bf16 on CUDA, else fp32"}
+    return torch.device("cuda" if is_cuda else "cpu")
 
 
 def find_checkpoint(given: str | None, otherwise: str | None = None) -> str | Path:
@@ -241,7 +238,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("prompts", nargs="+", metavar="TEXT", help="what to draw, a row of the picture each; or to look for")
     add("--image", action="append", metavar="FILE", help="read this picture against the texts; repeatable")
     add("--ckpt", help=f"{CKPT_HELP}, and without one sd-v1-5")
-    add("--precision", **PRECISION)
+    add("--precision", choices=("fp32", "bf16"), help="without it bf16 on CUDA, else fp32")
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ is DPM-Solver++(2M): 20 steps are plenty")
     add("--steps", type=positive, default=50, help="sampler steps")
     add("--guidance-scale", type=finite, help="1 + w, 1 is none; without it the checkpoint's own")
@@ -265,18 +262,19 @@ def draw_all(model: DiffDis, prompts: list[str], seed: int, n: int, best: int, s
     settings: as `draw_images` -> images [P·n, 3, H, W], a note (prompt, seed, similarity) on each."""
     notes = [{"prompt": prompt, "seed": seed + k} for prompt in prompts for k in range(n * best)]
     at_once = min(64, max(1, 2 ** 20 // (size[0] * size[1])))           # 4 of 512 px
-    progress, drawn, read = partial(tqdm, unit="step", disable=None), [], []
+    progress, drawn, cosines = partial(tqdm, unit="step", disable=None), [], []
     for i in range(0, len(notes), at_once):
         texts, seeds = map(list, zip(*(note.values() for note in notes[i:i + at_once])))
         drawn.append(draw_images(model, texts, seeds, size=size, progress=progress, **settings))
         if best > 1:
             places = [(i + j) % best for j in range(len(texts))]
-            read += score(model, drawn[-1], texts, draws=4, seed=seed, indices=places).diagonal().tolist()
+            own = score(model, drawn[-1], texts, draws=4, seed=seed, indices=places).diagonal()
+            cosines += own.tolist()
     images = torch.cat(drawn)
     if best == 1:
         return images, notes
-    chosen = [max(range(i, i + best), key=read.__getitem__) for i in range(0, len(notes), best)]
-    return images[chosen], [notes[i] | {"similarity": round(read[i], 3)} for i in chosen]
+    chosen = [max(range(i, i + best), key=cosines.__getitem__) for i in range(0, len(notes), best)]
+    return images[chosen], [notes[i] | {"similarity": round(cosines[i], 3)} for i in chosen]
 
 
 def draw(model: DiffDis, args: argparse.Namespace, path: Path) -> list[dict]:
@@ -322,7 +320,8 @@ def read(model: DiffDis | Clip, args: argparse.Namespace) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     table = args.json and target("--json", args.json)
-    args.image or target("--out", args.out, ".png")
+    if not args.image:
+        target("--out", args.out, ".png")
     device, path = pick_device(args.device), models.locate(find_checkpoint(args.ckpt, otherwise="sd-v1-5"))
     model = models.load(path, device, precision=args.precision)
     model.to(memory_format=torch.channels_last)       # float32, 512 px, CPU: a tenth faster

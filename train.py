@@ -4,6 +4,7 @@
     python train.py --data DIR --resume                    go on with the newest run of that data and preset
     torchrun --nproc_per_node=8 train.py --data cc3m       the paper's run, from Stable Diffusion v1
 
+Top to bottom: flags and recipes; the loss, as the paper writes it; optimiser, averages; latents; a run.
 Nothing random here has a state: batches, timesteps and noise are functions of (seed, step, index in the
 global batch). So a resumed run is the run that was never stopped, and N ranks see what one rank would see.
 """

@@ -5,7 +5,6 @@
 import sys
 
 import conftest  # noqa: F401  (which puts the project on the import path)
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import model as models
