@@ -213,9 +213,8 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- random crop, RandAugment (CLIP's training)
-# Share of the picture's area. Our choice: the paper only says "random crop", and a caption tells of the whole
-# picture, more than a class name does. OpenCLIP takes (0.9, 1.0), ImageNet's classifiers (0.08, 1.0).
-CROP_AREA = (0.5, 1.0)                    # uniform
+# Share of the area, uniform. The paper says "random crop"; OpenCLIP takes 0.9 to 1, ImageNet's recipes 0.08.
+CROP_AREA = (0.5, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)              # width to height, log-uniform
 
 
@@ -504,7 +503,7 @@ def open_folder(path: Path, split: str) -> Source:
     # Halves of the data are a folder called train, or cars_train beside cars_test, but no "train station".
     halves = {half[1].lower(): entry.name for entry in (*folders, *tars) if (half := HALF.search(entry.stem))}
     is_half = any(HALF.fullmatch(folder.name.rstrip("0123456789")) for folder in folders)
-    if root == path and (is_half or len(halves) > 1):
+    if root == path and (is_half or len(halves) > 1 or tars and halves.keys() - {split}):
         raise ValueError(f"{path} has no folder {split}, but below it {', '.join(sorted(halves.values()))}: "
                          "name one, or put each half into a folder, train and val")
     texts = {file.with_suffix("") for file in files if file.suffix in (".txt", ".json")}
@@ -648,8 +647,7 @@ class Stream:
                 causes.append(str(bad))
                 continue
             if self.augment:
-                # read() may have decoded it at twice the needed side. That is enough: a part of half the area
-                # is at its narrowest sqrt(1/2 · 3/4) = 0.61 of the shorter side, still more than image_size.
+                # read() leaves twice the needed side; a crop is at its narrowest sqrt(1/2 · 3/4) = 0.61.
                 rng = np.random.default_rng([self.seed, epoch, index, 1])
                 crop = random_crop(sample.image, self.image_size, rng)
                 sample = sample._replace(image=rand_augment(crop, rng))

@@ -103,8 +103,7 @@ def alignment_loss(x0_pred: Tensor, text_query: Tensor, logit_scale: Tensor,
     ours, texts = F.normalize(x0_pred.float(), dim=-1), text_query.float()
     all_ours, all_texts, rank = ours, texts, 0
     if dist.is_initialized() and dist.get_world_size() > 1:
-        # A sum to which each rank brings its own rows, with gradient: the other ranks' losses reach them too,
-        # and N ranks are one large batch.
+        # A sum to which each rank brings its own rows, with gradient: N ranks are one large batch.
         rank, after = dist.get_rank(), dist.get_world_size() - 1 - dist.get_rank()
         all_ours, all_texts = (all_reduce(F.pad(rows, (0, 0, rank * len(rows), after * len(rows))))
                                for rows in (ours, texts))

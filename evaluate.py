@@ -18,6 +18,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
@@ -37,9 +38,10 @@ from data import (SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_bat
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        signal_and_noise)
 from model import Clip, DiffDis
-from sample import (CKPT_HELP, SAMPLERS, Parser, all_finite, denoise_queries, draw_images,
-                    draw_queries, errors_in_one_line, find_checkpoint, finite, natural,
-                    pick_device, positive, score, share, target, to_pil, weight)
+from sample import (CKPT_HELP, SAMPLERS, SWITCH, Parser, all_finite, denoise_queries, draw_all, draw_images,
+                    draw_queries, errors_in_one_line, find_checkpoint, finite, natural, pick_device, positive,
+                    require, share, target, to_pil, weight)
+from sample import score as score  # the one that reads
 
 
 # ---------------------------------------------------------------- ranks
@@ -86,7 +88,7 @@ CONTROLS = ("none", "shuffle-images", "no-image", "shuffle-labels")
 
 
 class Reading(NamedTuple):
-    """How images are read. text_steps, draws, guidance_scale, seed: as in `sample.draw_queries`."""
+    """How images are read. The first four: as in `sample.draw_queries`."""
     text_steps: int = 1
     draws: int = 1
     guidance_scale: float = 1.0
@@ -111,8 +113,7 @@ def read_queries(model: "DiffDis | Clip | Inception", inputs: Tensor, places: li
     embedding, both comparable with texts and of unit norm; of Inception its features."""
     if isinstance(model, Clip | Inception):
         return model.encode_image(inputs)
-    return draw_queries(model, inputs, places, reading.text_steps, reading.draws, reading.guidance_scale,
-                        reading.seed)
+    return draw_queries(model, inputs, places, *reading[:4])
 
 
 @torch.no_grad()
@@ -257,22 +258,13 @@ def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading()
 
 # ---------------------------------------------------------------- the checker's rates
 def checker(model: DiffDis, n: int = 64, best_of: int = 1, seed: int = 0, **drawing) -> dict:
-    """Draw pictures for n held-out prompts of `shapes` and judge each from its pixels alone. Of best_of
-    pictures that one counts from which the model itself reads the prompt best; `all_single`: the first.
-    drawing: options of `draw_images`."""
-    val, at_once, verdicts = Shapes("val"), max(1, 64 // best_of), []
+    """Draw pictures for n held-out prompts of `shapes` and judge each from its pixels alone, of best_of the
+    one from which the model itself reads its prompt best. drawing: options of `draw_images`."""
+    val = Shapes("val")
     prompts = [val.captions(i)[0] for i in range(min(n, len(val)))]
-    for i in tqdm(range(0, len(prompts), at_once), "draw", unit="batch", disable=None, leave=False):
-        batch = [prompt for prompt in prompts[i:i + at_once] for _ in range(best_of)]
-        seeds = [seed + i * best_of + k for k in range(len(batch))]
-        images, choices = draw_images(model, batch, seeds, **drawing), [0] * len(batch)
-        if best_of > 1:
-            places = [k % best_of for k in range(len(batch))]
-            own = score(model, images, batch, draws=4, seed=seed, indices=places).diagonal()
-            choices = own.unflatten(0, (-1, best_of)).argmax(dim=1).tolist()
-        for prompt, own, choice in zip(batch[::best_of], images.split(best_of), choices):
-            judged = [check(to_square(to_pil(image), SIDE), prompt) for image in own]
-            verdicts.append({**judged[choice], "all_single": judged[0]["all"]})
+    each = [prompt for prompt in prompts for _ in range(best_of)]
+    images, _ = draw_all(model, each, [*range(seed, seed + len(each))], best_of, **drawing)
+    verdicts = [check(to_square(to_pil(image), SIDE), prompt) for image, prompt in zip(images, prompts)]
     rates = {key: sum(verdict[key] for verdict in verdicts) / len(verdicts) for key in verdicts[0]}
     return {"n": len(prompts), "seed": seed, "chance": 0.0, "best_of": best_of, **drawing, **rates,
             "all_interval": wilson(rates["all"], len(prompts))}
@@ -380,14 +372,16 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
     chosen = evenly_spaced(source, n)
     prompts = [captions[0] for captions in usable_captions(chosen, len(chosen))]
     mine, at_once, began = range(rank, len(prompts), world), reading.batch_size, time.monotonic()
+    pool, written = ThreadPoolExecutor(), ()          # writes pictures while the next ones are drawn
     for places in tqdm([mine[i:i + at_once] for i in range(0, len(mine), at_once)], "draw", unit="batch",
                        disable=None if rank == 0 else True):
         pictures = [to_pil(image) for image in draw_images(
             model, [prompts[i] for i in places], [reading.seed + i for i in places], **drawing)]
-        for i, picture in zip(places, pictures if out else ()):
-            picture.save(out / f"{i:06d}.png")
+        list(written)                                 # raises what went wrong with the last batch
+        written = pool.map(lambda i, drawn: drawn.save(out / f"{i:06d}.png"), places if out else (), pictures)
         inputs = network.read_batch(torch.from_numpy(np.stack(pictures)).to(network.device))
         rows += zip(places, read_queries(network, inputs, list(places), reading).cpu().numpy())
+    list(written)
     rows = sorted(sum(everybody(rows), []), key=lambda row: row[0])
     drawn = all_finite(torch.from_numpy(np.stack([features for _, features in rows])))
     count, width = min(len(drawn), len(read.values)), drawn.shape[1]
@@ -705,6 +699,7 @@ FLAGS = (
     ("best-of", ("checker",), {**COUNT, "default": 1}, "draw so many, keep the model's own favourite"),
     ("features", ("fid",), {"metavar": "CKPT"}, "what compares, by what it reads; without it Inception"),
     ("out", ("fid",), {"metavar": "FOLDER"}, "also write the pictures here"),
+    ("compile", ("fid",), SWITCH, "torch.compile the drawing; without it on CUDA, from 5,000 pictures"),
     ("epochs", ("longtail",), {**WHOLE, "default": 50}, "of stage 1, which tunes the model; 0 leaves it out"),
     ("head-epochs", ("longtail",), {**WHOLE, "default": 50}, "of stage 2, which trains a head; 0: as above"),
     ("lr-scale", ("longtail",), {"type": weight, "default": 1.0}, "times VL-LTR's learning rates"))
@@ -744,9 +739,7 @@ def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
         draws = task in DRAWS or task == "zeroshot" and args.loss_timesteps
         reads = not draws or task == "checker" and args.best_of > 1
         needed = ["generation"] * bool(draws) + ["alignment"] * reads
-        if not set(needed) <= set(model.tasks):
-            raise ValueError(f"{task} of images needs weights trained with --tasks {','.join(needed)}, these "
-                             f"were for {','.join(model.tasks)}: go on from them by train.py --init")
+        require(model, needed, f"{task} of images")
         if task == "longtail" and rank_and_world()[1] > 1:
             raise ValueError("longtail trains in one process: start it with python, not torchrun")
 
@@ -777,7 +770,10 @@ def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict
                in_turn(lambda: Inception(model.device)))
     if args.features and ("alignment" not in network.tasks or network.config.image_size != size):
         raise ValueError(f"--features {args.features}: expected a model that reads pictures of {size} px")
-    return fid(model, source, network, reading, args.n or 30_000, args.out and Path(args.out), **drawing)
+    n, is_cuda = min(args.n or 30_000, len(source)), model.device.type == "cuda"
+    if args.compile or args.compile is None and is_cuda and n >= 5000:
+        models.wrap_blocks(model)
+    return fid(model, source, network, reading, n, args.out and Path(args.out), **drawing)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:

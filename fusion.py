@@ -28,12 +28,8 @@ class FusionConfig:
     head_width: int = 64           # of a head in those M blocks
 
     def __post_init__(self) -> None:
-        if self.align_blocks < 0:
-            raise ValueError(f"align_blocks is {self.align_blocks}, expected 0 or more")
         if not self.fusion and not (self.shared_attention and self.own_ffn and self.align_blocks):
             raise ValueError("without fusion it is the align_blocks that read, and nothing else is to change")
-        if self.query_width % self.head_width:
-            raise ValueError(f"query_width {self.query_width} is no multiple of head_width {self.head_width}")
 
 
 class Attention(nn.Module):

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -526,9 +527,11 @@ class Clip(nn.Module):
         return None, self.encode_tokens(self.tokenizer(captions).to(self.device))
 
 
-def wrap_blocks(network: nn.Module, wrapper: Callable[[Callable], Callable]) -> None:
-    """Every block's forward becomes wrapper(forward), which compiles it or computes its inside again in the
-    backward pass. Block by block: the whole of sd-v1 was not compiled in five minutes."""
+def wrap_blocks(network: nn.Module, wrapper: Callable[[Callable], Callable] | None = None) -> None:
+    """Every block's forward becomes wrapper(forward), without one compiled. Block by block: the whole of
+    sd-v1 was not compiled in five minutes."""
+    torch._dynamo.config.recompile_limit = 100         # sd-v1's residual blocks have 14 shapes
+    wrapper = wrapper or partial(torch.compile, dynamic=False)
     for block in network.modules():
         if isinstance(block, (ResBlock, SpatialTransformer, ClipLayer)):
             block.forward = wrapper(block.forward)
@@ -618,7 +621,7 @@ def obey(path: Path, said: dict) -> Config:
     words = [(path, word[1], value) for key, value in said.items()
              if (word := re.match(r"(?:modelspec\.|ss_)(\w+)", str(key)))]
     files = [path / f"{p}config.json" for p in ("scheduler/scheduler_", "vae/", "unet/", "text_encoder/")]
-    for file in filter(Path.is_file, files if path.is_dir() else [path.with_suffix(".yaml")]):
+    for file in filter(Path.is_file, files if path.is_dir() else map(path.with_suffix, (".yaml", ".yml"))):
         with reading(file):
             text, is_json = file.read_text("utf-8-sig"), file.suffix == ".json"
             words += [(file, *word) for word in (json.loads(text).items() if is_json else re.findall(
@@ -692,9 +695,11 @@ def read_torch(path: Path) -> dict:
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
     """A .safetensors file or torch.save's -> its tensors by name, what else it says. Raises ValueError."""
     with reading(path), path.open("rb") as file:
-        if re.match(rb"version https://git-lfs|\s*<(!doctype|html|\?xml)", file.read(64), re.IGNORECASE):
+        start = file.read(64)
+        if re.match(rb"version https://git-lfs|\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
             raise ValueError(f"{path} is a git-lfs pointer (run `git lfs pull`) or a web page: fetch it")
-        tensors, said = read_safetensors(path) if path.suffix == ".safetensors" else (read_torch(path),) * 2
+        is_safe = path.suffix == ".safetensors" or start[8:9] == b"{"           # or renamed
+        tensors, said = read_safetensors(path) if is_safe else (read_torch(path),) * 2
         for _ in range(2):                         # programs nest it
             tensors = tensors.get("state_dict", tensors)
         return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}, said

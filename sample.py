@@ -199,6 +199,7 @@ def within(kind: type, least: float, most: float) -> Callable[[str], float]:
 
 positive, natural = within(int, 1, 2 ** 63 - 1), within(int, 0, 2 ** 63 - 1)
 finite, weight, share = within(float, -1e38, 1e38), within(float, 0, 1e38), within(float, 0, 1)
+SWITCH = {"action": argparse.BooleanOptionalAction}
 
 
 def pick_device(name: str) -> torch.device:
@@ -221,6 +222,13 @@ def find_checkpoint(given: str | None, otherwise: str | None = None) -> str | Pa
     if not given:
         print(f"checkpoint: {path} (no --ckpt given; checkpoints in runs/: {len(runs)})")
     return path
+
+
+def require(model: DiffDis | Clip, tasks: list[str], what: str) -> None:
+    """Raises ValueError where a model was not trained for these tasks; what: for the message."""
+    if not set(tasks) <= set(model.tasks):
+        raise ValueError(f"{what}: this needs weights trained with --tasks {','.join(tasks)}, these were for "
+                         f"{','.join(model.tasks)} only: give another --ckpt, or train on by train.py --init")
 
 
 def target(flag: str, name: str, suffix: str = "") -> Path:
@@ -253,28 +261,31 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.image and (files := [text for text in args.prompts if os.path.isfile(text)]):
         parser.error(f"{files[0]} is a file, not a text: put --image before each picture")
+    drawing = "sampler steps guidance_scale negative n best_of size out".split()
+    if args.image and (idle := [name for name in drawing if getattr(args, name) != parser.get_default(name)]):
+        parser.error(f"{idle[0].replace('_', '-')} is for drawing, and --image reads: leave one out")
     return args
 
 
-def draw_all(model: DiffDis, prompts: list[str], seed: int, n: int, best: int, size: tuple[int, int],
+def draw_all(model: DiffDis, prompts: list[str], seeds: list[int], best: int = 1, size: tuple | None = None,
              **settings) -> tuple[Tensor, list[dict]]:
-    """n images per prompt, each the one of `best` that the model itself reads its prompt from best; size,
-    settings: as `draw_images` -> images [P·n, 3, H, W], a note (prompt, seed, similarity) on each."""
-    notes = [{"prompt": prompt, "seed": seed + k} for prompt in prompts for k in range(n * best)]
-    at_once = min(64, max(1, 2 ** 20 // (size[0] * size[1])))           # 4 of 512 px
-    progress, drawn, cosines = partial(tqdm, unit="step", disable=None), [], []
-    for i in range(0, len(notes), at_once):
-        texts, seeds = map(list, zip(*(note.values() for note in notes[i:i + at_once])))
-        drawn.append(draw_images(model, texts, seeds, size=size, progress=progress, **settings))
+    """As `draw_images`, any number, in batches; of each `best` in a row the one from which the model itself
+    reads its prompt best -> images [B / best, 3, H, W], a note (prompt, seed, similarity) on each."""
+    height, width = size = size or (model.config.image_size,) * 2
+    at_once, drawn, cosines = min(64, max(1, 2 ** 20 // (height * width))), [], []          # 4 of 512 px
+    for i in range(0, len(prompts), at_once):
+        texts, own_seeds = prompts[i:i + at_once], seeds[i:i + at_once]
+        progress = partial(tqdm, unit="step", disable=None, leave=False)
+        drawn.append(draw_images(model, texts, own_seeds, size=size, progress=progress, **settings))
         if best > 1:
             places = [(i + j) % best for j in range(len(texts))]
-            own = score(model, drawn[-1], texts, draws=4, seed=seed, indices=places).diagonal()
+            own = score(model, drawn[-1], texts, draws=4, seed=seeds[0], indices=places).diagonal()
             cosines += own.tolist()
-    images = torch.cat(drawn)
+    notes = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds)]
     if best == 1:
-        return images, notes
+        return torch.cat(drawn), notes
     chosen = [max(range(i, i + best), key=cosines.__getitem__) for i in range(0, len(notes), best)]
-    return images[chosen], [notes[i] | {"similarity": round(cosines[i], 3)} for i in chosen]
+    return torch.cat(drawn)[chosen], [notes[i] | {"similarity": round(cosines[i], 3)} for i in chosen]
 
 
 def draw(model: DiffDis, args: argparse.Namespace, path: Path) -> list[dict]:
@@ -282,8 +293,9 @@ def draw(model: DiffDis, args: argparse.Namespace, path: Path) -> list[dict]:
     scale = model.config.guidance_scale if args.guidance_scale is None else args.guidance_scale
     settings = dict(sampler=args.sampler, steps=args.steps, guidance_scale=scale, negative=args.negative)
     width, height = args.size or (model.config.image_size,) * 2
-    images, notes = draw_all(model, args.prompts, args.seed, args.n, args.best_of, (height, width),
-                             **settings)
+    each = range(args.n * args.best_of)
+    prompts, seeds = zip(*[(prompt, args.seed + k) for prompt in args.prompts for k in each])
+    images, notes = draw_all(model, [*prompts], [*seeds], args.best_of, (height, width), **settings)
     picture = make_grid(images, args.n, max(1, 256 // width), gap=2 if len(images) > 1 else 0)
     text = PngImagePlugin.PngInfo()
     for name, value in {
@@ -325,10 +337,8 @@ def main(argv: list[str] | None = None) -> None:
     device, path = pick_device(args.device), models.locate(find_checkpoint(args.ckpt, otherwise="sd-v1-5"))
     model = models.load(path, device, precision=args.precision)
     model.to(memory_format=torch.channels_last)       # float32, 512 px, CPU: a tenth faster
-    for task in ["generation"] * (not args.image) + ["alignment"] * (bool(args.image) or args.best_of > 1):
-        if task not in model.tasks:
-            raise ValueError(f"{path} was trained for {model.tasks[0]} only, and this needs {task}: give "
-                             "another --ckpt, or train this one for both by train.py --init (not a CLIP)")
+    reads = bool(args.image) or args.best_of > 1
+    require(model, ["generation"] * (not args.image) + ["alignment"] * reads, str(path))
     for text in args.prompts if model.data == "shapes" else ():
         if not CAPTION.fullmatch(clean(text)):
             print(f"warning: {text!r} is not in the grammar of 'a red circle above a small blue square', all "

@@ -40,10 +40,9 @@ from diffusion import (SCHEDULES, TARGETS, alignment_loss, generation_loss, gene
 from evaluate import (Reading, checker, denoising_errors, everybody, in_turn, join_ranks, over_images,
                       rank_and_world, report, retrieval, zeroshot)
 from model import CLIPS, PRESETS, Clip, ClipConfig, Config, DiffDis, TextConfig, is_new
-from sample import (Parser, draw_all, errors_in_one_line, make_grid, natural, pick_device, positive, share,
-                    weight, within)
+from sample import (SWITCH, Parser, draw_all, errors_in_one_line, make_grid, natural, pick_device, positive,
+                    share, weight, within)
 
-torch._dynamo.config.recompile_limit = 100         # sd-v1's residual blocks have 14 shapes
 TASKS = ("generation", "alignment")
 # What training starts from where no flag says otherwise. sd-v1: the paper's run on CC3M; a CLIP's rate, decay
 # and 20 epochs are those of the paper's appendix. Weights of --init learn at lr / slower.
@@ -66,7 +65,6 @@ LOG_EVERY = 10             # steps between lines of log.jsonl, and of progress
 # ---------------------------------------------------------------- flags
 N, WHOLE, X, SHARE = ({"type": kind, "metavar": name} for kind, name in (
     (positive, "N"), (natural, "N"), (weight, "X"), (share, "SHARE")))
-SWITCH = {"action": argparse.BooleanOptionalAction}
 # Without a default a flag that is not given is None, until `settle` knows from what training starts.
 FLAGS = {"the run": (
     ("data", {"default": "shapes"}, "shapes, cc3m, or a folder, tar, list or table as in the README"),
@@ -473,7 +471,7 @@ class Trainer:
         loss = (ClipLoss(self.model, bf16) if isinstance(self.model, Clip)
                 else JointLoss(self.model, args.tasks, args.p_drop_image, bf16)).to(self.device)
         if args.compile:
-            models.wrap_blocks(self.model, partial(torch.compile, dynamic=False))
+            models.wrap_blocks(self.model)
         if args.recompute:
             models.wrap_blocks(self.model.unet, lambda run: partial(recompute, run, use_reentrant=False))
         # The buffers never change, and gradients need no second copy beside the buckets they are sent in.
@@ -625,8 +623,7 @@ class Trainer:
             scores["val_denoising_error"] = round(errors.values.mean().item(), 6)
             if self.rank == 0:       # always of the same prompts, from the same noise
                 prompts = [captions[0] for captions in usable_captions(self.val, 32)]
-                side = self.model.config.image_size
-                images, _ = draw_all(self.model, prompts, 0, 1, 1, (side, side), steps=25)
+                images, _ = draw_all(self.model, prompts, [0] * len(prompts), steps=25)
                 path = self.folder / "samples" / f"step_{self.step:06d}.png"
                 make_grid(images, columns=8, scale=max(1, 96 // images.shape[3])).save(path)
         self.averages.swap()
@@ -683,8 +680,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(parse_args(argv))
     finally:
-        # DDP holds on to the process group, and a thread of it that still cleans up while Python ends would
-        # abort the process: let both go first.
+        # DDP holds on to the process group, whose thread, if Python ended first, would abort the process.
         gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -164,7 +163,7 @@ def speed(args: argparse.Namespace) -> dict:
             networks[is_clip] = Steps(args, args.device, is_clip)
             networks[is_clip].model.to(memory_format=torch.channels_last)
             if args.compile:                                 # as train.py has it, too
-                wrap_blocks(networks[is_clip].model, partial(torch.compile, dynamic=False))
+                wrap_blocks(networks[is_clip].model)
         torch.cuda.reset_peak_memory_stats() if cuda else None
         step = networks[is_clip].make_step(kind)
         seconds[kind] += in_turns({kind: step}, args.rounds, args.warm_up, args.device).values()

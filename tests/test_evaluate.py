@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import evaluate
 import model as models
+import sample
 from data import BadSample, Shapes, Source, evenly_spaced, fill
 from diffusion import generator_of, make_alphas_cumprod
 from evaluate import Reading, ranks_of_best_match, score, wilson
@@ -226,13 +227,13 @@ def test_the_checker_judges_the_models_own_favourite(base, monkeypatch) -> None:
     """Of two pictures the second is right, and the one that the model chooses."""
     val = Shapes("val")
     right = [torch.from_numpy(np.array(val.read(i).image)).permute(2, 0, 1) / 127.5 - 1 for i in range(3)]
-    monkeypatch.setattr(evaluate, "draw_images", lambda model, prompts, seeds, *_, **__: torch.stack(
+    monkeypatch.setattr(sample, "draw_images", lambda model, prompts, seeds, *_, **__: torch.stack(
         [right[seed // 2] if seed % 2 else torch.zeros(3, 32, 32) for seed in seeds]))
     seen = []
-    monkeypatch.setattr(evaluate, "score", lambda model, images, texts, draws, seed, indices:
+    monkeypatch.setattr(sample, "score", lambda model, images, texts, draws, seed, indices:
                         seen.append((texts, indices)) or torch.tensor([0.1, 0.2] * 3).diag())
     found = evaluate.checker(base, n=3, steps=2, best_of=2)
-    assert found["all"] == 1.0 and found["all_single"] == 0.0 and found["n"] == 3
+    assert found["all"] == 1.0 and found["n"] == 3
     assert seen == [([val.captions(i)[0] for i in range(3) for _ in range(2)], [0, 1] * 3)]
 
 
@@ -283,7 +284,7 @@ def test_command_line_writes_what_the_contract_names(base, tmp_path, capsys) -> 
     assert {**alone, "settings": 0} == {**results["retrieval"], "settings": 0}, "several are each task alone"
     for task, n, names in (("retrieval", 48, "i2t_r1 i2t_r5 i2t_r10 t2i_r1 t2i_r5 t2i_r10"),
                            ("zeroshot", 48, "top1 top5 mean_per_class"),
-                           ("checker", 4, "colour shape size relation all all_single")):
+                           ("checker", 4, "colour shape size relation all")):
         result = results.pop(task)
         assert result["task"] == task and result["n"] == n and result["seed"] == 0 and result["chance"] >= 0
         assert result["checkpoint"] == str(tmp_path / "c.pt") and result["settings"]["text_steps"] == 1

@@ -170,9 +170,12 @@ def result_of(*flags: str) -> dict:
 
 def test_the_command_equals_its_parts_done_slowly(drawer, monkeypatch, capsys) -> None:
     """Compared are the text queries which a checkpoint reads from the pictures."""
-    monkeypatch.setattr(evaluate, "time", SimpleNamespace(monotonic=iter([3.0, 11.0]).__next__))
-    found = result_of("retrieval", *OWN, "--batch-size", "7", "--out", "drawn", "--seed", "5",
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(monotonic=iter([3.0, 11.0] * 2).__next__))
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: compiled.append(forward) or forward)
+    found = result_of("retrieval", *OWN, "--batch-size", "7", "--out", "drawn", "--seed", "5", "--compile",
                       "--control", "no-image")["fid"]        # which is for retrieval alone
+    assert len(compiled) > 10
     assert found["n"] == found["n_reference"] == 40 and found["features"] == "DiffDis"
     model, source, queries = models.load("c.pt"), data.open_source("refs"), []
     drawn = [np.asarray(to_pil(sample.draw_images(model, source.captions(i)[:1], [5 + i], steps=2)[0]))
@@ -188,6 +191,13 @@ def test_the_command_equals_its_parts_done_slowly(drawer, monkeypatch, capsys) -
     assert abs(np.asarray(Image.open("drawn/000011.png"), int) - drawn[11]).max() <= 1
     assert len(list(Path("drawn").iterdir())) == 40 and found["images_per_s"] == 5.0
     assert "fid" in capsys.readouterr().out
+    number = len(compiled)
+    Path("drawn/000003.png").unlink()
+    Path("drawn/000003.png").mkdir()
+    with pytest.raises(SystemExit):
+        result_of(*OWN, "--batch-size", "7", "--out", "drawn")
+    assert "000003.png" in capsys.readouterr().err, "what goes wrong beside the drawing is no less an error"
+    assert len(compiled) == number, "not compiled where nobody asked"
 
 
 def test_damaged_pictures_are_said_and_too_many_refused(drawer, capsys) -> None:

@@ -133,12 +133,12 @@ def test_best_of_keeps_the_highest_similarity(base, monkeypatch) -> None:
     monkeypatch.setattr(sample, "draw_queries", lambda model, latents, indices, *_: read[indices])
     similarities = score(base, torch.zeros(4, 3, 32, 32), ["a red circle", "a white cross"])
     assert similarities.argmax(dim=0).tolist() == [2, 0] and similarities.shape == (4, 2)
-    images, notes = sample.draw_all(base, ["a red circle", "a blue square"], 7, n=1, best=4,
-                                   size=(32, 32), steps=2)
+    prompts = ["a red circle"] * 4 + ["a blue square"] * 4
+    images, notes = sample.draw_all(base, prompts, [7, 8, 9, 10] * 2, best=4, steps=2)
     assert [note["seed"] for note in notes] == [9, 8]
     indices = []
     monkeypatch.setattr(sample, "draw_queries", lambda model, latents, k, *_: indices.extend(k) or read[k])
-    sample.draw_all(base, ["a red circle"] * 22, 0, n=1, best=3, size=(32, 32), steps=1)       # 64 at once
+    sample.draw_all(base, ["a red circle"] * 66, [0, 1, 2] * 22, best=3, steps=1)       # 64 at once
     assert indices == [0, 1, 2] * 22
     for image, note in zip(images, notes, strict=True):
         again = draw_images(base, [note["prompt"]], [note["seed"]], steps=2)[0]
@@ -268,8 +268,9 @@ def test_weights_that_are_not_finite_draw_nothing(tmp_path, monkeypatch, capsys)
     ("--steps 2000", "1 to 1000"), ("--device cuda", "CUDA"), ("--seed -1", "--seed"),
     ("--guidance-scale nan", "--guidance-scale"), ("--json no/where.json", "existing folder"),
     ("--image gone.png", "gone.png"), ("--image c.pt", "c.pt cannot be used: BadSample: unreadable image"),
-    ("--image c.pt c.pt", "not a text"), ("--image c.pt --ckpt draws.pt", "this needs alignment"),
-    ("--ckpt clip.pt", "this needs generation"),
+    *((f"--image x.png {flag}", "is for drawing") for flag in ("-n 2", "--best-of 4", "--out y.png")),
+    ("--image c.pt c.pt", "not a text"), ("--image c.pt --ckpt draws.pt", "--tasks alignment"),
+    ("--ckpt clip.pt", "--tasks generation"),
     ("--best-of 2 --ckpt draws.pt", "train.py --init")])
 def test_mistakes_end_in_one_line_and_status_2(base, tmp_path, monkeypatch, capsys, flags, message) -> None:
     if "cuda" in flags and torch.cuda.is_available():

@@ -237,7 +237,7 @@ def test_an_index_is_kept_and_forgotten_when_a_shard_changes(tmp_path, monkeypat
     *((".", files, "two or more class folders") for files in (
         (), ("In/cat/a.jpg", "In/dog/b.jpg"), ("cat/a.jpg", "dog.jpg"), ("Images/a.jpg", "Images/b.jpg"))),
     *((".", files, "below it " + ", ".join(sorted(Path(f).parts[0] for f in files))) for files in (
-        ("cc3m-train-0.tar", "cc3m-validation-0.tar"), ("Test0.tar", "trainval.tar"),
+        ("cc3m-train-0.tar", "cc3m-validation-0.tar"), ("Test0.tar", "trainval.tar"), ("x-val-0.tar",),
         ("cars_train/a.jpg", "cars_test/a.jpg"), ("trainA/a.jpg", "testB/a.jpg"), ("Evaluation/cat/a.jpg",),
         ("test_set/a.jpg", "Training/b.jpg"), ("train_images/0.tar", "eval-01/0.tar"))),
     *((".", ("cat/a.jpg", "dog/a.jpg", file), words) for file, words in (

@@ -74,6 +74,8 @@ def test_original_layouts(whole, tmp_path, capsys, layout: str) -> None:
     fresh = sum(map(models.is_new, whole.state_dict()))
     assert f"from random weights: {fresh}; ignored: 4" in capsys.readouterr().out
     assert all(torch.isfinite(value).all() for value in loaded.state_dict().values())
+    again = models.load((tmp_path / layout).rename(tmp_path / "renamed.pt"))
+    assert same(whole, again) and again.config == loaded.config
 
 
 def test_averages_of_an_original_file(whole, tmp_path) -> None:
@@ -273,6 +275,7 @@ YAML = "params:\n  linear_end: 0.0120\n  timesteps: 1000 # parameterization: v\n
     ("scheduler", {"num_train_timesteps": 500}, "1000"), ("scheduler", {"beta_end": 0.02}, "0.012 alone"),
     ("scheduler", {"beta_schedule": "linear"}, "scaled_linear"), ("vae", {"scaling_factor": 0.13}, "0.18215"),
     ("", YAML + "parameterization : v", ("v", 512)),
+    (".", YAML + "parameterization : v", ("v", 512)),
     ("beside", YAML + "parameterization: v", ("noise", 512)),
     ("unet", {"freq_shift": 0, "attention_head_dim": 8, "num_attention_heads": None}, ("noise", 512)),
     ("image_encoder", {"hidden_act": "gelu"}, ("noise", 512)),
@@ -280,13 +283,14 @@ YAML = "params:\n  linear_end: 0.0120\n  timesteps: 1000 # parameterization: v\n
     ("unet", {"attention_head_dim": 16}, "16.*compute 8"), ("unet", "{", "unet/config.json .*JSON"),
     ("text_encoder", {"num_attention_heads": 8}, "compute 4"), ("text_encoder", {"hidden_act": ""}, "gelu")])
 def test_what_files_say_is_obeyed_or_refused_by_name(whole, tmp_path, place, words, expected) -> None:
-    names = {"": "sd.yaml", "beside": f"../../{tmp_path.name}.yaml", "scheduler": "scheduler_config.json"}
+    names = {"": "sd.yaml", ".": "sd.yml", "beside": f"../../{tmp_path.name}.yaml",
+             "scheduler": "scheduler_config.json"}
     (tmp_path / place).mkdir(exist_ok=True)
     file = tmp_path / place / names.get(place, "config.json")
     file.parent.mkdir(exist_ok=True)
     file.write_text(words if isinstance(words, str) else json.dumps(words))
     with pytest.raises(ValueError, match=expected) if isinstance(expected, str) else nullcontext():
-        config = models.obey(tmp_path if place else tmp_path / "sd.ckpt", {})
+        config = models.obey(tmp_path if place.strip(".") else tmp_path / "sd.ckpt", {})
         assert (config.image_target, config.image_size) == expected
 
 
