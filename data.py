@@ -503,7 +503,8 @@ def open_folder(path: Path, split: str) -> Source:
     # Halves of the data are a folder called train, or cars_train beside cars_test, but no "train station".
     halves = {half[1].lower(): entry.name for entry in (*folders, *tars) if (half := HALF.search(entry.stem))}
     is_half = any(HALF.fullmatch(folder.name.rstrip("0123456789")) for folder in folders)
-    if root == path and (is_half or len(halves) > 1 or tars and halves.keys() - {split}):
+    is_half |= bool(tars) and any((half[:5] == "train") != (split == "train") for half in halves)
+    if root == path and (is_half or len(halves) > 1):
         raise ValueError(f"{path} has no folder {split}, but below it {', '.join(sorted(halves.values()))}: "
                          "name one, or put each half into a folder, train and val")
     texts = {file.with_suffix("") for file in files if file.suffix in (".txt", ".json")}
@@ -703,8 +704,7 @@ class SkipReport:
 
 
 # ---------------------------------------------------------------- shapes
-# Dark, not the mid-grey that is 0 in [-1, 1]: zeros mean "outside the picture" to a convolution, and "no
-# picture" to the alignment task. On grey, small networks took far longer to learn where things are.
+# Dark: mid-grey, 0 in [-1, 1], is what convolutions see outside a picture, and took far longer to learn.
 SIDE, BACKGROUND = 32, 32.0                 # px; red = green = blue of 255
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (240, 220, 50),
            "purple": (160, 60, 200), "white": (250, 250, 250)}

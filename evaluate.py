@@ -18,9 +18,10 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import date, timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,14 +35,13 @@ from tqdm import tqdm
 
 import model as models
 from data import (SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_batches, evenly_spaced, fill,
-                  open_source, rand_augment, text_lines, to_square, usable_captions)
+                  open_source, rand_augment, text_lines, to_square, usable_captions, write_atomically)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        signal_and_noise)
 from model import Clip, DiffDis
 from sample import (CKPT_HELP, SAMPLERS, SWITCH, Parser, all_finite, denoise_queries, draw_all, draw_images,
                     draw_queries, errors_in_one_line, find_checkpoint, finite, natural, pick_device, positive,
-                    require, share, target, to_pil, weight)
-from sample import score as score  # the one that reads
+                    require, score, share, target, to_pil, weight)          # noqa: F401  evaluate.score, too
 
 
 # ---------------------------------------------------------------- ranks
@@ -307,8 +307,7 @@ class Inception:
         for branch, depth in branches.items():
             h = x
             if branch == "_pool":
-                # The last block of the original pools by maximum, unlike the published architecture. No
-                # average is taken of the zeros that pad an edge: they would darken it.
+                # The original's last block pools by maximum. Averages leave out the zeros that pad an edge.
                 h = (F.max_pool2d(x, 3, 1, 1) if name == "Mixed_7c" else
                      F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
             for i in range(1, depth + 1):
@@ -367,23 +366,25 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
     network: what compares, by `read_queries`; n: pictures, of samples from all over the source by their first
     captions, the i-th from seed + i; out: a folder for them; drawing: options of `draw_images`.
     """
-    size, (rank, world), rows = model.config.image_size, rank_and_world(), []
+    size, (rank, world), rows = model.config.image_size, rank_and_world(), {}
     read = over_images(network, source, reading, size=size)
     chosen = evenly_spaced(source, n)
     prompts = [captions[0] for captions in usable_captions(chosen, len(chosen))]
     mine, at_once, began = range(rank, len(prompts), world), reading.batch_size, time.monotonic()
-    pool, written = ThreadPoolExecutor(), ()          # writes pictures while the next ones are drawn
+    pool, writing = ThreadPoolExecutor(), []          # of pictures, while the next ones are drawn
     for places in tqdm([mine[i:i + at_once] for i in range(0, len(mine), at_once)], "draw", unit="batch",
                        disable=None if rank == 0 else True):
+        places = [*places, *mine][:min(at_once, len(mine))]       # the last one, too: one shape to compile
         pictures = [to_pil(image) for image in draw_images(
             model, [prompts[i] for i in places], [reading.seed + i for i in places], **drawing)]
-        list(written)                                 # raises what went wrong with the last batch
-        written = pool.map(lambda i, drawn: drawn.save(out / f"{i:06d}.png"), places if out else (), pictures)
+        list(map(Future.result, writing))          # the last batch is written, or its error raised
+        writing = [pool.submit(write_atomically, out / f"{i:06d}.png", partial(picture.save, format="PNG"))
+                   for i, picture in zip(places, pictures if out else ())]
         inputs = network.read_batch(torch.from_numpy(np.stack(pictures)).to(network.device))
-        rows += zip(places, read_queries(network, inputs, list(places), reading).cpu().numpy())
-    list(written)
-    rows = sorted(sum(everybody(rows), []), key=lambda row: row[0])
-    drawn = all_finite(torch.from_numpy(np.stack([features for _, features in rows])))
+        rows |= zip(places, read_queries(network, inputs, places, reading).cpu().numpy())
+    list(map(Future.result, writing))
+    rows = dict(chain.from_iterable(own.items() for own in everybody(rows)))
+    drawn = all_finite(torch.from_numpy(np.stack([features for _, features in sorted(rows.items())])))
     count, width = min(len(drawn), len(read.values)), drawn.shape[1]
     if count < 2:
         raise ValueError(f"{count} pictures: a distance between sets needs two or more of each")
@@ -674,7 +675,6 @@ def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(b
 READS, DRAWS = ("retrieval", "zeroshot", "longtail"), ("fid", "checker")
 TASKS, OF_DATA = (*READS, *DRAWS), (*READS, "fid")
 COUNT, WHOLE = {"type": positive}, {"type": natural}
-# Flag, the tasks it is for, options, help.
 FLAGS = (
     ("ckpt", TASKS, {}, f"{CKPT_HELP}; to read images also a CLIP"),
     ("data", OF_DATA, {"default": "shapes"}, "as in train.py; longtail: a folder with two lists"),

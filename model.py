@@ -528,8 +528,7 @@ class Clip(nn.Module):
 
 
 def wrap_blocks(network: nn.Module, wrapper: Callable[[Callable], Callable] | None = None) -> None:
-    """Every block's forward becomes wrapper(forward), without one compiled. Block by block: the whole of
-    sd-v1 was not compiled in five minutes."""
+    """Every block's forward becomes wrapper(forward); without one, compiled: sd-v1 whole takes minutes."""
     torch._dynamo.config.recompile_limit = 100         # sd-v1's residual blocks have 14 shapes
     wrapper = wrapper or partial(torch.compile, dynamic=False)
     for block in network.modules():
@@ -605,7 +604,7 @@ KINDS = {
 
 def obey(path: Path, said: dict) -> Config:
     """Stable Diffusion v1 with the target that its files ask for: a folder's configurations, a file's
-    metadata, a .yaml beside it. Raises ValueError where a word of theirs is for another computation."""
+    metadata, a .yaml or .yml beside. Raises ValueError where a word is for another computation."""
     config = PRESETS["sd-v1"]
     heads, scale, steps = config.unet.heads, config.autoencoder.scale, config.timesteps
     ours = {"prediction_type": "epsilon v_prediction v", "predict_key": "epsilon v", "beta_start": "0.00085",

@@ -228,7 +228,7 @@ def require(model: DiffDis | Clip, tasks: list[str], what: str) -> None:
     """Raises ValueError where a model was not trained for these tasks; what: for the message."""
     if not set(tasks) <= set(model.tasks):
         raise ValueError(f"{what}: this needs weights trained with --tasks {','.join(tasks)}, these were for "
-                         f"{','.join(model.tasks)} only: give another --ckpt, or train on by train.py --init")
+                         f"{','.join(model.tasks)}: give others, or train a DiffDis on by train.py --init")
 
 
 def target(flag: str, name: str, suffix: str = "") -> Path:
@@ -261,30 +261,32 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.image and (files := [text for text in args.prompts if os.path.isfile(text)]):
         parser.error(f"{files[0]} is a file, not a text: put --image before each picture")
-    drawing = "sampler steps guidance_scale negative n best_of size out".split()
-    if args.image and (idle := [name for name in drawing if getattr(args, name) != parser.get_default(name)]):
-        parser.error(f"{idle[0].replace('_', '-')} is for drawing, and --image reads: leave one out")
+    for flag in "-n --best-of --out --sampler --steps --guidance-scale --negative --size".split():
+        name = flag.strip("-").replace("-", "_")
+        if args.image and getattr(args, name) != parser.get_default(name):
+            parser.error(f"{flag} is for drawing, and --image only reads: leave out one of them")
     return args
 
 
-def draw_all(model: DiffDis, prompts: list[str], seeds: list[int], best: int = 1, size: tuple | None = None,
-             **settings) -> tuple[Tensor, list[dict]]:
-    """As `draw_images`, any number, in batches; of each `best` in a row the one from which the model itself
-    reads its prompt best -> images [B / best, 3, H, W], a note (prompt, seed, similarity) on each."""
-    height, width = size = size or (model.config.image_size,) * 2
+def draw_all(model: DiffDis, prompts: list[str], seeds: list[int], best_of: int = 1,
+             size: tuple[int, int] | None = None, **settings) -> tuple[Tensor, list[dict]]:
+    """As `draw_images`, any number, in batches; of each `best_of` in a row the one that the model itself, its
+    noise from the first seed, reads best -> images [B / best_of, 3, H, W] on the CPU, a note on each."""
+    height, width = size or (model.config.image_size,) * 2
     at_once, drawn, cosines = min(64, max(1, 2 ** 20 // (height * width))), [], []          # 4 of 512 px
     for i in range(0, len(prompts), at_once):
         texts, own_seeds = prompts[i:i + at_once], seeds[i:i + at_once]
         progress = partial(tqdm, unit="step", disable=None, leave=False)
-        drawn.append(draw_images(model, texts, own_seeds, size=size, progress=progress, **settings))
-        if best > 1:
-            places = [(i + j) % best for j in range(len(texts))]
-            own = score(model, drawn[-1], texts, draws=4, seed=seeds[0], indices=places).diagonal()
+        images = draw_images(model, texts, own_seeds, size=(height, width), progress=progress, **settings)
+        drawn.append(images.cpu())
+        if best_of > 1:
+            places = [(i + j) % best_of for j in range(len(texts))]
+            own = score(model, images, texts, draws=4, seed=seeds[0], indices=places).diagonal()
             cosines += own.tolist()
     notes = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds)]
-    if best == 1:
+    if best_of == 1:
         return torch.cat(drawn), notes
-    chosen = [max(range(i, i + best), key=cosines.__getitem__) for i in range(0, len(notes), best)]
+    chosen = [max(range(i, i + best_of), key=cosines.__getitem__) for i in range(0, len(notes), best_of)]
     return torch.cat(drawn)[chosen], [notes[i] | {"similarity": round(cosines[i], 3)} for i in chosen]
 
 

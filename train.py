@@ -507,7 +507,6 @@ class Trainer:
     def parts(self, batch: Batch) -> list[Part]:
         """This rank's share of a batch as micro-batches on the device."""
         def move(values: Tensor) -> tuple[Tensor, ...]:
-            values = values.pin_memory() if self.device.type == "cuda" else values
             return values.to(self.device, non_blocking=True).split(self.args.micro_batch or len(values))
         noise = {name: move(values) for name, values in (batch.drawn or {}).items()}
         return [(images, tokens, {name: values[i] for name, values in noise.items()})

@@ -134,11 +134,11 @@ def test_best_of_keeps_the_highest_similarity(base, monkeypatch) -> None:
     similarities = score(base, torch.zeros(4, 3, 32, 32), ["a red circle", "a white cross"])
     assert similarities.argmax(dim=0).tolist() == [2, 0] and similarities.shape == (4, 2)
     prompts = ["a red circle"] * 4 + ["a blue square"] * 4
-    images, notes = sample.draw_all(base, prompts, [7, 8, 9, 10] * 2, best=4, steps=2)
+    images, notes = sample.draw_all(base, prompts, [7, 8, 9, 10] * 2, best_of=4, steps=2)
     assert [note["seed"] for note in notes] == [9, 8]
     indices = []
     monkeypatch.setattr(sample, "draw_queries", lambda model, latents, k, *_: indices.extend(k) or read[k])
-    sample.draw_all(base, ["a red circle"] * 66, [0, 1, 2] * 22, best=3, steps=1)       # 64 at once
+    sample.draw_all(base, ["a red circle"] * 66, [0, 1, 2] * 22, best_of=3, steps=1)       # 64 at once
     assert indices == [0, 1, 2] * 22
     for image, note in zip(images, notes, strict=True):
         again = draw_images(base, [note["prompt"]], [note["seed"]], steps=2)[0]
@@ -268,7 +268,9 @@ def test_weights_that_are_not_finite_draw_nothing(tmp_path, monkeypatch, capsys)
     ("--steps 2000", "1 to 1000"), ("--device cuda", "CUDA"), ("--seed -1", "--seed"),
     ("--guidance-scale nan", "--guidance-scale"), ("--json no/where.json", "existing folder"),
     ("--image gone.png", "gone.png"), ("--image c.pt", "c.pt cannot be used: BadSample: unreadable image"),
-    *((f"--image x.png {flag}", "is for drawing") for flag in ("-n 2", "--best-of 4", "--out y.png")),
+    *((f"--image x.png {flag}", "is for drawing") for flag in (
+        "-n 2", "--best-of 4", "--out y.png", "--sampler dpm++", "--steps 9", "--guidance-scale 1",
+        "--negative x", "--size 32 32")),
     ("--image c.pt c.pt", "not a text"), ("--image c.pt --ckpt draws.pt", "--tasks alignment"),
     ("--ckpt clip.pt", "--tasks generation"),
     ("--best-of 2 --ckpt draws.pt", "train.py --init")])

@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -237,7 +238,7 @@ def test_an_index_is_kept_and_forgotten_when_a_shard_changes(tmp_path, monkeypat
     *((".", files, "two or more class folders") for files in (
         (), ("In/cat/a.jpg", "In/dog/b.jpg"), ("cat/a.jpg", "dog.jpg"), ("Images/a.jpg", "Images/b.jpg"))),
     *((".", files, "below it " + ", ".join(sorted(Path(f).parts[0] for f in files))) for files in (
-        ("cc3m-train-0.tar", "cc3m-validation-0.tar"), ("Test0.tar", "trainval.tar"), ("x-val-0.tar",),
+        ("cc3m-train-0.tar", "cc3m-validation-0.tar"), ("Test0.tar", "trainval.tar"), ("x-eval-0.tar",),
         ("cars_train/a.jpg", "cars_test/a.jpg"), ("trainA/a.jpg", "testB/a.jpg"), ("Evaluation/cat/a.jpg",),
         ("test_set/a.jpg", "Training/b.jpg"), ("train_images/0.tar", "eval-01/0.tar"))),
     *((".", ("cat/a.jpg", "dog/a.jpg", file), words) for file, words in (
@@ -304,6 +305,13 @@ def test_training_never_sees_the_validation_half(tmp_path, kind: str) -> None:
         assert source.classes == ["big cat", "owl"] and source.read(1).label == 1
         assert [source.captions(i) for i in range(2)] == [["a photo of a big cat"], ["a photo of an owl"]]
     assert len(open_source(str(tmp_path / "tested"), "train")) > 0
+    if kind == "tars":
+        for name, split in (("cc3m-trainval-0", "train"), ("x-test", "val"), ("dev-1", "val"), ("0", "val")):
+            (tmp_path / name).mkdir()
+            write_tar(tmp_path / name / f"{name}.tar", captioned("a"))
+            assert len(open_source(str(tmp_path / name), split)) == 1
+            with pytest.raises(ValueError, match="but below it") if name != "0" else nullcontext():
+                open_source(str(tmp_path / name), {"train": "val", "val": "train"}[split])
     for name, split in (("tested", "val"), *itertools.product(("called", "higher"), ("train", "val"))):
         with pytest.raises(ValueError, match=f"no folder {split}, but below it"):
             open_source(str(tmp_path / name), split)
