@@ -202,6 +202,20 @@ def test_the_command_equals_its_parts_done_slowly(drawer, monkeypatch, capsys) -
     assert len(compiled) == number, "not compiled where nobody asked"
 
 
+@pytest.mark.parametrize("device, flags, expected", [
+    ("cuda", "", 1), ("cuda", "--no-compile", 0), ("cuda", "--n 4999", 0), ("cpu", "", 0),
+    ("cpu", "--compile", 1)])
+def test_thousands_are_compiled_on_cuda(drawer, monkeypatch, device: str, flags: str, expected: int) -> None:
+    calls, model = [], models.load("c.pt")
+    stands_in = SimpleNamespace(config=model.config, tasks=model.tasks, device=SimpleNamespace(type=device))
+    monkeypatch.setattr(models, "wrap_blocks", calls.append)
+    monkeypatch.setattr(models, "load", lambda *_, **__: stands_in)
+    monkeypatch.setattr(evaluate, "open_source", lambda *_: range(9000))
+    monkeypatch.setattr(evaluate, "fid", lambda *_, **__: {})
+    evaluate.run_task("fid", stands_in, evaluate.parse_args([*FID, *OWN, *flags.split()]))
+    assert calls == [stands_in] * expected
+
+
 def test_damaged_pictures_are_said_and_too_many_refused(drawer, capsys) -> None:
     for i in (3, 9):
         Path(f"refs/{i:02d}.png").write_bytes(b"no picture")

@@ -136,10 +136,11 @@ def test_best_of_keeps_the_highest_similarity(base, monkeypatch) -> None:
     prompts = ["a red circle"] * 4 + ["a blue square"] * 4
     images, notes = sample.draw_all(base, prompts, [7, 8, 9, 10] * 2, best_of=4, steps=2)
     assert [note["seed"] for note in notes] == [9, 8]
-    indices = []
-    monkeypatch.setattr(sample, "draw_queries", lambda model, latents, k, *_: indices.extend(k) or read[k])
+    indices, noise = [], set()
+    monkeypatch.setattr(sample, "draw_queries", lambda model, latents, k, *rest:
+                        indices.extend(k) or noise.add(rest[-1]) or read[k])
     sample.draw_all(base, ["a red circle"] * 66, [0, 1, 2] * 22, best_of=3, steps=1)       # 64 at once
-    assert indices == [0, 1, 2] * 22
+    assert indices == [0, 1, 2] * 22 and noise == {0}, "the first seed's, in every batch"
     for image, note in zip(images, notes, strict=True):
         again = draw_images(base, [note["prompt"]], [note["seed"]], steps=2)[0]
         assert torch.allclose(image, again, atol=1e-4), "the picture is not the one its note names"
