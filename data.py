@@ -213,7 +213,7 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- random crop, RandAugment (CLIP's training)
-# Share of the area, uniform. The paper says "random crop"; OpenCLIP takes 0.9 to 1, ImageNet's recipes 0.08.
+# Share of the area, uniform: our choice between OpenCLIP's (0.9, 1) and ImageNet's (0.08, 1).
 CROP_AREA = (0.5, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)              # width to height, log-uniform
 
@@ -648,7 +648,7 @@ class Stream:
                 causes.append(str(bad))
                 continue
             if self.augment:
-                # read() leaves twice the needed side; a crop is at its narrowest sqrt(1/2 · 3/4) = 0.61.
+                # read() leaves twice the needed side, and a crop has at least sqrt(1/2 · 3/4) = 0.61 of it.
                 rng = np.random.default_rng([self.seed, epoch, index, 1])
                 crop = random_crop(sample.image, self.image_size, rng)
                 sample = sample._replace(image=rand_augment(crop, rng))

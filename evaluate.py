@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import date, timedelta
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +40,7 @@ from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_
 from model import Clip, DiffDis
 from sample import (CKPT_HELP, SAMPLERS, SWITCH, Parser, all_finite, denoise_queries, draw_all, draw_images,
                     draw_queries, errors_in_one_line, find_checkpoint, finite, natural, pick_device, positive,
-                    require, score, share, target, to_pil, weight)          # noqa: F401  evaluate.score, too
+                    require, score, share, target, to_pil, weight)     # noqa: F401  (score is offered here)
 
 
 # ---------------------------------------------------------------- ranks
@@ -366,7 +365,7 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
     network: what compares, by `read_queries`; n: pictures, of samples from all over the source by their first
     captions, the i-th from seed + i; out: a folder for them; drawing: options of `draw_images`.
     """
-    size, (rank, world), rows = model.config.image_size, rank_and_world(), {}
+    size, (rank, world), rows = model.config.image_size, rank_and_world(), []
     read = over_images(network, source, reading, size=size)
     chosen = evenly_spaced(source, n)
     prompts = [captions[0] for captions in usable_captions(chosen, len(chosen))]
@@ -374,17 +373,18 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
     pool, writing = ThreadPoolExecutor(), []          # of pictures, while the next ones are drawn
     for places in tqdm([mine[i:i + at_once] for i in range(0, len(mine), at_once)], "draw", unit="batch",
                        disable=None if rank == 0 else True):
-        places = [*places, *mine][:min(at_once, len(mine))]       # the last one, too: one shape to compile
-        pictures = [to_pil(image) for image in draw_images(
-            model, [prompts[i] for i in places], [reading.seed + i for i in places], **drawing)]
+        # With --compile: for the last batch, which may be smaller, nothing is compiled anew.
+        with torch.compiler.set_stance("default" if len(places) == at_once else "force_eager"):
+            pictures = [to_pil(image) for image in draw_images(
+                model, [prompts[i] for i in places], [reading.seed + i for i in places], **drawing)]
         list(map(Future.result, writing))          # the last batch is written, or its error raised
         writing = [pool.submit(write_atomically, out / f"{i:06d}.png", partial(picture.save, format="PNG"))
                    for i, picture in zip(places, pictures if out else ())]
         inputs = network.read_batch(torch.from_numpy(np.stack(pictures)).to(network.device))
-        rows |= zip(places, read_queries(network, inputs, places, reading).cpu().numpy())
+        rows += zip(places, read_queries(network, inputs, list(places), reading).cpu().numpy())
     list(map(Future.result, writing))
-    rows = dict(chain.from_iterable(own.items() for own in everybody(rows)))
-    drawn = all_finite(torch.from_numpy(np.stack([features for _, features in sorted(rows.items())])))
+    rows = sorted(sum(everybody(rows), []), key=lambda row: row[0])
+    drawn = all_finite(torch.from_numpy(np.stack([features for _, features in rows])))
     count, width = min(len(drawn), len(read.values)), drawn.shape[1]
     if count < 2:
         raise ValueError(f"{count} pictures: a distance between sets needs two or more of each")

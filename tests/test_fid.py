@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,11 +172,13 @@ def result_of(*flags: str) -> dict:
 def test_the_command_equals_its_parts_done_slowly(drawer, monkeypatch, capsys) -> None:
     """Compared are the text queries which a checkpoint reads from the pictures."""
     monkeypatch.setattr(evaluate, "time", SimpleNamespace(monotonic=iter([3.0, 11.0] * 2).__next__))
-    compiled = []
+    compiled, stances = [], []
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: stances.append(stance) or nullcontext())
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic: compiled.append(forward) or forward)
     found = result_of("retrieval", *OWN, "--batch-size", "7", "--out", "drawn", "--seed", "5", "--compile",
                       "--control", "no-image")["fid"]        # which is for retrieval alone
     assert len(compiled) > 10
+    assert stances == ["default"] * 5 + ["force_eager"], "the last batch is smaller"
     assert found["n"] == found["n_reference"] == 40 and found["features"] == "DiffDis"
     model, source, queries = models.load("c.pt"), data.open_source("refs"), []
     drawn = [np.asarray(to_pil(sample.draw_images(model, source.captions(i)[:1], [5 + i], steps=2)[0]))
