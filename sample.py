@@ -291,7 +291,7 @@ def draw_all(model: DiffDis, prompts: list[str], seeds: list[int], best_of: int 
 
 
 def draw(model: DiffDis, args: argparse.Namespace, path: Path) -> list[dict]:
-    """One picture, or a grid with a row per prompt; what made it stands in the PNG's text chunks."""
+    """One picture, or a grid with a row per prompt; what made it stands in the PNG's text."""
     scale = model.config.guidance_scale if args.guidance_scale is None else args.guidance_scale
     settings = dict(sampler=args.sampler, steps=args.steps, guidance_scale=scale, negative=args.negative)
     width, height = args.size or (model.config.image_size,) * 2
@@ -299,15 +299,10 @@ def draw(model: DiffDis, args: argparse.Namespace, path: Path) -> list[dict]:
     prompts, seeds = zip(*[(prompt, args.seed + k) for prompt in args.prompts for k in each])
     images, notes = draw_all(model, [*prompts], [*seeds], args.best_of, (height, width), **settings)
     picture = make_grid(images, args.n, max(1, 256 // width), gap=2 if len(images) > 1 else 0)
-    text = PngImagePlugin.PngInfo()
-    for name, value in {
-            # The first picture's, as Stable Diffusion's programs read it back.
-            "parameters": f"{args.prompts[0]}\nNegative prompt: {args.negative}\nSteps: {args.steps}, "
-                          f"Sampler: {SAMPLERS[args.sampler][1]}, CFG scale: {scale}, "
-                          f"Seed: {notes[0]['seed']}, Size: {width}x{height}, Model: {path.stem}",
-            "prompt": " | ".join(dict.fromkeys(args.prompts)), "checkpoint": path,
-            "seeds": ", ".join(str(note["seed"]) for note in notes), **settings}.items():
-        text.add_itxt(name, str(value))
+    text = PngImagePlugin.PngInfo()      # the first picture's, as Stable Diffusion's programs read it back
+    text.add_itxt("parameters", f"{args.prompts[0]}\nNegative prompt: {args.negative}\nSteps: {args.steps}, "
+                                f"Sampler: {SAMPLERS[args.sampler][1]}, CFG scale: {scale}, "
+                                f"Seed: {notes[0]['seed']}, Size: {width}x{height}, Model: {path.stem}")
     write_atomically(Path(args.out), lambda file: picture.save(file, "PNG", pnginfo=text))
     for note in notes:
         print("  ".join(f"{name}: {value}" for name, value in note.items()))

@@ -45,17 +45,18 @@ from sample import (SWITCH, Parser, draw_all, errors_in_one_line, make_grid, nat
 
 TASKS = ("generation", "alignment")
 # What training starts from where no flag says otherwise. sd-v1: the paper's run on CC3M; a CLIP's rate, decay
-# and 20 epochs are those of the paper's appendix. Weights of --init learn at lr / slower.
-COLUMNS = ("steps", "batch_size", "lr", "slower", "lr_decay", "warmup", "beta2", "weight_decay", "ema",
-           "align_weight")
+# and 20 epochs are those of the paper's appendix. Weights of --init learn at lr / slower. Matrices take
+# Muon's steps at lr × muon; where that is 0, AdamW's, as all the rest.
+COLUMNS = ("steps", "batch_size", "lr", "muon", "slower", "lr_decay", "warmup", "beta2", "weight_decay",
+           "ema", "align_weight")
 RECIPES = {name: dict(zip(COLUMNS, values)) for name, *values in (
-    ("tiny", 2000, 32, 5e-4, 1, "cosine", 150, 0.99, 1e-2, 0.997, 0.3),
-    ("small", 50000, 256, 3e-4, 1, "cosine", 500, 0.99, 1e-2, 0.999, 0.3),
-    ("sd-v1", 60000, 1024, 1e-4, 10, "constant", 1000, 0.999, 1e-4, 0.9999, 1.0),
-    ("clip-tiny", 2000, 32, 1e-3, 100, "cosine", 150, 0.98, 0.1, 0.997, 1.0),
-    ("clip-small", 50000, 256, 1e-3, 100, "cosine", 500, 0.98, 0.1, 0.999, 1.0),
-    ("clip-vit-b32", 57000, 1024, 1e-3, 100, "cosine", 2000, 0.98, 0.1, 0.9999, 1.0),
-    ("clip-vit-l14", 57000, 1024, 1e-3, 100, "cosine", 2000, 0.98, 0.1, 0.9999, 1.0))}
+    ("tiny", 500, 64, 2e-3, 10, 1, "cosine", 30, 0.99, 1e-2, 0.985, 0.1),
+    ("small", 50000, 256, 3e-4, 0, 1, "cosine", 500, 0.99, 1e-2, 0.999, 0.3),
+    ("sd-v1", 60000, 1024, 1e-4, 0, 10, "constant", 1000, 0.999, 1e-4, 0.9999, 1.0),
+    ("clip-tiny", 2000, 32, 1e-3, 0, 100, "cosine", 150, 0.98, 0.1, 0.997, 1.0),
+    ("clip-small", 50000, 256, 1e-3, 0, 100, "cosine", 500, 0.98, 0.1, 0.999, 1.0),
+    ("clip-vit-b32", 57000, 1024, 1e-3, 0, 100, "cosine", 2000, 0.98, 0.1, 0.9999, 1.0),
+    ("clip-vit-l14", 57000, 1024, 1e-3, 0, 100, "cosine", 2000, 0.98, 0.1, 0.9999, 1.0))}
 
 P_UNCOND = 0.1             # share of captions replaced by the empty prompt, for guidance
 MAX_NORM = 1.0             # of the gradient
@@ -78,7 +79,7 @@ FLAGS = {"the run": (
     ("val", {"default": 500, **N}, "pairs held out of --data, or of its own val/"),
     ("image_size", {"type": within(int, 1, 4096), "metavar": "N"}, "px; without it the preset's"),
     ("device", {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
-    ("precision", {"choices": ("fp32", "bf16")}, "without it bf16 on CUDA, else fp32"),
+    ("precision", {"choices": ("fp32", "bf16")}, "without it bf16 where the device has it, else fp32"),
     ("compile", SWITCH, "torch.compile the networks' blocks; without it on CUDA"),
     ("workers", WHOLE, "processes per rank that read data; without it 2, for shapes 0"),
     ("max_bad", {"default": 0.05, **SHARE}, "stop when more of the samples is unusable"),
@@ -91,7 +92,7 @@ FLAGS = {"the run": (
     "optimisation": (
     ("steps", N, "gradient steps"),
     ("batch_size", N, "pairs per step, over all ranks"),
-    ("lr", X, "peak learning rate of AdamW"),
+    ("lr", X, "peak learning rate of AdamW; Muon's is in proportion"),
     ("warmup", WHOLE, "steps over which it rises"),
     ("align_weight", X, "λ, weight of the alignment loss")),
     "the method and its ablations, not for CLIP": (
@@ -155,7 +156,8 @@ def settle(args: argparse.Namespace, device: torch.device, world: int, base: Con
     foreign = [name for name in not_for_clip if is_clip and getattr(args, name) is not None]
     defaults = RECIPES[preset] | {
         "preset": preset, "tasks": "alignment" if is_clip else ",".join(TASKS), "compile": cuda,
-        "precision": "bf16" if cuda else "fp32", "workers": 0 if is_shapes else 2, "p_drop_image": 0.0,
+        "precision": "bf16" if cuda or torch.cpu._is_avx512_bf16_supported() else "fp32",
+        "workers": 0 if is_shapes else 2, "p_drop_image": 0.0,
         "augment": is_clip and not is_shapes,        # the captions of shapes are about places and colours
         "train_text_encoder": args.init is None}
     for name, value in defaults.items():
@@ -292,18 +294,51 @@ def freeze_unused(model: DiffDis | Clip, tasks: tuple[str, ...], train_text_enco
             parameter.requires_grad_(False)
 
 
+class Muon(torch.optim.AdamW):
+    """AdamW, but groups with a "momentum" take Muon's steps (Jordan 2024): along their Nesterov momentum,
+    its singular values made about 1 by five Newton–Schulz iterations, over matrices of one shape at once."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            same_shape, beta = {}, group.get("momentum")
+            for parameter in group["params"] if beta else ():
+                state, gradient = self.state[parameter], parameter.grad
+                state.setdefault("step", torch.zeros(()))          # AdamW, when it loads its state, wants one
+                momentum = state.setdefault("momentum", torch.zeros_like(gradient)).lerp_(gradient, 1 - beta)
+                update = gradient.lerp(momentum, beta).flatten(1)                         # kernels [out, rest]
+                same_shape.setdefault(update.shape, []).append((parameter, update))
+            for (rows, columns), matrices in same_shape.items():
+                x = torch.stack([update for _, update in matrices]).bfloat16()
+                x = x.mT if rows > columns else x
+                x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+                for _ in range(5):               # x <- 3.4445 x + (2.0315 a a - 4.775 a) x
+                    a = x @ x.mT
+                    x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+                x = (x.mT if rows > columns else x).float() * max(1, rows / columns) ** 0.5
+                for (parameter, _), update in zip(matrices, x):
+                    parameter.sub_(update.view_as(parameter), alpha=group["lr"])
+        groups, self.param_groups = self.param_groups, [g for g in self.param_groups if "momentum" not in g]
+        super().step()
+        self.param_groups = groups
+
+
 def make_optimizer(model: nn.Module, lr: float, beta2: float, weight_decay: float,
-                   slower: float | None = None) -> torch.optim.AdamW:
-    """AdamW over (new or pretrained) × (matrix or vector) groups; vectors and temperature are not decayed.
-    slower: by what the rate of pretrained weights is divided; None: nothing is pretrained."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+                   slower: float | None = None, muon: float = 0) -> Muon:
+    """AdamW over (pretrained or new) × (matrix or vector) groups; vectors and temperature are not decayed.
+    slower: by what the rate of pretrained weights is divided; None: nothing is pretrained.
+    muon: rate of Muon's steps / lr, for matrices and kernels but embeddings and both ends; 0: AdamW."""
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_old = slower is not None and not is_new(name)
-            groups.setdefault((is_old, parameter.dim() >= 2), []).append(parameter)
-    return torch.optim.AdamW([
-        {"params": params, "peak_lr": lr / slower if is_old else lr, "weight_decay": weight_decay * is_matrix}
-        for (is_old, is_matrix), params in groups.items()], lr=lr, betas=(0.9, beta2), fused=True)
+            is_old, is_matrix = slower is not None and not is_new(name), parameter.dim() >= 2
+            is_end = "embedding.weight" in name or name.startswith(("unet.conv_in.", "unet.conv_out."))
+            kind = is_old, is_matrix, is_matrix and muon > 0 and not is_end
+            groups.setdefault(kind, []).append(parameter)
+    return Muon([
+        {"params": params, "peak_lr": lr * (muon if is_muon else 1) / (slower if is_old else 1),
+         "weight_decay": weight_decay * is_matrix, **({"momentum": 0.95} if is_muon else {})}
+        for (is_old, is_matrix, is_muon), params in groups.items()], lr=lr, betas=(0.9, beta2), fused=True)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, decay: str) -> float:
@@ -439,7 +474,7 @@ class Trainer:
         freeze_unused(self.model, args.tasks, args.train_text_encoder)
         self.model.to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, args.lr, args.beta2, args.weight_decay,
-                                        args.slower if args.init else None)
+                                        args.slower if args.init else None, args.muon)
         self.averages = Averages(self.model, args.ema)
         self.flags = {name: list(value) if isinstance(value, tuple) else value
                       for name, value in vars(args).items() if name not in FREE_ON_RESUME}
@@ -468,6 +503,12 @@ class Trainer:
 
     def make_loss(self) -> nn.Module:
         args, bf16 = self.args, self.args.precision == "bf16"
+        if bf16 and self.device.type == "cpu":
+            # Two of torch's kernels are slower in bf16 than in fp32: of attention's backward pass ten times,
+            # of group norm three times. So attention is plain products, and norms are of float32, as on CUDA.
+            torch.backends.cuda.enable_flash_sdp(False)            # says cuda, is heeded on a CPU, too
+            for norm in (m for m in self.model.modules() if isinstance(m, nn.GroupNorm)):
+                norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         loss = (ClipLoss(self.model, bf16) if isinstance(self.model, Clip)
                 else JointLoss(self.model, args.tasks, args.p_drop_image, bf16)).to(self.device)
         if args.compile:

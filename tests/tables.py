@@ -21,8 +21,8 @@ METRICS = {"top1": ("zero-shot top-1", 100, 1, 1), "mean_r1": ("mean R@1", 100, 
            "size": ("sizes right", 100, 1, 1), "relation": ("relation right", 100, 1, 1),
            "all": ("all right", 100, 1, 1)}
 LONGTAIL = {name: (title, 100, 1, 1) for name, title in {
-    "image_acc": "stage 1: Image-Acc", "text_acc": "Text-Acc", "knn_acc": "KNN-Acc",
-    "image_acc_many": "Image-Acc, many", "image_acc_few": "Image-Acc, few", "top1": "stage 2",
+    "image_acc": "stage 1: Image-Acc", "image_acc_many": "Image-Acc, many",
+    "image_acc_few": "Image-Acc, few", "top1": "stage 2",
     "top1_many": "many", "top1_medium": "medium", "top1_few": "few", "linear": "linear layer",
     "linear_few": "linear layer, few"}.items()}
 BASE = "joint"

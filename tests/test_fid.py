@@ -200,7 +200,7 @@ def test_the_command_equals_its_parts_done_slowly(drawer, monkeypatch, capsys) -
         Path(name).mkdir()
         with pytest.raises(SystemExit):
             result_of(*OWN, "--batch-size", "7", "--out", "drawn")
-        assert name in capsys.readouterr().err, "what goes wrong beside the drawing is no less an error"
+        assert name in capsys.readouterr().err
         Path(name).rmdir()
     assert len(compiled) == number, "not compiled where nobody asked"
 

@@ -100,24 +100,6 @@ def unit(*shape: int) -> torch.Tensor:
     return F.normalize(torch.randn(*shape), dim=-1)
 
 
-def test_sentence_accuracies_equal_a_slow_reference() -> None:
-    torch.manual_seed(0)
-    owners, labels = torch.arange(24) % 4, torch.arange(30) % 4
-    centres = unit(4, 8)
-    images, texts = (F.normalize(centres[c] + 0.3 * torch.randn(len(c), 8), dim=-1) for c in (labels, owners))
-    found = evaluate.sentence_accuracies(images, labels, texts, owners, torch.tensor([101, 100, 20, 19]))
-    by_image, votes = [], []
-    for image in images:
-        order = [int(owners[j]) for j in sorted(range(24), key=lambda j: -float(image @ texts[j]))]
-        by_image.append(order[0])
-        votes.append(max(order[:5], key=lambda c: (order[:5].count(c), -order.index(c))))
-    by_text = [int(labels[max(range(30), key=lambda i: float(images[i] @ text))]) for text in texts]
-    for name, chosen, right in (("image_acc", by_image, labels), ("knn_acc", votes, labels),
-                                ("text_acc", by_text, owners)):
-        rate = np.mean(np.array(chosen) == right.numpy())
-        assert found[name] == pytest.approx(rate) and 0.3 < rate < 1, name
-
-
 def test_shots_are_the_usual_bins() -> None:
     hits, counts = torch.tensor([True, False, True, True]), torch.tensor([101, 100, 20, 19])
     found = evaluate.by_shot("top1", hits, torch.arange(4), counts)
@@ -192,7 +174,7 @@ def test_steps_are_adamws_at_a_rate_that_rises_and_falls(monkeypatch) -> None:
 # ---------------------------------------------------------------- both stages
 QUICK = ["--device", "cpu", "--workers", "0", "--epochs", "2", "--head-epochs", "3", "--batch-size", "8",
          "--lr-scale", "20"]
-RATES = ("image_acc", "text_acc", "knn", "top1")
+RATES = ("image_acc", "top1")
 
 
 @pytest.mark.parametrize("config", [None, tiny_clip_config()], ids=["diffdis", "clip"])

@@ -175,8 +175,7 @@ def test_command_line(base, tmp_path, monkeypatch, capsys) -> None:
                  "--device", "cpu"])
     said = capsys.readouterr()
     picture = Image.open(tmp_path / "sample.png")
-    assert (picture.size == (2 * 258 + 2, 2 * 258 + 2)
-            and picture.text["prompt"] == "a red circle | a dog outdoors")
+    assert picture.size == (2 * 258 + 2, 2 * 258 + 2)
     first = re.search(r"prompt: a red circle  seed: (\d)", said.out)[1]
     assert f"Seed: {first}, " in picture.text["parameters"], "of the one that was kept"
     assert said.err.count("warning") == 1 and "'a dog outdoors' is not in the grammar" in said.err
@@ -187,7 +186,6 @@ def test_command_line(base, tmp_path, monkeypatch, capsys) -> None:
         sample.main([*flags, name, *more])
     plain, negative = map(Image.open, ("plain.png", "negative.png"))
     assert plain.size == (256, 128) and plain.tobytes() != negative.tobytes()
-    assert negative.text["negative"] == "a blue square"
     assert negative.text["parameters"] == (
         "a red circle\nNegative prompt: a blue square\nSteps: 1, Sampler: DDIM, CFG scale: "
         f"{base.config.guidance_scale}, Seed: 0, Size: 64x32, Model: checkpoint")
