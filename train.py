@@ -306,7 +306,7 @@ class Muon(torch.optim.AdamW):
                 state, gradient = self.state[parameter], parameter.grad
                 state.setdefault("step", torch.zeros(()))          # AdamW, when it loads its state, wants one
                 momentum = state.setdefault("momentum", torch.zeros_like(gradient)).lerp_(gradient, 1 - beta)
-                update = gradient.lerp(momentum, beta).flatten(1)                         # kernels [out, rest]
+                update = gradient.lerp(momentum, beta).flatten(1)                        # kernels [out, rest]
                 same_shape.setdefault(update.shape, []).append((parameter, update))
             for (rows, columns), matrices in same_shape.items():
                 x = torch.stack([update for _, update in matrices]).bfloat16()
