@@ -50,7 +50,7 @@ TASKS = ("generation", "alignment")
 COLUMNS = ("steps", "batch_size", "lr", "muon", "slower", "lr_decay", "warmup", "beta2", "weight_decay",
            "ema", "align_weight")
 RECIPES = {name: dict(zip(COLUMNS, values)) for name, *values in (
-    ("tiny", 500, 64, 2e-3, 10, 1, "cosine", 30, 0.99, 1e-2, 0.985, 0.1),
+    ("tiny", 480, 64, 1.4e-3, 10, 1, "cosine", 30, 0.99, 1e-2, 0.985, 0.1),
     ("small", 50000, 256, 3e-4, 0, 1, "cosine", 500, 0.99, 1e-2, 0.999, 0.3),
     ("sd-v1", 60000, 1024, 1e-4, 0, 10, "constant", 1000, 0.999, 1e-4, 0.9999, 1.0),
     ("clip-tiny", 2000, 32, 1e-3, 0, 100, "cosine", 150, 0.98, 0.1, 0.997, 1.0),
@@ -337,7 +337,7 @@ def make_optimizer(model: nn.Module, lr: float, beta2: float, weight_decay: floa
             groups.setdefault(kind, []).append(parameter)
     return Muon([
         {"params": params, "peak_lr": lr * (muon if is_muon else 1) / (slower if is_old else 1),
-         "weight_decay": weight_decay * is_matrix, **({"momentum": 0.95} if is_muon else {})}
+         "weight_decay": weight_decay * is_matrix, **({"momentum": 0.8} if is_muon else {})}
         for (is_old, is_matrix, is_muon), params in groups.items()], lr=lr, betas=(0.9, beta2), fused=True)
 
 

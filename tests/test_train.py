@@ -455,8 +455,8 @@ def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adamw() -> None:
                 continue
             step = ((before[name] - parameter.detach()) / 1e-2).flatten(1).double()
             gradient = parameter.grad.flatten(1).double()
-            momenta[name] = 0.95 * momenta.get(name, 0) + 0.05 * gradient
-            nesterov = 0.95 * momenta[name] + 0.05 * gradient
+            momenta[name] = 0.8 * momenta.get(name, 0) + 0.2 * gradient
+            nesterov = 0.8 * momenta[name] + 0.2 * gradient
             u, s, v = torch.linalg.svd(nesterov, full_matrices=False)
             s = s / s.norm()
             for _ in range(5):
