@@ -375,8 +375,7 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
             pictures = [to_pil(image) for image in draw_images(
                 model, [prompts[i] for i in places], [reading.seed + i for i in places], **drawing)]
         for i, picture in zip(places, pictures if out else ()):
-            save = partial(picture.save, format="PNG", compress_level=1)          # four times as fast
-            write_atomically(out / f"{i:06d}.png", save)
+            write_atomically(out / f"{i:06d}.png", partial(picture.save, format="PNG", compress_level=1))
         inputs = network.read_batch(torch.from_numpy(np.stack(pictures)).to(network.device))
         rows += zip(places, read_queries(network, inputs, list(places), reading).cpu().numpy())
     rows = sorted(sum(everybody(rows), []), key=lambda row: row[0])

@@ -60,6 +60,7 @@ RECIPES = {name: dict(zip(COLUMNS, values)) for name, *values in (
 
 P_UNCOND = 0.1             # share of captions replaced by the empty prompt, for guidance
 MAX_NORM = 1.0             # of the gradient
+MOMENTUM = 0.8             # of Muon
 LOG_EVERY = 10             # steps between lines of log.jsonl, and of progress
 
 
@@ -79,7 +80,7 @@ FLAGS = {"the run": (
     ("val", {"default": 500, **N}, "pairs held out of --data, or of its own val/"),
     ("image_size", {"type": within(int, 1, 4096), "metavar": "N"}, "px; without it the preset's"),
     ("device", {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
-    ("precision", {"choices": ("fp32", "bf16")}, "without it bf16 where the device has it, else fp32"),
+    ("precision", {"choices": ("fp32", "bf16")}, "without it bf16 on CUDA, on CPUs with AVX512-BF16"),
     ("compile", SWITCH, "torch.compile the networks' blocks; without it on CUDA"),
     ("workers", WHOLE, "processes per rank that read data; without it 2, for shapes 0"),
     ("max_bad", {"default": 0.05, **SHARE}, "stop when more of the samples is unusable"),
@@ -92,7 +93,7 @@ FLAGS = {"the run": (
     "optimisation": (
     ("steps", N, "gradient steps"),
     ("batch_size", N, "pairs per step, over all ranks"),
-    ("lr", X, "peak learning rate of AdamW; Muon's is in proportion"),
+    ("lr", X, "peak learning rate of AdamW; of Muon, in tiny, ten times that"),
     ("warmup", WHOLE, "steps over which it rises"),
     ("align_weight", X, "λ, weight of the alignment loss")),
     "the method and its ablations, not for CLIP": (
@@ -297,20 +298,21 @@ def freeze_unused(model: DiffDis | Clip, tasks: tuple[str, ...], train_text_enco
 class Muon(torch.optim.AdamW):
     """AdamW, but groups with a "momentum" take Muon's steps (Jordan 2024): along their Nesterov momentum,
     its singular values made about 1 by five Newton–Schulz iterations, over matrices of one shape at once."""
+    bf16 = False               # iterate in it
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             same_shape, beta = {}, group.get("momentum")
-            for parameter in group["params"] if beta else ():
+            for parameter in [p for p in group["params"] if beta and p.grad is not None]:
                 state, gradient = self.state[parameter], parameter.grad
-                state.setdefault("step", torch.zeros(()))          # AdamW, when it loads its state, wants one
-                momentum = state.setdefault("momentum", torch.zeros_like(gradient)).lerp_(gradient, 1 - beta)
-                update = gradient.lerp(momentum, beta).flatten(1)                        # kernels [out, rest]
+                if not state:          # the step is for AdamW, which asks for it when the state is loaded
+                    state.update(momentum=torch.zeros_like(gradient), step=torch.zeros(()))
+                update = gradient.lerp(state["momentum"].lerp_(gradient, 1 - beta), beta).flatten(1)
                 same_shape.setdefault(update.shape, []).append((parameter, update))
             for (rows, columns), matrices in same_shape.items():
-                x = torch.stack([update for _, update in matrices]).bfloat16()
-                x = x.mT if rows > columns else x
+                x = torch.stack([update.bfloat16() if self.bf16 else update for _, update in matrices])
+                x = x.mT if rows > columns else x                         # the smaller product x xᵀ is enough
                 x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
                 for _ in range(5):               # x <- 3.4445 x + (2.0315 a a - 4.775 a) x
                     a = x @ x.mT
@@ -326,8 +328,8 @@ class Muon(torch.optim.AdamW):
 def make_optimizer(model: nn.Module, lr: float, beta2: float, weight_decay: float,
                    slower: float | None = None, muon: float = 0) -> Muon:
     """AdamW over (pretrained or new) × (matrix or vector) groups; vectors and temperature are not decayed.
-    slower: by what the rate of pretrained weights is divided; None: nothing is pretrained.
-    muon: rate of Muon's steps / lr, for matrices and kernels but embeddings and both ends; 0: AdamW."""
+    slower: by what the rate of pretrained weights is divided; None: nothing is pretrained. muon: rate / lr of
+    Muon's steps, of matrices and kernels [out, rest] but embeddings and the UNet's ends; 0: AdamW's."""
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -337,7 +339,7 @@ def make_optimizer(model: nn.Module, lr: float, beta2: float, weight_decay: floa
             groups.setdefault(kind, []).append(parameter)
     return Muon([
         {"params": params, "peak_lr": lr * (muon if is_muon else 1) / (slower if is_old else 1),
-         "weight_decay": weight_decay * is_matrix, **({"momentum": 0.8} if is_muon else {})}
+         "weight_decay": weight_decay * (is_matrix > is_muon), **({"momentum": MOMENTUM} if is_muon else {})}
         for (is_old, is_matrix, is_muon), params in groups.items()], lr=lr, betas=(0.9, beta2), fused=True)
 
 
@@ -475,6 +477,7 @@ class Trainer:
         self.model.to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, args.lr, args.beta2, args.weight_decay,
                                         args.slower if args.init else None, args.muon)
+        self.optimizer.bf16 = args.precision == "bf16"
         self.averages = Averages(self.model, args.ema)
         self.flags = {name: list(value) if isinstance(value, tuple) else value
                       for name, value in vars(args).items() if name not in FREE_ON_RESUME}
@@ -491,7 +494,7 @@ class Trainer:
     def restore(self, checkpoint: dict) -> None:
         """Go on where the run was saved. Raises ValueError, naming what differs, where it is not the same."""
         state = checkpoint.get("training") or {}         # none in weights alone
-        before = state.get("args", {})
+        before = {"muon": 0, **state.get("args", {})}
         differ = [f"--{name.replace('_', '-')} was {before.get(name)}, is {value}"
                   for name, value in self.flags.items() if before.get(name) != value]
         if differ:
