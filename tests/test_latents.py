@@ -39,7 +39,8 @@ def begin(tmp_path, monkeypatch):
 
 def trainer(out: str, *flags: str) -> train.Trainer:
     args = train.parse_args(["--data", "pictures", "--init", "start.pt", "--batch-size", "8", "--val", "2",
-                             "--steps", "2", "--out", out, "--device", "cpu", "--workers", "0", *flags])
+                             "--steps", "2", "--out", out, "--device", "cpu", "--workers", "0",
+                             "--precision", "fp32", *flags])
     return train.Trainer(args, 0, 1, torch.device("cpu"))
 
 
