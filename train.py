@@ -80,7 +80,7 @@ FLAGS = {"the run": (
     ("val", {"default": 500, **N}, "pairs held out of --data, or of its own val/"),
     ("image_size", {"type": within(int, 1, 4096), "metavar": "N"}, "px; without it the preset's"),
     ("device", {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
-    ("precision", {"choices": ("fp32", "bf16")}, "without it bf16 on CUDA, on CPUs with AVX512-BF16"),
+    ("precision", {"choices": ("fp32", "bf16")}, "without it bf16 on CUDA and AVX512-BF16, else fp32"),
     ("compile", SWITCH, "torch.compile the networks' blocks; without it on CUDA"),
     ("workers", WHOLE, "processes per rank that read data; without it 2, for shapes 0"),
     ("max_bad", {"default": 0.05, **SHARE}, "stop when more of the samples is unusable"),
@@ -327,7 +327,7 @@ class Muon(torch.optim.AdamW):
 
 def make_optimizer(model: nn.Module, lr: float, beta2: float, weight_decay: float,
                    slower: float | None = None, muon: float = 0) -> Muon:
-    """AdamW over (pretrained or new) × (matrix or vector) groups; vectors and temperature are not decayed.
+    """AdamW over (pretrained or new) × (matrix or vector) groups; only its matrices are decayed.
     slower: by what the rate of pretrained weights is divided; None: nothing is pretrained. muon: rate / lr of
     Muon's steps, of matrices and kernels [out, rest] but embeddings and the UNet's ends; 0: AdamW's."""
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
@@ -335,12 +335,12 @@ def make_optimizer(model: nn.Module, lr: float, beta2: float, weight_decay: floa
         if parameter.requires_grad:
             is_old, is_matrix = slower is not None and not is_new(name), parameter.dim() >= 2
             is_end = "embedding.weight" in name or name.startswith(("unet.conv_in.", "unet.conv_out."))
-            kind = is_old, is_matrix, is_matrix and muon > 0 and not is_end
-            groups.setdefault(kind, []).append(parameter)
+            is_muon = muon > 0 and is_matrix and not is_end
+            groups.setdefault((is_old, is_matrix and not is_muon, is_muon), []).append(parameter)
     return Muon([
         {"params": params, "peak_lr": lr * (muon if is_muon else 1) / (slower if is_old else 1),
-         "weight_decay": weight_decay * (is_matrix > is_muon), **({"momentum": MOMENTUM} if is_muon else {})}
-        for (is_old, is_matrix, is_muon), params in groups.items()], lr=lr, betas=(0.9, beta2), fused=True)
+         "weight_decay": weight_decay * decays, **({"momentum": MOMENTUM} if is_muon else {})}
+        for (is_old, decays, is_muon), params in groups.items()], lr=lr, betas=(0.9, beta2), fused=True)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, decay: str) -> float:
@@ -494,7 +494,7 @@ class Trainer:
     def restore(self, checkpoint: dict) -> None:
         """Go on where the run was saved. Raises ValueError, naming what differs, where it is not the same."""
         state = checkpoint.get("training") or {}         # none in weights alone
-        before = {"muon": 0, **state.get("args", {})}
+        before = {"muon": 0, **state.get("args", {})}    # there are runs from before there was Muon
         differ = [f"--{name.replace('_', '-')} was {before.get(name)}, is {value}"
                   for name, value in self.flags.items() if before.get(name) != value]
         if differ:

@@ -199,6 +199,10 @@ def test_a_clip_trains_all_of_itself_by_its_own_recipe(small, tmp_path) -> None:
     assert not args.augment, "RandAugment would make captions about colours and places untrue"
     trainer.train()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    del state["training"]["args"]["muon"]
+    torch.save(state, tmp_path / "run/checkpoint.pt")
+    assert small("--preset", "clip-tiny", "--resume").step == trainer.step, "a run from before Muon goes on"
     loaded = models.load(tmp_path / "run/checkpoint.pt")
     assert isinstance(loaded, models.Clip) and loaded.tasks == ("alignment",) and loaded.data == "shapes"
     images = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8)
@@ -357,6 +361,7 @@ def test_blocks_are_compiled_once_for_a_shape(small, monkeypatch, flags: tuple) 
 
 
 def test_bfloat16_is_for_products_only(small) -> None:
+    torch.backends.cuda.enable_flash_sdp(True)          # an earlier test may have trained in bf16
     trainer, losses, norms = small("--precision", "bf16"), {}, []
     assert trainer.optimizer.bf16 and not torch.backends.cuda.flash_sdp_enabled(), "slow on a CPU"
     randomise(trainer.model)

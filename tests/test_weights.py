@@ -379,7 +379,6 @@ def test_stable_diffusion_is_fine_tuned_resumed_and_sampled(whole, tmp_path, mon
                  "--precision", "bf16", "--best-of", "2", "--device", "cpu"])
     said = capsys.readouterr()
     assert "grammar" not in said.err, "it was trained on more than shapes"
-    text = Image.open("sample.png").text
     assert "Sampler: DPM++ 2M" in Image.open("sample.png").text["parameters"]
 
 
