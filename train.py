@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
@@ -682,22 +681,6 @@ class Trainer:
             report("checker", checker(self.model, seed=self.args.seed), "shapes")
 
 
-def plot_log(log: Path, path: Path) -> None:
-    """A run's log as a picture: losses, accuracy and held-out scores over steps, from 0 to their highest."""
-    lines = read_log(log)
-    names = [name for name in dict.fromkeys(name for line in lines for name in line)
-             if name.startswith(("loss_", "accuracy", "val_"))]
-    picture = Image.new("RGB", (480, 130 * len(names) + 1), "white")
-    pen = ImageDraw.Draw(picture)
-    for top, name in zip(range(20, 10_000, 130), names):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        last, high = lines[-1]["step"], max(value for _, value in points) or 1.0
-        pen.text((10, top - 14), f"{name}: {points[-1][1]:.4g} at step {last}, highest {high:.4g}", "black")
-        pen.rectangle((10, top, 470, top + 100), outline="#999999")
-        pen.line([(10 + 460 * step / last, top + 100 - 100 * y / high) for step, y in points], "#1f5fa8", 2)
-    picture.save(path)
-
-
 # ---------------------------------------------------------------- main
 def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
@@ -708,7 +691,6 @@ def run(args: argparse.Namespace) -> None:
         time.sleep(0.1)            # gloo's threads clean up with Python's lock, which freeing DDP would keep
         dist.destroy_process_group()
     if rank == 0:
-        plot_log(trainer.folder / "log.jsonl", trainer.folder / "log.png")
         print(f"{trainer.skips}\n{'trained' if is_done else 'stopped by a signal'} after step {trainer.step} "
               f"of {args.steps}, {time.monotonic() - started:.0f} s; wrote {trainer.folder}/checkpoint.pt")
         if is_done:

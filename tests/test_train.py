@@ -504,7 +504,9 @@ def test_the_log_tells_what_an_owner_asks(small, capsys, monkeypatch) -> None:
                 "val_denoising_error"} <= line.keys()
         assert 0 <= line["data_wait"] <= 1
     assert "step 2 of 4" in capsys.readouterr().out, "progress"
-    assert len(Image.open("run/log.png").convert("RGB").getcolors(100000)) > 2
+    curves = Path(__file__).with_name("curves.py")
+    subprocess.run([sys.executable, curves, "run", "again=run", "--out", "curves.png"], check=True)
+    assert len(Image.open("curves.png").convert("RGB").getcolors(100000)) > 2
     assert {path.name for path in Path("run/samples").iterdir()} == {"step_000002.png", "step_000004.png"}
 
 

@@ -1,0 +1,65 @@
+"""Runs' logs as one picture: held-out scores and losses over time, a line for each run.
+
+    python tests/curves.py runs/shapes-tiny                                  -> curves.png
+    python tests/curves.py "before=runs/old" "after=runs/new" --out both.png
+
+Time is that of the steps alone, without held-out scores; --steps takes steps instead.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib  # noqa: E402  (the path comes first)
+
+matplotlib.use("agg")
+from matplotlib import pyplot  # noqa: E402
+
+import model  # noqa: E402
+import train  # noqa: E402
+
+TITLES = {"val_i2t_r1": "R@1, image → text", "val_t2i_r1": "R@1, text → image", "val_top1": "zero-shot top-1",
+          "val_denoising_error": "denoising error", "loss_generation": "loss, generation",
+          "loss_alignment": "loss, alignment"}
+
+
+def read(run: Path) -> list[dict]:
+    """A run's log, with the minutes of its steps so far."""
+    lines = train.read_log(run / "log.jsonl")
+    pairs = model.read_file(run / "checkpoint.pt")[1]["training"]["args"]["batch_size"]
+    before = minutes = 0
+    for line in lines:
+        minutes += (line["step"] - before) * pairs / line["images_per_s"] / 60
+        before, line["minutes"] = line["step"], minutes
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="[LABEL=]FOLDER", help="of runs, with their log.jsonl")
+    parser.add_argument("--steps", action="store_true", help="over steps, not minutes")
+    parser.add_argument("--out", default="curves.png", help="picture to write")
+    args = parser.parse_args()
+    logs = {run.split("=")[0]: read(Path(run.split("=")[-1])) for run in args.runs}
+    names = [name for name in TITLES if any(name in line for log in logs.values() for line in log)]
+    figure, axes = pyplot.subplots(-(-len(names) // 2), 2, figsize=(9, 2.6 * -(-len(names) // 2)), squeeze=False)
+    for name, axis in zip(names, axes.flat):
+        for label, log in logs.items():
+            points = [(line["step" if args.steps else "minutes"], line[name]) for line in log if name in line]
+            if points:
+                axis.plot(*zip(*points), label=label, marker="." if name.startswith("val_") else "")
+        axis.set(title=TITLES[name], xlabel="steps" if args.steps else "minutes of steps")
+        if "loss" in name or "error" in name:
+            axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(names):]:
+        axis.remove()
+    axes[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(args.out, dpi=110)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
