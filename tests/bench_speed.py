@@ -35,7 +35,7 @@ from sample import Parser, fail, natural, pick_device, positive  # noqa: E402
 
 PEAK = 989e12            # FLOP/s of an H100 or H200, dense bf16, by its data sheet
 # Preset -> the CLIP of like size, and pairs per step.
-LIKE = {"tiny": ("clip-tiny", 32), "small": ("clip-small", 16), "sd-v1": ("clip-vit-l14", 2)}
+LIKE = {"tiny": ("clip-tiny", 64), "small": ("clip-small", 16), "sd-v1": ("clip-vit-l14", 2)}
 # Kind of step -> its tasks, and whether it starts from cached latents.
 KINDS = {"generation": (("generation",), False), "alignment": (("alignment",), False),
          "joint": (train.TASKS, False), "generation_cached": (("generation",), True),
@@ -67,7 +67,8 @@ class Steps:
 
     def __init__(self, args: argparse.Namespace, device: torch.device, is_clip: bool) -> None:
         self.args, self.device = args, device
-        self.config = config = CLIPS[LIKE[args.preset][0]] if is_clip else PRESETS[args.preset]
+        self.preset = LIKE[args.preset][0] if is_clip else args.preset
+        self.config = config = (PRESETS | CLIPS)[self.preset]
         count, size, length = args.batch_size, config.image_size, config.text.context_length
         torch.manual_seed(args.seed)
         merges = [f"{i} {i}" for i in range(config.text.vocab_size - 514)]      # no words, but as many
@@ -92,7 +93,9 @@ class Steps:
             train.freeze_unused(self.model, tasks, self.config.autoencoder.kind != "kl")  # not a pretrained T
             with torch.device(self.device):
                 loss = train.JointLoss(self.model, tasks, bf16=bf16)
-        optimizer = train.make_optimizer(self.model, 1e-4, 0.99, 0.01)
+        muon = train.RECIPES[self.preset]["muon"]
+        optimizer = train.make_optimizer(self.model, 1e-4, 0.99, 0.01, muon=muon)
+        optimizer.bf16 = bf16
         averages = train.Averages(self.model, 0.99)
 
         def step() -> None:

@@ -43,7 +43,8 @@ def main() -> None:
     args = parser.parse_args()
     logs = {run.split("=")[0]: read(Path(run.split("=")[-1])) for run in args.runs}
     names = [name for name in TITLES if any(name in line for log in logs.values() for line in log)]
-    figure, axes = pyplot.subplots(-(-len(names) // 2), 2, figsize=(9, 2.6 * -(-len(names) // 2)), squeeze=False)
+    rows = -(-len(names) // 2)
+    figure, axes = pyplot.subplots(rows, 2, figsize=(9, 2.6 * rows), squeeze=False)
     for name, axis in zip(names, axes.flat):
         for label, log in logs.items():
             points = [(line["step" if args.steps else "minutes"], line[name]) for line in log if name in line]
