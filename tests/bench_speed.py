@@ -107,7 +107,7 @@ class Steps:
         return step
 
     def flops(self, kind: str) -> float:
-        """Of one pair: forward and backward, two per multiply-add."""
+        """Of one pair, two per multiply-add: forward, backward, and its share of Muon's products."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:     # it knows no other
             self.make_step(kind)()
         return counter.get_total_flops() / self.args.batch_size
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--preset", choices=tuple(LIKE), default="tiny", help="whose networks, with random weights")
-    add("--batch-size", type=positive, help="pairs per step, 2 or more; without it 32, small 16, sd-v1 2")
+    add("--batch-size", type=positive, help="pairs per step, 2 or more; without it 64, small 16, sd-v1 2")
     add("--precision", choices=("fp32", "bf16"), help="without it bf16 on CUDA, else fp32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; without it: on CUDA")
     add("--only", nargs="+", choices=tuple(KINDS), help="time these kinds of steps and nothing else")

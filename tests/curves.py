@@ -5,7 +5,6 @@
 
 Time is that of the steps alone, without held-out scores; --steps takes steps instead.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from matplotlib import pyplot  # noqa: E402
 
 import model  # noqa: E402
 import train  # noqa: E402
+from sample import Parser, errors_in_one_line  # noqa: E402
 
 TITLES = {"val_i2t_r1": "R@1, image → text", "val_t2i_r1": "R@1, text → image", "val_top1": "zero-shot top-1",
           "val_denoising_error": "denoising error", "loss_generation": "loss, generation",
@@ -26,7 +26,8 @@ TITLES = {"val_i2t_r1": "R@1, image → text", "val_t2i_r1": "R@1, text → imag
 
 def read(run: Path) -> list[dict]:
     """A run's log, with the minutes of its steps so far."""
-    lines = train.read_log(run / "log.jsonl")
+    if not (lines := train.read_log(run / "log.jsonl")):
+        raise ValueError(f"{run} has no log.jsonl with lines: expected the folder of a run")
     pairs = model.read_file(run / "checkpoint.pt")[1]["training"]["args"]["batch_size"]
     before = minutes = 0
     for line in lines:
@@ -35,29 +36,34 @@ def read(run: Path) -> list[dict]:
     return lines
 
 
+@errors_in_one_line()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="[LABEL=]FOLDER", help="of runs, with their log.jsonl")
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="[LABEL=]FOLDER", help="of runs, as train.py writes them")
     parser.add_argument("--steps", action="store_true", help="over steps, not minutes")
     parser.add_argument("--out", default="curves.png", help="picture to write")
     args = parser.parse_args()
-    logs = {run.split("=")[0]: read(Path(run.split("=")[-1])) for run in args.runs}
+    named = [run.split("=", 1) if "=" in run and not Path(run).is_dir() else [run, run] for run in args.runs]
+    logs = {label: read(Path(path)) for label, path in named}
+    if len(logs) < len(args.runs):
+        raise ValueError("two runs have one label: give each its own, LABEL=FOLDER")
     names = [name for name in TITLES if any(name in line for log in logs.values() for line in log)]
     rows = -(-len(names) // 2)
     figure, axes = pyplot.subplots(rows, 2, figsize=(9, 2.6 * rows), squeeze=False)
     for name, axis in zip(names, axes.flat):
-        for label, log in logs.items():
+        for i, (label, log) in enumerate(logs.items()):
             points = [(line["step" if args.steps else "minutes"], line[name]) for line in log if name in line]
             if points:
-                axis.plot(*zip(*points), label=label, marker="." if name.startswith("val_") else "")
+                axis.plot(*zip(*points), f"C{i}", marker="." if name.startswith("val_") else "")
         axis.set(title=TITLES[name], xlabel="steps" if args.steps else "minutes of steps")
         if "loss" in name or "error" in name:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(names):]:
         axis.remove()
-    axes[0, 0].legend()
-    figure.tight_layout()
+    lines = [pyplot.Line2D([], [], color=f"C{i}", label=label) for i, label in enumerate(logs)]
+    figure.legend(handles=lines, loc="lower center", ncols=4)
+    figure.tight_layout(rect=(0, 0.3 / (2.6 * rows), 1, 1))
     figure.savefig(args.out, dpi=110)
     print(f"wrote {args.out}")
 
