@@ -43,8 +43,10 @@ def main() -> None:
     parser.add_argument("--steps", action="store_true", help="over steps, not minutes")
     parser.add_argument("--out", default="curves.png", help="picture to write")
     args = parser.parse_args()
-    named = [run.split("=", 1) if "=" in run and not Path(run).is_dir() else [run, run] for run in args.runs]
-    logs = {label: read(Path(path)) for label, path in named}
+    logs = {}
+    for run in args.runs:
+        label, path = run.split("=", 1) if "=" in run and not Path(run).is_dir() else (run, run)
+        logs[label] = read(Path(path))
     if len(logs) < len(args.runs):
         raise ValueError("two runs have one label: give each its own, LABEL=FOLDER")
     names = [name for name in TITLES if any(name in line for log in logs.values() for line in log)]
