@@ -203,7 +203,7 @@ def test_a_clip_trains_all_of_itself_by_its_own_recipe(small, tmp_path, monkeypa
     state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     del state["training"]["args"]["muon"]
     torch.save(state, tmp_path / "run/checkpoint.pt")
-    assert small("--preset", "clip-tiny", "--resume").step == trainer.step, "a run from before Muon, of a recipe that has none, goes on"
+    assert small("--preset", "clip-tiny", "--resume").step == trainer.step, "a run from before Muon"
     loaded = models.load(tmp_path / "run/checkpoint.pt")
     assert isinstance(loaded, models.Clip) and loaded.tasks == ("alignment",) and loaded.data == "shapes"
     images = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8)
