@@ -507,7 +507,8 @@ def test_the_log_tells_what_an_owner_asks(small, capsys, monkeypatch) -> None:
     assert "step 2 of 4" in capsys.readouterr().out, "progress"
     curves = Path(__file__).with_name("curves.py")
     subprocess.run([sys.executable, curves, "run", "again=run", "--out", "curves.png"], check=True)
-    assert len(Image.open("curves.png").convert("RGB").getcolors(100000)) > 2
+    colours = {colour: n for n, colour in Image.open("curves.png").convert("RGB").getcolors(100000)}
+    assert colours[255, 127, 14] > 500, "the second run's lines, on top of the first's"
     assert {path.name for path in Path("run/samples").iterdir()} == {"step_000002.png", "step_000004.png"}
 
 
