@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 import train  # noqa: E402
 from data import Tokenizer  # noqa: E402
 from model import CLIPS, PRESETS, Clip, DiffDis, UNet, wrap_blocks  # noqa: E402
-from sample import Parser, fail, natural, pick_device, positive  # noqa: E402
+from sample import Parser, errors_in_one_line, natural, pick_device, positive  # noqa: E402
 
 PEAK = 989e12            # FLOP/s of an H100 or H200, dense bf16, by its data sheet
 # Preset -> the CLIP of like size, and pairs per step.
@@ -152,9 +152,6 @@ def ratios(cost: dict[str, float], ending: str) -> dict[str, float]:
 def speed(args: argparse.Namespace) -> dict:
     """The paper's Table 6: joint training beside its two parts, and what either task costs after."""
     cuda, has_cached = args.device.type == "cuda", PRESETS[args.preset].autoencoder.kind == "kl"
-    if cuda:                                                 # as train.py has it
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
     kinds = args.only or [kind for kind in KINDS if has_cached or not KINDS[kind][1]]
     with FakeTensorMode():          # tensors without storage
         counting = {is_clip: Steps(args, torch.device("cpu"), is_clip) for is_clip in (False, True)}
@@ -165,7 +162,7 @@ def speed(args: argparse.Namespace) -> dict:
         if is_clip not in networks:
             networks[is_clip] = Steps(args, args.device, is_clip)
             networks[is_clip].model.to(memory_format=torch.channels_last)
-            if args.compile:                                 # as train.py has it, too
+            if args.compile:                                 # as train.py has it
                 wrap_blocks(networks[is_clip].model)
         torch.cuda.reset_peak_memory_stats() if cuda else None
         step = networks[is_clip].make_step(kind)
@@ -202,6 +199,7 @@ def print_speed(result: dict) -> None:
         print(f"  {name[:60]:<60}{ms:9.1f} ms of the joint step")
 
 
+@errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -218,25 +216,22 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     add("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args(argv)
-    try:
-        args.device = pick_device(args.device)
-        cuda, args.batch_size = args.device.type == "cuda", args.batch_size or LIKE[args.preset][1]
-        args.precision = args.precision or ("bf16" if cuda else "fp32")
-        args.compile = cuda if args.compile is None else args.compile
-        if args.batch_size < 2:
-            raise ValueError("--batch-size is 1, but the alignment loss compares pairs: 2 or more")
-        result = {"task": "speed", "preset": args.preset, "precision": args.precision,
-                  "compile": args.compile, "seed": args.seed, "date": date.today().isoformat(),
-                  "torch": torch.__version__, "threads": torch.get_num_threads(),
-                  "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-                  "command": " ".join(["python tests/bench_speed.py", *(argv or sys.argv[1:])])}
-        print(*(f"{name}: {value}" for name, value in result.items()), sep=", ")
-        result |= speed(args)
-        print_speed(result)
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        fail(error)
+    args.device = pick_device(args.device)
+    cuda, args.batch_size = args.device.type == "cuda", args.batch_size or LIKE[args.preset][1]
+    args.precision = args.precision or ("bf16" if cuda else "fp32")
+    args.compile = cuda if args.compile is None else args.compile
+    if args.batch_size < 2:
+        raise ValueError("--batch-size is 1, but the alignment loss compares pairs: 2 or more")
+    result = {"task": "speed", "preset": args.preset, "precision": args.precision,
+              "compile": args.compile, "seed": args.seed, "date": date.today().isoformat(),
+              "torch": torch.__version__, "threads": torch.get_num_threads(),
+              "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+              "command": " ".join(["python tests/bench_speed.py", *(argv or sys.argv[1:])])}
+    print(*(f"{name}: {value}" for name, value in result.items()), sep=", ")
+    result |= speed(args)
+    print_speed(result)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from pathlib import Path
 import diffusers
 import torch
 from bench_speed import Steps, in_turns, memory_gib
-from conftest import diffusers_unet, diffusers_vae, draw_by_diffusers     # which also finds the project
+from conftest import diffusers_unet, diffusers_vae, draw_by_diffusers, give_weights
 
-from model import PRESETS, is_new
+from model import PRESETS
 from sample import draw_images
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
@@ -46,8 +46,7 @@ def main() -> None:
     with torch.device(device):
         theirs = diffusers_unet(config)
         vae = diffusers_vae(config) if config.autoencoder.kind == "kl" else None
-    theirs.load_state_dict({name: value for name, value in model.unet.state_dict().items()
-                            if not is_new(name)})
+    give_weights(model.unet, theirs)
     networks = [network for network in (model, theirs, vae) if network is not None]
     for network in networks:
         network.to(dtype).requires_grad_(not args.draw)

@@ -16,7 +16,7 @@ from pathlib import Path
 import diffusers
 import safetensors.torch
 import torch
-from conftest import draw_by_diffusers, randomise, write_folder
+from conftest import draw_by_diffusers, original_names, randomise, write_folder
 from transformers import CLIPTextModel
 
 import model as models
@@ -34,10 +34,7 @@ def write_layouts(folder: Path, vocabulary: str) -> None:
     model = models.DiffDis(models.PRESETS["sd-v1"], Tokenizer.from_file(vocabulary)).requires_grad_(False)
     randomise(model.unet)       # its own start puts out zeros
     write_folder(model, folder / "diffusers")
-    names = models.to_compvis(model.state_dict(), model.config)
-    tensors = {names[ours]: value for ours, value in model.state_dict().items() if not models.is_new(ours)}
-    tensors |= {name: value[:, :, None, None] for name, value in tensors.items()
-                if "attn_1." in name and value.dim() == 2}
+    tensors = original_names(model)
     torch.save({"state_dict": tensors}, folder / "sd.ckpt")
     safetensors.torch.save_file(tensors, folder / "sd.safetensors")
     (folder / "tokenizer").symlink_to((folder / "diffusers/tokenizer").resolve())

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import types
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from data import Shapes, Tokenizer  # noqa: E402  (the path comes first)
 from fusion import FusionConfig  # noqa: E402
 from model import (AutoencoderConfig, Clip, ClipConfig, Config, DiffDis, TextConfig,  # noqa: E402
-                   UNetConfig, is_new)
+                   UNetConfig, is_new, to_compvis)
 
 
 def import_oracle(name: str) -> types.ModuleType:
@@ -78,6 +79,23 @@ def build(config: Config | ClipConfig | None = None, seed: int = 0) -> DiffDis |
     config = replace(config, text=replace(config.text, vocab_size=tokenizer.vocab_size))
     network = Clip if isinstance(config, ClipConfig) else DiffDis
     return randomise(network(config, tokenizer), seed).eval()
+
+
+def error_of(capsys, main: Callable, argv: list[str], alone: bool = True) -> str:
+    """The line that a mistake ends a program in, with status 2: all that it says on stderr, or the last."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    *before, error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and error.startswith("error: ") and not (alone and before), [*before, error]
+    return error
+
+
+def original_names(model: DiffDis) -> dict[str, torch.Tensor]:
+    """Stable Diffusion's part of the model as CompVis's program names it."""
+    names = to_compvis(model.state_dict(), model.config)
+    return {names[ours]: value[:, :, None, None] if "attn_1." in names[ours] and value.dim() == 2 else value
+            for ours, value in model.state_dict().items() if not is_new(ours)}
 
 
 def put_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
@@ -152,3 +170,11 @@ def write_folder(model: DiffDis, folder: Path) -> None:
 @pytest.fixture()
 def model() -> DiffDis:
     return build()
+
+
+@pytest.fixture(scope="module")
+def base() -> DiffDis:
+    """A model of `shapes`, for tests that leave it as it is."""
+    model = build()
+    model.data = "shapes"
+    return model

@@ -15,6 +15,7 @@ from transformers import CLIPConfig
 
 import model as models
 from data import Tokenizer
+from sample import errors_in_one_line
 
 
 def convert(folder: Path, out: Path) -> None:
@@ -64,8 +65,5 @@ def convert(folder: Path, out: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    try:
+    with errors_in_one_line():
         convert(*map(Path, sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

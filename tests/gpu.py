@@ -102,7 +102,6 @@ def main() -> None:
     parser.add_argument("--preset", choices=("tiny", "small", "sd-v1"), default="sd-v1")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--minutes", type=float, default=8.5, help="after which what still runs is ended")
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each kind")
     parser.add_argument("--parts", default="scripts,steps,draw,compiled,large", help="which, with commas")
     parser.add_argument("--json", help="also write the numbers here")
     args = parser.parse_args()
@@ -110,7 +109,7 @@ def main() -> None:
         folder = Path(name)
         answers, big = Answers(args, folder), args.preset == "sd-v1"
         train = f"train.py --preset tiny --steps 4 --val 40 --out {folder}"
-        bench = f"tests/bench_speed.py --preset {args.preset} --rounds {args.rounds} --repeats 1 --warm-up 3"
+        bench = f"tests/bench_speed.py --preset {args.preset} --rounds 5 --repeats 1 --warm-up 3"
         ckpt = f"--ckpt {folder}/eager/checkpoint.pt"
         side, steps, small, middle, large = (512, 20, 32, 64, 128) if big else (32, 4, 2, 4, 8)
         answers.ask("scripts", 180, {

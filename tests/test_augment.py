@@ -10,7 +10,7 @@ from PIL import Image
 from test_sources import captions_of, take, write_tar
 
 import data
-from data import (CROP_AREA, CROP_ASPECT, OPERATIONS, open_source, rand_augment, random_crop)
+from data import CROP_AREA, CROP_ASPECT, open_source, rand_augment, random_crop
 
 SIZES = [(48, 48), (65, 40), (31, 77)]             # width, height
 
@@ -50,25 +50,8 @@ def same(a: Image.Image, b: Image.Image) -> bool:
 
 
 # ---------------------------------------------------------------- RandAugment
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_every_operation_is_torchvisions(torchvision, name: str) -> None:
-    theirs, (ours, value, has_sign) = torchvision.autoaugment._apply_op, OPERATIONS[name]
-    nearest, changed = torchvision.InterpolationMode.NEAREST, 0
-    for seed, size in enumerate(SIZES):
-        table = torchvision.RandAugment()._augmentation_space(31, size[::-1])
-        assert list(table) == list(OPERATIONS), "the same choice by number is the same operation"
-        image, (values, is_signed) = photo(size, seed), table[name]
-        assert is_signed == has_sign
-        for sign in (1, -1) if is_signed else (1,):
-            result = ours(image, sign * value)
-            strength = values[9].item() if values.ndim else 0.0
-            assert same(result, theirs(image, name, sign * strength, nearest, None)), (size, sign)
-            changed += not same(result, image)
-            assert sign == 1 or not same(result, ours(image, value)), "a lost sign would pass here"
-    assert changed or name == "Identity", "pictures that an operation leaves as they are show nothing"
-
-
 def test_rand_augment_is_torchvisions(torchvision, replay) -> None:
+    """200 operations: each kind comes eight times at least, one with a sign twice at least with either."""
     theirs = torchvision.RandAugment(2, 9, 31)
     for seed in range(100):
         image = photo(SIZES[seed % 3], seed)

@@ -1,21 +1,18 @@
 """The layouts that evaluation data sets come in: names, classes and pictures against files made here."""
-import io
 import json
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from test_sources import picture
 
 from data import open_source
 
 
 def write_image(path: Path, grey: int = 100) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = io.BytesIO()
-    Image.new("RGB", (16, 12), (grey,) * 3).save(file, "PNG")        # told by its bytes, whatever the suffix
-    path.write_bytes(file.getvalue())
+    path.write_bytes(picture((grey,) * 3, (16, 12), "PNG"))        # told by its bytes, whatever the suffix
 
 
 def greys(source) -> list[tuple[int, str | None]]:

@@ -1,12 +1,11 @@
 """Checkpoints: what is saved is what is loaded, nothing else is accepted,
 and nothing is ever half-written."""
 import copy
-import json
 import pickle
 import re
 import resource
 import signal
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +13,7 @@ from conftest import build, randomise, tiny_config
 
 import model as models
 from data import to_float
-from model import PRESETS, AutoencoderConfig, Config, TimestepEmbedding, UNet
-from sample import draw_images
+from model import AutoencoderConfig, Config, TimestepEmbedding, UNet
 
 
 def test_round_trip_is_bit_exact_and_averages_are_preferred(model, tmp_path) -> None:
@@ -41,11 +39,6 @@ def test_what_is_no_checkpoint_of_ours_is_refused_in_one_line(model, tmp_path) -
         with pytest.raises(ValueError, match=name) as error:
             models.load(tmp_path / name)
         assert "\n" not in str(error.value)
-    torch.save({"state_dict": {"x": torch.zeros(0)}}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt is another file, not DiffDis .*: it holds x"):
-        models.load(tmp_path / "other.pt")
-    with pytest.raises(FileNotFoundError, match="train.py"):
-        models.load(tmp_path / "none.pt")
 
 
 @pytest.mark.parametrize("lost, more", [("unet.conv_in.bias", "unet.strange"),
@@ -77,10 +70,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(model, tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["c.pt"], "a half-written file was left behind"
 
 
-def test_presets_are_consistent_and_survive_a_dictionary() -> None:
-    for config in PRESETS.values():
-        assert models.from_dict(Config, json.loads(json.dumps(asdict(config)))) == config
-        assert config.condition_timestep == config.timesteps
+def test_a_field_of_another_version_is_refused() -> None:
     with pytest.raises(TypeError, match="heads_of_another_version"):
         models.from_dict(Config, {"fusion": {"query_width": 4, "heads_of_another_version": 1}})
 
@@ -120,27 +110,6 @@ def test_from_scratch_every_residual_branch_starts_at_zero() -> None:
     for name, parameter in UNet(tiny_config()).named_parameters():
         if re.search(r"(conv2|proj_out|^conv_out)\.(weight|bias)$", name):
             assert not parameter.any(), name
-
-
-@torch.no_grad()
-def test_the_text_query_does_not_depend_on_padding_or_on_later_words(model) -> None:
-    tokens = model.tokenizer(["a red circle"])
-    end = int(tokens[0].argmax())
-    context, query = model.text_encoder(tokens)
-    assert torch.allclose(query.norm(dim=-1), torch.ones(1))
-    assert torch.allclose(model.text_encoder(tokens[:, :end + 1])[1], query, atol=1e-6)
-    other = tokens.clone()
-    other[0, end + 1:] = 3
-    assert torch.allclose(model.text_encoder(other)[1], query, atol=1e-6), \
-        "causal attention must hide what follows"
-
-
-def test_sizes_that_do_not_fit_are_refused(model) -> None:
-    with pytest.raises(ValueError, match="multiples of 8"):
-        model.latent_shape(44, 32)
-    assert model.latent_shape(64, 40) == (192, 8, 5)
-    image = draw_images(model, ["a red circle"], [0], steps=2, size=(64, 40))
-    assert image.shape == (1, 3, 64, 40), "half of an odd number of latents is rounded, and found again"
 
 
 def test_the_folder_of_a_run_is_its_checkpoint_and_a_flag_is_no_damage(model, tmp_path) -> None:

@@ -15,8 +15,8 @@ from conftest import ROOT
 from PIL import Image
 
 import data
-from data import (BadSample, SkipReport, Stream, TarSource, Tokenizer, decode_image, evaluation_batches,
-                  open_source, to_square, training_batches)
+from data import (BadSample, SkipReport, Stream, TarSource, Tokenizer, decode_image, open_source, to_square,
+                  training_batches)
 
 # Broken shards with a list of what a careful loader makes of them; too large to be kept here.
 HOSTILE = Path(os.environ.get("DIFFDIS_DATA", ROOT.parent / "shared" / "data")) / "hostile"
@@ -447,12 +447,3 @@ def test_too_many_bad_samples_stop() -> None:
     SkipReport(0.05, 120, Counter({"unreadable image": 6})).check()
     with pytest.raises(ValueError, match="3 no caption, 4 unreadable image"):
         SkipReport(0.05, 120, Counter({"unreadable image": 4, "no caption": 3})).check()
-
-
-def test_evaluation_sees_every_good_sample_in_order(tars) -> None:
-    batches = list(evaluation_batches(tars, 16, 10))
-    good = [n for n in range(24) if n != BAD]
-    assert [place for batch in batches for place in batch.places] == good
-    assert [captions for batch in batches for captions in batch.captions] == [
-        [f"caption {n // 12} {n % 12}"] for n in good]
-    assert sum((batch.skipped for batch in batches), Counter()) == {"empty caption": 1}
