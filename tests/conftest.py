@@ -82,7 +82,7 @@ def build(config: Config | ClipConfig | None = None, seed: int = 0) -> DiffDis |
 
 
 def error_of(capsys, main: Callable, argv: list[str], alone: bool = True) -> str:
-    """The line that a mistake ends a program in, with status 2: all that it says on stderr, or the last."""
+    """The error line in which main(argv) ends, with status 2; alone: stderr must hold nothing else."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(argv)

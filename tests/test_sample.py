@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -118,6 +119,21 @@ def test_best_of_keeps_the_highest_similarity(base, monkeypatch) -> None:
     for image, note in zip(images, notes, strict=True):
         again = draw_images(base, [note["prompt"]], [note["seed"]], steps=2)[0]
         assert torch.allclose(image, again, atol=1e-4), "the picture is not the one its note names"
+
+
+def test_a_full_disk_leaves_the_old_picture(base, tmp_path, monkeypatch, capsys) -> None:
+    models.save(tmp_path / "c.pt", base)
+    (tmp_path / "keep.png").write_bytes(b"precious")
+
+    def save(self, file, *_, **__):
+        with open(file, "wb") if isinstance(file, str | os.PathLike) else nullcontext(file) as opened:
+            opened.write(b"half of it")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", save)
+    argv = ["a red circle", "--ckpt", str(tmp_path / "c.pt"), "--steps", "1", "--device", "cpu"]
+    assert "No space" in error_of(capsys, sample.main, [*argv, "--out", str(tmp_path / "keep.png")])
+    assert (tmp_path / "keep.png").read_bytes() == b"precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pt", "keep.png"]
 
 
 def test_grid_places_every_picture() -> None:
