@@ -4,13 +4,11 @@ import sys
 from functools import partial
 
 import conftest
-import torch
 
 import evaluate
 import model
 import train
 
-torch.set_num_threads(1)
 model.PRESETS["tiny"] = conftest.tiny_config()
 model.CLIPS["clip-tiny"] = conftest.tiny_clip_config()
 train.LOG_EVERY = 1

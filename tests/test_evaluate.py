@@ -350,7 +350,7 @@ def measure(rank: int, world: int, folder: Path) -> None:
 
 def test_any_number_of_ranks_gives_the_same_scores(tmp_path) -> None:
     for world in (1, 2, 3):
-        torch.multiprocessing.spawn(measure, (world, tmp_path), world)
+        torch.multiprocessing.start_processes(measure, (world, tmp_path), world, start_method="fork")
     alone, two, three = (json.loads((tmp_path / f"{world}.json").read_text()) for world in (1, 2, 3))
     assert alone == two == three
     assert alone[0]["n"] == 21 and alone[0]["skipped"]["skipped"] == {"unreadable image": 2}

@@ -30,8 +30,9 @@ from diffusion import make_alphas_cumprod
 from fusion import SpatialTransformer
 from model import ClipLayer, ResBlock, UNetConfig
 
-SMALL = ["--batch-size", "8", "--val", "8", "--device", "cpu"]
+SMALL = ["--batch-size", "8", "--val", "8", "--device", "cpu", "--eval-every", "1000"]
 SMALL_RUN = str(Path(__file__).with_name("small_run.py"))
+CLIP = ["--preset", "clip-tiny", "--augment"]
 TIMEOUT = 300             # seconds without a new line in the log: it hangs
 
 
@@ -40,11 +41,10 @@ def launch(ranks: int, folder: Path, *flags) -> subprocess.Popen:
     """A run, of several ranks under torchrun; what it says goes to a file beside its folder."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1",
                 "--nproc_per_node", str(ranks), "--max-restarts", "9"] if ranks > 1 else []
-    command = [sys.executable, *torchrun, SMALL_RUN, "--device", "cpu", "--val", "8", "--batch-size", "16",
-               "--out", str(folder), *flags]
+    command = [sys.executable, *torchrun, SMALL_RUN, *SMALL, "--out", str(folder), *flags]
     with folder.with_suffix(".said").open("a") as said:
         return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+                                env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
 
 
 def ranks_of(job: subprocess.Popen) -> list[int]:
@@ -94,60 +94,6 @@ def assert_same(run: Path, other: Path) -> None:
     assert not [name for name, value in ours.items() if value != expected[name]]
 
 
-@pytest.mark.parametrize("ranks", [1, 3])          # three: what more than two sum up rounds by its layout
-def test_killed_at_any_step_and_resumed_is_never_stopped(tmp_path, ranks: int) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = ["--steps", "30", "--save-every", "4", "--batch-size", "12"]
-    said = finish(launch(ranks, whole, *flags), whole)
-    assert said.index("retrieval on shapes") < said.index("checker on shapes"), "scores are the last word"
-
-    job = launch(ranks, killed, *flags)
-    finish(job, killed, lines=random.randint(5, 25))          # a new step every time: any will do
-    os.kill(ranks_of(job)[-1], signal.SIGKILL)
-    if ranks == 1:                     # there is no torchrun to start it again
-        job.wait()
-        job = launch(1, killed, *flags, "--resume")
-    begun = re.findall(r"step: (\d+) of 30", finish(job, killed))
-    assert len(begun) == 2 and 4 <= int(begun[1]) < 30, "it was to be killed on the way, and to go on"
-    assert_same(killed, whole)
-    losses = [line["loss"] for line in log_of(whole)]
-    assert sum(losses[-5:]) < sum(losses[:5]), "a few steps must already help"
-
-
-@pytest.mark.parametrize("flags, others, ranks", [
-    ([], [], 2), ([], ["--micro-batch", "2"], 2), ([], ["--micro-batch", "4"], 1),
-    (["--preset", "clip-tiny", "--augment"], ["--micro-batch", "4"], 2)], ids=str)
-def test_ranks_and_micro_batches_change_nothing(tmp_path, flags: list, others: list, ranks: int) -> None:
-    """Random crops and RandAugment included."""
-    whole, shared = tmp_path / "whole", tmp_path / "shared"
-    flags += ["--steps", "6", "--precision", "fp32"]
-    finish(launch(1, whole, *flags), whole)
-    finish(launch(ranks, shared, *flags, *others), shared)
-    for a, b in zip(log_of(whole), log_of(shared), strict=True):
-        for name in {"loss", "loss_generation", "loss_alignment", "accuracy", "logit_scale"} & a.keys():
-            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), f"step {a['step']}: {name}"
-        # Of the first step to 1e-5; later Adam, which divides by small numbers, has amplified the rounding.
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5 if a["step"] == 1 else 1e-3)
-
-
-@pytest.mark.parametrize("flags, ranks, number", [
-    (["--workers", "1"], 1, signal.SIGINT), ([], 2, signal.SIGTERM),
-    (["--preset", "clip-tiny", "--augment"], 1, signal.SIGTERM)], ids=str)
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, flags: list, ranks: int, number: int) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    flags = [*flags, "--steps", "40", "--save-every", "1000", "--eval-every", "40"]
-    finish(launch(ranks, whole, *flags), whole)
-    job = launch(ranks, stopped, *flags)
-    finish(job, stopped, lines=5)
-    os.kill(ranks_of(job)[-1], number)            # one rank is enough: they agree
-    said, step = finish(job, stopped), log_of(stopped)[-1]["step"]
-    assert step < 40 and f"after step {step} of 40" in said and "--resume" in said, said
-    assert " on shapes" not in said, "no scores of half a run"
-    finish(launch(ranks, stopped, *flags, "--resume"), stopped)
-    assert_same(stopped, whole)
-
-
-# ---------------------------------------------------------------- in this process
 @pytest.fixture()
 def small(monkeypatch, tmp_path):
     """`small(flags)` is a Trainer of the small networks, in an empty folder."""
@@ -156,10 +102,60 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setitem(models.CLIPS, "clip-tiny", tiny_clip_config())
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     monkeypatch.setattr(train, "checker", partial(evaluate.checker, n=4))
+    torch.backends.cuda.enable_flash_sdp(True)          # an earlier test may have trained in bf16
     return lambda *flags: train.Trainer(train.parse_args([*SMALL, "--steps", "2", "--out", "run", *flags]),
                                         0, 1, torch.device("cpu"))
 
 
+def run(ranks: int, folder: Path, *flags) -> None:
+    """A whole run: of one rank in this process, whose networks the fixture `small` has made small."""
+    if ranks == 1:
+        train.main([*SMALL, "--out", str(folder), *flags])
+    else:
+        finish(launch(ranks, folder, *flags), folder)
+
+
+@pytest.mark.parametrize("flags, ranks, number", [
+    (["--workers", "1"], 1, signal.SIGINT), (CLIP, 1, signal.SIGTERM),
+    ([], 3, signal.SIGTERM)], ids=str)             # three: what more than two sum up rounds by its layout
+def test_killed_or_stopped_and_resumed_is_never_stopped(small, tmp_path, flags, ranks, number) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = [*flags, "--steps", "40", "--save-every", "4", "--batch-size", "12"]
+    run(ranks, whole, *flags)
+    job = launch(ranks, stopped, *flags)
+    finish(job, stopped, lines=random.randint(5, 15))         # a new step every time: any will do
+    os.kill(ranks_of(job)[-1], signal.SIGKILL)
+    if ranks == 1:                     # there is no torchrun to start it again
+        job.wait()
+        job = launch(1, stopped, *flags, "--resume")
+    finish(job, stopped, lines=25)
+    os.kill(ranks_of(job)[-1], number)            # one rank is enough: they agree
+    said, step = finish(job, stopped), log_of(stopped)[-1]["step"]
+    begun = re.findall(r"step: (\d+) of 40", said)
+    assert len(begun) == 2 and 4 <= int(begun[1]) < 25, "it was to be killed on the way, and to go on"
+    assert step < 40 and f"after step {step} of 40" in said and "--resume" in said, said
+    assert " on shapes" not in said, "no scores of half a run"
+    run(ranks, stopped, *flags, "--resume")
+    assert_same(stopped, whole)
+    losses = [line["loss"] for line in log_of(whole)]
+    assert sum(losses[-5:]) < sum(losses[:5]), "a few steps must already help"
+
+
+@pytest.mark.parametrize("flags, micro_batch, ranks", [([], 2, 2), ([], 4, 1), (CLIP, 4, 2)], ids=str)
+def test_ranks_and_micro_batches_change_nothing(small, tmp_path, flags, micro_batch, ranks) -> None:
+    """Random crops and RandAugment included."""
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    flags = [*flags, "--steps", "6", "--batch-size", "16", "--precision", "fp32"]
+    run(1, whole, *flags)
+    run(ranks, shared, *flags, "--micro-batch", str(micro_batch))
+    for a, b in zip(log_of(whole), log_of(shared), strict=True):
+        for name in {"loss", "loss_generation", "loss_alignment", "accuracy", "logit_scale"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), f"step {a['step']}: {name}"
+        # Of the first step to 1e-5; later Adam, which divides by small numbers, has amplified the rounding.
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5 if a["step"] == 1 else 1e-3)
+
+
+# ---------------------------------------------------------------- in this process
 def fail_of(capsys, *flags: str) -> str:
     return error_of(capsys, train.main, [*SMALL, "--steps", "2", *flags], alone=False)
 
@@ -339,7 +335,6 @@ def test_blocks_are_compiled_once_for_a_shape(small, monkeypatch, flags: tuple) 
 
 
 def test_bfloat16_is_for_products_only(small) -> None:
-    torch.backends.cuda.enable_flash_sdp(True)          # an earlier test may have trained in bf16
     trainer, losses, norms = small("--precision", "bf16"), {}, []
     assert trainer.optimizer.bf16 and not torch.backends.cuda.flash_sdp_enabled(), "slow on a CPU"
     randomise(trainer.model)
@@ -481,7 +476,9 @@ def test_the_log_tells_what_an_owner_asks(small, capsys, monkeypatch) -> None:
                 "images_per_s", "data_wait", "skipped", "val_i2t_r1", "val_t2i_r1",
                 "val_denoising_error"} <= line.keys()
         assert 0 <= line["data_wait"] <= 1
-    assert "step 2 of 4" in capsys.readouterr().out, "progress"
+    said = capsys.readouterr().out
+    assert "step 2 of 4" in said, "progress"
+    assert re.findall(r"(\w+) on shapes", said) == ["retrieval", "checker"], "scores are the last word"
     curves = Path(__file__).with_name("curves.py")
     subprocess.run([sys.executable, curves, "run", "again=run", "--out", "curves.png"], check=True)
     colours = {colour: n for n, colour in Image.open("curves.png").convert("RGB").getcolors(100000)}
