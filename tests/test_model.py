@@ -23,10 +23,11 @@ def test_round_trip_is_bit_exact_and_averages_are_preferred(model, tmp_path) -> 
     assert raw.config == model.config and raw.tokenizer.merges == model.tokenizer.merges
     assert raw.data == "photos" and raw.tasks == ("generation",) and not raw.training
     assert torch.equal(raw.null_tokens, model.null_tokens), "another prompt stands for none"
+    raw, ema = raw.state_dict(), ema.state_dict()
     for name, value in model.state_dict().items():
-        assert torch.equal(value, raw.state_dict()[name]), name
+        assert torch.equal(value, raw[name]), name
         expected = torch.full_like(value, 7) if name == "unet.conv_in.bias" else value
-        assert torch.equal(expected, ema.state_dict()[name]), name
+        assert torch.equal(expected, ema[name]), name
 
 
 def test_what_is_no_checkpoint_of_ours_is_refused_in_one_line(model, tmp_path) -> None:
