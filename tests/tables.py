@@ -1,7 +1,7 @@
 """The tables of .readme/RESULTS.md from their raw results: means over seeds.
 
     python tests/tables.py tables                           of every NAME-SEED.json in a folder
-    python tests/tables.py .readme/results/longtail.jsonl   or of their lines in one file, each with its name
+    python tests/tables.py .readme/results/longtail.jsonl   or of their lines in files, each with its name
 
 A row differs from the joint run if their means are further apart than twice the standard error of their
 difference, whose standard deviation over seeds is pooled over all rows that are runs of their own; else it
@@ -26,16 +26,17 @@ LONGTAIL = {name: (title, 100, 1, 1) for name, title in {
     "top1_many": "many", "top1_medium": "medium", "top1_few": "few", "linear": "linear layer",
     "linear_few": "linear layer, few"}.items()}
 BASE = "joint"
-FIRST = (BASE, "generation", "alignment", "text-noise", "no-fusion", "shared-ffn", "own-attention", "t-0",
-         "t-999", "clip")       # rows in the order of the paper's tables; others follow by name
+FIRST = (BASE, "generation", "alignment", "clip", "text-noise", "text-linear", "no-fusion", "own-attention",
+         "shared-ffn", "t-0", "t-999")       # rows in the order of the paper's tables; others follow by name
 
 
-def read(path: Path) -> dict[str, list[dict]]:
-    """A folder of NAME-SEED.json, or a file of lines that say theirs under "file" -> row -> a dict of numbers
+def read(*paths: Path) -> dict[str, list[dict]]:
+    """Folders of NAME-SEED.json, or files of lines that say theirs under "file" -> row -> a dict of numbers
     for each seed; those of several tasks side by side."""
     rows: dict[str, list[dict]] = defaultdict(list)
-    runs = ([json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else
-            [{"file": file.stem, **json.loads(file.read_text())} for file in sorted(path.glob("*.json"))])
+    runs = [run for path in paths for run in (
+        map(json.loads, path.read_text().splitlines()) if path.is_file() else
+        [{"file": file.stem, **json.loads(file.read_text())} for file in sorted(path.glob("*.json"))])]
     for numbers in runs:
         name, _, seed = numbers["file"].rpartition("-")
         if name and seed.isdecimal():
@@ -101,4 +102,4 @@ def table(rows: dict[str, list[dict]]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(read(Path(sys.argv[1]))))
+    print(table(read(*map(Path, sys.argv[1:]))))

@@ -135,6 +135,8 @@ def test_killed_or_stopped_and_resumed_is_never_stopped(small, tmp_path, flags, 
     assert len(begun) == 2 and 4 <= int(begun[1]) < 25, "it was to be killed on the way, and to go on"
     assert step < 40 and f"after step {step} of 40" in said and "--resume" in said, said
     assert " on shapes" not in said, "no scores of half a run"
+    saved = torch.load(stopped / "checkpoint.pt", weights_only=True)["training"]["step"]
+    assert saved == step, "what was learnt since the last checkpoint is lost"
     run(ranks, stopped, *flags, "--resume")
     assert_same(stopped, whole)
     losses = [line["loss"] for line in log_of(whole)]
