@@ -102,4 +102,4 @@ def table(rows: dict[str, list[dict]]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(read(*map(Path, sys.argv[1:]))))
+    print(table(read(*map(Path, sys.argv[1:]))) if sys.argv[1:] else __doc__)

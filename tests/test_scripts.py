@@ -57,10 +57,11 @@ ROWS = {"joint": [0.40, 0.42, 0.44], "better": [0.50, 0.55, 0.54], "same": [0.41
 
 def test_verdicts_are_by_sign_and_pooled_standard_errors(tmp_path) -> None:
     for name, values in ROWS.items():
-        runs = [{"mean_r1": value, "top1": value} for value in values]
-        for seed, run in enumerate(runs or [{"fid": 0.5 + seed} for seed in range(3)]):
-            (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(run))
-    rows = tables.read(tmp_path)
+        for seed, value in enumerate(values):
+            (tmp_path / f"{name}-{seed}.json").write_text(json.dumps({"mean_r1": value, "top1": value}))
+    lines = [json.dumps({"file": f"generation-{seed}", "fid": 0.5 + seed}) for seed in range(3)]
+    (tmp_path / "drawn.jsonl").write_text("\n".join(lines))
+    rows = tables.read(tmp_path, tmp_path / "drawn.jsonl")
     column = tables.Measure(rows, "mean_r1", tables.METRICS["mean_r1"])
     measured = [values for values in ROWS.values() if values]
     assert column.deviation == pytest.approx(np.sqrt(np.mean([np.var(v, ddof=1) for v in measured])))

@@ -73,14 +73,14 @@ def test_original_layouts(whole, tmp_path, capsys, layout: str) -> None:
 
 
 def test_averages_of_an_original_file(whole, tmp_path) -> None:
-    tensors, before = original_names(whole), whole.state_dict()
+    tensors, ours = original_names(whole), whole.state_dict()
     averaged = {"model_ema." + name.removeprefix("model.").replace(".", ""): value + 1
                 for name, value in tensors.items() if name.startswith("model.")}
     averaged["model_ema.decay"] = torch.tensor(0.9)
     for file, gone in (("full.ckpt", "nothing"), ("alone.ckpt", "model.")):
         torch.save({n: v for n, v in (tensors | averaged).items() if not n.startswith(gone)}, tmp_path / file)
         for name, value in models.load(tmp_path / file).state_dict().items():
-            expected = before[name] + name.startswith("unet.")
+            expected = ours[name] + name.startswith("unet.")
             assert models.is_new(name) or torch.equal(value, expected), name
     assert same(whole, models.load(tmp_path / "full.ckpt", weights="raw"))
     with pytest.raises(ValueError, match="alone.ckpt is another file"):
@@ -120,9 +120,9 @@ def test_files_of_other_types_become_float32_or_bfloat16(whole, tmp_path, dtype:
     extra = {"x.alpha": torch.ones(3, dtype=torch.uint16), "first_stage_model.model_ema.decay": torch.ones(1)}
     safetensors.save_file(tensors | extra, tmp_path / "other.safetensors")
     full, half = (models.load(tmp_path / "other.safetensors", precision=kind) for kind in ("fp32", "bf16"))
-    before = whole.state_dict()
+    ours = whole.state_dict()
     for name, value in full.state_dict().items():
-        assert models.is_new(name) or torch.equal(value, before[name].to(dtype).float()), name
+        assert models.is_new(name) or torch.equal(value, ours[name].to(dtype).float()), name
     assert {value.dtype for part in half.children() for value in part.parameters()} == {torch.bfloat16}
     image, exact = (draw_images(model, ["a red circle"], [0], 2, size=(64, 64)) for model in (half, full))
     assert image.dtype == half.logit_scale.dtype == torch.float32 and (image - exact).abs().mean() < 0.1
