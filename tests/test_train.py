@@ -42,7 +42,7 @@ def launch(ranks: int, folder: Path, *flags) -> subprocess.Popen:
     """A run, of several ranks under torchrun; what it says goes to a file beside its folder."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1",
                 "--nproc_per_node", str(ranks), "--max-restarts", "9"] if ranks > 1 else []
-    threads = str(torch.get_num_threads() if ranks == 1 else 1)        # as many as here: sums round by it
+    threads = str(torch.get_num_threads() if ranks == 1 else 1)        # sums round by it: as in this process
     command = [sys.executable, *torchrun, SMALL_RUN, *SMALL, "--out", str(folder), *flags]
     with folder.with_suffix(".said").open("a") as said:
         return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
