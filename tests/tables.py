@@ -1,7 +1,7 @@
 """The tables of .readme/RESULTS.md from their raw results: means over seeds.
 
     python tests/tables.py tables                           of every NAME-SEED.json in a folder
-    python tests/tables.py .readme/results/longtail.jsonl   or of their lines in files, each with its name
+    python tests/tables.py .readme/results/joint.jsonl      or of their lines in files, each with its name
 
 A row differs from the joint run if their means are further apart than twice the standard error of their
 difference, whose standard deviation over seeds is pooled over all rows that are runs of their own; else it
@@ -20,11 +20,6 @@ METRICS = {"top1": ("zero-shot top-1", 100, 1, 1), "mean_r1": ("mean R@1", 100, 
            "colour": ("colours right", 100, 1, 1), "shape": ("shapes right", 100, 1, 1),
            "size": ("sizes right", 100, 1, 1), "relation": ("relation right", 100, 1, 1),
            "all": ("all right", 100, 1, 1)}
-LONGTAIL = {name: (title, 100, 1, 1) for name, title in {
-    "image_acc": "stage 1: Image-Acc", "image_acc_many": "Image-Acc, many",
-    "image_acc_few": "Image-Acc, few", "top1": "stage 2",
-    "top1_many": "many", "top1_medium": "medium", "top1_few": "few", "linear": "linear layer",
-    "linear_few": "linear layer, few"}.items()}
 BASE = "joint"
 FIRST = (BASE, "generation", "alignment", "clip", "text-noise", "text-linear", "no-fusion", "own-attention",
          "shared-ffn", "t-0", "t-999")       # rows in the order of the paper's tables; others follow by name
@@ -81,10 +76,7 @@ class Measure:
 
 
 def table(rows: dict[str, list[dict]]) -> str:
-    kinds = {run.get("task") == "longtail" for runs in rows.values() for run in runs}
-    assert len(kinds) == 1, "results of longtail and of other tasks: expected a folder for each"
-    metrics = LONGTAIL if kinds == {True} else METRICS
-    columns = [column for name, metric in metrics.items() if (column := Measure(rows, name, metric)).values]
+    columns = [column for name, metric in METRICS.items() if (column := Measure(rows, name, metric)).values]
     floor = [column.title for column in columns if column.is_floor]
     shown = [column for column in columns if not column.is_floor]
     lines = [f"| row | seeds | {' | '.join(column.title for column in shown)} |",
@@ -92,8 +84,6 @@ def table(rows: dict[str, list[dict]]) -> str:
     lines += [f"| {' | '.join([row, str(len(runs)), *(column.cell(row) for column in shown)])} |"
               for row, runs in rows.items()]
     below = f"Under 1 % in every row: {', '.join(floor)}." if floor else ""
-    if metrics is LONGTAIL:      # of which many rows share a first stage: nothing to pool
-        return "\n".join([*lines, below])
     pooled = "; ".join(f"{column.title} {column.factor * column.deviation:.{column.digits}f}"
                        for column in shown if math.isfinite(column.deviation))
     pooled = pooled or "unknown, with one seed nothing is told from noise"
