@@ -777,8 +777,6 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             numbers = results if len(args.tasks) > 1 else results[task]
             table.write_text(json.dumps(numbers, indent=1) + "\n")
         report(task, result, name)
-    if args.json:
-        print(f"wrote {args.json}")
 
 
 @errors_in_one_line()

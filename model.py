@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from shutil import which
 
 import torch
 from torch import Tensor, nn
@@ -528,7 +529,9 @@ class Clip(nn.Module):
 
 
 def wrap_blocks(network: nn.Module, wrapper: Callable[[Callable], Callable] | None = None) -> None:
-    """Every block's forward becomes wrapper(forward); without one, compiled: sd-v1 whole takes minutes."""
+    """Every block's forward becomes wrapper(forward), or compiled: whole takes minutes. Raises ValueError."""
+    if wrapper is None and not any(map(which, ("g++", "gcc", "clang"))):
+        raise ValueError("torch.compile finds no compiler here: install g++, or give --no-compile")
     torch._dynamo.config.recompile_limit = 100         # sd-v1's residual blocks have 14 shapes
     wrapper = wrapper or partial(torch.compile, dynamic=False)
     for block in network.modules():

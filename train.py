@@ -492,10 +492,9 @@ class Trainer:
 
     def restore(self, checkpoint: dict) -> None:
         """Go on where the run was saved. Raises ValueError, naming what differs, where it is not the same."""
-        state = checkpoint.get("training") or {}         # none in weights alone
-        before = {"muon": 0, **state.get("args", {})}    # there are runs from before there was Muon
-        differ = [f"--{name.replace('_', '-')} was {before.get(name)}, is {value}"
-                  for name, value in self.flags.items() if before.get(name) != value]
+        state = checkpoint.get("training") or {"args": {}}         # none in weights alone
+        differ = [f"--{name.replace('_', '-')} was {state['args'].get(name)}, is {value}"
+                  for name, value in self.flags.items() if state["args"].get(name) != value]
         if differ:
             raise ValueError(f"the run in {self.folder} cannot go on: {'; '.join(differ[:5])}")
         self.optimizer.load_state_dict(state["optimizer"])
