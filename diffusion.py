@@ -40,8 +40,7 @@ def noise_of(shape: tuple[int, ...], keys: Iterable[tuple[int, ...]]) -> Tensor:
 def make_alphas_cumprod(kind: str, steps: int) -> Tensor:
     """ᾱ_t = Π (1-β), float64 [T].
 
-    kind: "linear", Stable Diffusion's (linear in √β from √0.00085 to √0.012);
-    or "cosine" (Nichol & Dhariwal 2021).
+    kind: "linear", Stable Diffusion's (in √β, from √0.00085 to √0.012), or "cosine" (Nichol & Dhariwal 2021).
     """
     if kind == "linear":
         betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps, dtype=torch.float64) ** 2

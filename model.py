@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from itertools import zip_longest
+from os import getenv
 from pathlib import Path
 from shutil import which
 
@@ -530,8 +531,8 @@ class Clip(nn.Module):
 
 def wrap_blocks(network: nn.Module, wrapper: Callable[[Callable], Callable] | None = None) -> None:
     """Every block's forward becomes wrapper(forward), or compiled: whole takes minutes. Raises ValueError."""
-    if wrapper is None and not any(map(which, ("g++", "gcc", "clang"))):
-        raise ValueError("torch.compile finds no compiler here: install g++, or give --no-compile")
+    if wrapper is None and not which(getenv("CXX", "g++")):
+        raise ValueError("torch.compile needs g++, or another in CXX: install one, or give --no-compile")
     torch._dynamo.config.recompile_limit = 100         # sd-v1's residual blocks have 14 shapes
     wrapper = wrapper or partial(torch.compile, dynamic=False)
     for block in network.modules():

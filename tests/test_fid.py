@@ -162,6 +162,7 @@ def test_the_command_equals_its_parts_done_slowly(drawer, monkeypatch, capsys) -
     compiled, stances = [], []
     monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: stances.append(stance) or nullcontext())
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic: compiled.append(forward) or forward)
+    monkeypatch.setattr(models, "which", lambda name: name)
     found = result_of("retrieval", *OWN, "--batch-size", "7", "--out", "drawn", "--seed", "5", "--compile",
                       "--control", "no-image")["fid"]        # which is for retrieval alone
     assert len(compiled) > 10
