@@ -530,11 +530,11 @@ class Clip(nn.Module):
 
 
 def wrap_blocks(network: nn.Module, wrapper: Callable[[Callable], Callable] | None = None) -> None:
-    """Every block's forward becomes wrapper(forward), or compiled: whole takes minutes. Raises ValueError."""
+    """All its blocks' forwards become wrapper(forward), without one compiled. Raises ValueError."""
     if wrapper is None and not which(getenv("CXX", "g++")):
         raise ValueError("torch.compile needs g++, or another in CXX: install one, or give --no-compile")
     torch._dynamo.config.recompile_limit = 100         # sd-v1's residual blocks have 14 shapes
-    wrapper = wrapper or partial(torch.compile, dynamic=False)
+    wrapper = wrapper or partial(torch.compile, dynamic=False)      # block by block: whole takes minutes
     for block in network.modules():
         if isinstance(block, (ResBlock, SpatialTransformer, ClipLayer)):
             block.forward = wrapper(block.forward)
