@@ -14,7 +14,6 @@ import json
 import math
 import os
 import signal
-import sys
 import tarfile
 import warnings
 from collections import Counter, defaultdict, namedtuple
@@ -409,8 +408,7 @@ class TarSource(Source):
         # Zeros end a whole tar. tarfile stops without a word at a header that it cannot read.
         if not end or len(rest) < 512 or rest.strip(b"\0"):
             self.skipped["damaged shard"] += max(1, round((len(samples) - 1) * (size / max(1, end) - 1)))
-            print(f"warning: {path} is damaged, or compressed: {size - end:,} of {size:,} bytes are lost",
-                  file=sys.stderr)
+            warnings.warn(f"{path} is damaged, or compressed: {size - end:,} of {size:,} bytes are lost")
         images = [parts for _, parts in samples if "image" in parts]
         places = [[shard, *chain.from_iterable(parts.get(kind, (0, -1)) for kind in self.KINDS)]
                   for parts in images if len(parts) > 1]

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date, timedelta
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 import model as models
 from data import (SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_batches, evenly_spaced, fill,
-                  open_source, rand_augment, text_lines, to_square, usable_captions, write_atomically)
+                  open_source, rand_augment, text_lines, to_square, write_atomically)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        signal_and_noise)
 from model import Clip, DiffDis
@@ -281,7 +280,7 @@ INCEPTION = {
 class Inception:
     """The network whose features FID compares: TensorFlow's Inception v3 of 2015-12-05, from pytorch-fid's
     file, in which a tensor's shape says how many channels and which kernel. It is not torchvision's: other
-    weights, other pooling at edges and at the end. Raises OSError where there is no network, ValueError."""
+    weights, other pooling at edges and at the end. Raises OSError where it cannot be fetched, ValueError."""
 
     def __init__(self, device: torch.device) -> None:
         path, self.device = models.download("inception"), device
@@ -340,18 +339,14 @@ class Inception:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|μ₁ - μ₂|² + tr Σ₁ + tr Σ₂ - 2 tr (Σ₁ Σ₂)^½ of features [N, D] and [M, D] (Heusel et al. 2017).
 
-    With Σ = R Rᵀ, the last trace is the sum of the singular values of R₁ᵀ R₂. No root of Σ₁ Σ₂ is taken:
-    with fewer images than features it is singular, `sqrtm` turns complex, and eigenvalues that rounding
-    keeps from 0 would count by their square roots.
+    With Σ = Rᵀ R, R by QR of the centred features, the last trace is the sum of the singular values of
+    R₁ R₂ᵀ. No root is taken: with fewer images than features Σ₁ Σ₂ is singular, and `sqrtm` turns complex.
     """
-    a, b, roots = a.double(), b.double(), []
-    first, second = torch.cov(a.T), torch.cov(b.T)
-    for values, vectors in (torch.linalg.eigh(first), torch.linalg.eigh(second)):
-        # Below this, also below 0, an eigenvalue is rounding.
-        real = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
-        roots.append(vectors[:, real] * values[real].sqrt())
-    overlap = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
-    distance = (a.mean(dim=0) - b.mean(dim=0)).square().sum() + first.trace() + second.trace() - 2 * overlap
+    a, b = a.double(), b.double()
+    first, second = (torch.linalg.qr((x - x.mean(dim=0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (a, b))
+    overlap = torch.linalg.svdvals(first @ second.T).sum()
+    means = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
+    distance = means + first.square().sum() + second.square().sum() - 2 * overlap
     return distance.clamp(min=0).item()          # rounding could leave it a little below
 
 
@@ -363,30 +358,25 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
     network: what compares, by `read_queries`; n: pictures, of samples from all over the source by their first
     captions, the i-th from seed + i; out: a folder for them; drawing: options of `draw_images`.
     """
-    size, (rank, world), rows = model.config.image_size, rank_and_world(), []
-    read = over_images(network, source, reading, size=size)
-    chosen = evenly_spaced(source, n)
-    prompts = [captions[0] for captions in usable_captions(chosen, len(chosen))]
-    mine, at_once, began = range(rank, len(prompts), world), reading.batch_size, time.monotonic()
-    for places in tqdm([mine[i:i + at_once] for i in range(0, len(mine), at_once)], "draw", unit="batch",
-                       disable=None if rank == 0 else True):
+    size, chosen = model.config.image_size, evenly_spaced(source, n)
+
+    def draw(_: Tensor, places: list[int]) -> Tensor:
+        prompts, seeds = [chosen.captions(i)[0] for i in places], [reading.seed + i for i in places]
         # With --compile: for the last batch, which may be smaller, nothing is compiled anew.
-        with torch.compiler.set_stance("default" if len(places) == at_once else "force_eager"):
-            pictures = [to_pil(image) for image in draw_images(
-                model, [prompts[i] for i in places], [reading.seed + i for i in places], **drawing)]
+        with torch.compiler.set_stance("default" if len(places) == reading.batch_size else "force_eager"):
+            pictures = [to_pil(image) for image in draw_images(model, prompts, seeds, **drawing)]
         for i, picture in zip(places, pictures if out else ()):
             write_atomically(out / f"{i:06d}.png", partial(picture.save, format="PNG", compress_level=1))
         inputs = network.read_batch(torch.from_numpy(np.stack(pictures)).to(network.device))
-        rows += zip(places, read_queries(network, inputs, list(places), reading).cpu().numpy())
-    rows = sorted(sum(everybody(rows), []), key=lambda row: row[0])
-    drawn = all_finite(torch.from_numpy(np.stack([features for _, features in rows])))
+        return read_queries(network, inputs, places, reading)
+    read = over_images(network, source, reading, size=size)
+    drawn = over_images(network, chosen, reading, draw, size).values
     count, width = min(len(drawn), len(read.values)), drawn.shape[1]
     if count < 2:
         raise ValueError(f"{count} pictures: a distance between sets needs two or more of each")
     if count < width:
         print(f"warning: {count} pictures, {width} features: the distance depends on their number")
-    return {"n": len(drawn), "images_per_s": round(len(drawn) / (time.monotonic() - began), 3),
-            "n_reference": len(read.values), "seed": reading.seed, "chance": None,
+    return {"n": len(drawn), "n_reference": len(read.values), "seed": reading.seed, "chance": None,
             "fid": frechet_distance(drawn, read.values), "features": type(network).__name__,
             "image_size": size, **drawing, "skipped": read.skipped}
 
@@ -434,15 +424,15 @@ class LanguageGuidedHead(nn.Module):
     An image attends to the sentences about a class, which so become one vector; its cosine with the image's
     text query is one branch, a perceptron on the query the other. At its start the attention compares queries
     and sentences as they are: its projections are the identity.
-    anchors: sentences' text queries [K, S, D], unit norm; present: which of them are there [K, S].
+    anchors: sentences' text queries [K, S, D], unit norm, or zeros where a class has fewer.
     """
     temperature, visual_share = 0.07, 0.2       # both fixed; of the prediction, the rest is the text branch's
 
-    def __init__(self, anchors: Tensor, present: Tensor) -> None:
+    def __init__(self, anchors: Tensor) -> None:
         super().__init__()
         classes, _, width = anchors.shape
         self.register_buffer("anchors", anchors)
-        self.register_buffer("present", present)
+        self.register_buffer("present", anchors.any(dim=2))
         self.to_q, self.to_k = self.attention = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False)) for _ in range(2))
         self.visual = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, classes))
@@ -454,12 +444,10 @@ class LanguageGuidedHead(nn.Module):
 
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """query [B, D], unit norm -> logits of the visual and of the text branch, [B, K] each."""
-        width = query.shape[1]
-        scores = torch.einsum("bd,ksd->bks", self.to_q(query), self.to_k(self.anchors)) * width ** -0.5
-        weights = scores.masked_fill(~self.present, -math.inf).softmax(dim=2)
-        classes = F.normalize(torch.einsum("bks,ksd->bkd", weights, self.anchors), dim=2)
-        text = torch.einsum("bkd,bd->bk", classes, query) / self.temperature
-        return self.visual(query * width ** 0.5), text       # a perceptron likes numbers of about 1
+        queries, mask = self.to_q(query).expand(len(self.anchors), -1, -1), self.present[:, None]
+        classes = F.scaled_dot_product_attention(queries, self.to_k(self.anchors), self.anchors, mask)
+        text = torch.einsum("kbd,bd->bk", F.normalize(classes, dim=2), query) / self.temperature
+        return self.visual(query * query.shape[1] ** 0.5), text       # a perceptron likes numbers of about 1
 
     def predict(self, query: Tensor) -> Tensor:
         """query [B, D] -> probabilities [B, K]: 0.2 of the visual branch, 0.8 of the text branch."""
@@ -526,7 +514,7 @@ def mix(pixels: Tensor, targets: Tensor, rng: np.random.Generator) -> tuple[Tens
 def descend(modules: list[tuple[nn.Module, float]], losses: Iterator[Tensor], steps: int, stage: str,
             warmup: int = 0) -> None:
     """A step of AdamW on each loss. modules: each with its peak learning rate, to which the rate rises for
-    `warmup` steps before it falls to 0 as a cosine. Raises ValueError where a loss is not finite."""
+    `warmup` steps while it falls to 0 as a cosine. Raises ValueError where a loss is not finite."""
     optimizer = torch.optim.AdamW([
         {"params": [p for p in module.parameters() if (p.dim() > 1) == is_matrix],
          "peak_lr": rate, "weight_decay": WEIGHT_DECAY * is_matrix}
@@ -585,17 +573,15 @@ def by_shot(name: str, hits: Tensor, labels: Tensor, counts: Tensor) -> dict:
     return result
 
 
-def select_anchors(images: Tensor, labels: Tensor, texts: Sequence[Tensor], scale: float
-                   ) -> tuple[Tensor, Tensor]:
+def select_anchors(images: Tensor, labels: Tensor, texts: Sequence[Tensor], scale: float) -> Tensor:
     """VL-LTR's anchor sentences: of each class those that tell its training images from the others' best.
     images [N, D], labels [N]; texts: of each class, text queries [M, D]; scale: inverse temperature
-    -> text queries [K, S, D], S up to ANCHORS, and which of them are there [K, S]."""
+    -> text queries [K, S, D], S up to ANCHORS; zeros where a class has fewer."""
     best = []
     for label, own in enumerate(texts):
         losses = -F.log_softmax(scale * own @ images.T, dim=1)[:, labels == label].mean(dim=1)
         best.append(own[losses.argsort()[:ANCHORS]])
-    anchors = nn.utils.rnn.pad_sequence(best, batch_first=True)
-    return anchors, anchors.any(dim=2)
+    return nn.utils.rnn.pad_sequence(best, batch_first=True)
 
 
 def train_head(model: DiffDis | Clip, data: LongTail, texts: Sequence[Tensor], epochs: int, lr_scale: float,
@@ -607,7 +593,7 @@ def train_head(model: DiffDis | Clip, data: LongTail, texts: Sequence[Tensor], e
     known = over_images(model, data.train.subset(few.numpy()), reading).values
     anchors = select_anchors(known, data.labels[few], texts, model.logit_scale.exp().item())
     torch.manual_seed(reading.seed)
-    head, one_hot = LanguageGuidedHead(*anchors).to(model.device), torch.eye(len(texts))
+    head, one_hot = LanguageGuidedHead(anchors).to(model.device), torch.eye(len(texts))
     steps = max(1, len(data.train) // reading.batch_size)        # of an epoch
 
     def losses() -> Iterator[Tensor]:
@@ -707,7 +693,7 @@ def report(task: str, result: dict, name: str) -> None:
     control = f", control {result['control']}" if result.get("control", "none") != "none" else ""
     print(f"{task} on {name}, seed {result['seed']}{control}  (n = {result['n']})")
     for key, value in result.items():
-        if isinstance(value, float) and key not in ("fid", "guidance_scale", "images_per_s"):        # a rate
+        if isinstance(value, float) and key not in ("fid", "guidance_scale"):        # a rate
             interval = " – ".join(f"{100 * end:5.1f}" for end in result.get(f"{key}_interval", ()))
             print(f"  {key:<17}{100 * value:7.2f} %{'   95 % interval ' * bool(interval)}{interval}")
         elif isinstance(value, int | float | str) and key not in ("n", "seed", "control"):

@@ -3,12 +3,11 @@
 What it is: the UNet first, then what only serves it (autoencoder, text encoder), `DiffDis`, which holds the
 three, CLIP, with which the paper compares, and last the files: published weights in, checkpoints in and out.
 What it is not: attention blocks (fusion.py), noise, losses and samplers (diffusion.py), or data (data.py).
-Parameters are named as in diffusers' folders; what DiffDis adds is named `query_...`. Read next: sample.py.
+Parameters are named as in diffusers' folders; what DiffDis adds: see `is_new`. Read next: sample.py.
 """
 import argparse
 import json
 import math
-import mmap
 import re
 import zipfile
 from collections import OrderedDict
@@ -530,9 +529,11 @@ class Clip(nn.Module):
 
 
 def wrap_blocks(network: nn.Module, wrapper: Callable[[Callable], Callable] | None = None) -> None:
-    """All its blocks' forwards become wrapper(forward), without one compiled. Raises ValueError."""
-    if wrapper is None and not which(getenv("CXX", "g++")):
-        raise ValueError("torch.compile needs g++, or another in CXX: install one, or give --no-compile")
+    """Each block's forward becomes wrapper(forward), or is compiled. Raises ValueError without compiler."""
+    is_cuda = next(network.parameters()).is_cuda            # Triton needs one of C, on a CPU inductor of C++
+    compilers = (getenv("CC", "gcc"), "clang") if is_cuda else (getenv("CXX", "g++"),)
+    if wrapper is None and not any(map(which, compilers)):
+        raise ValueError("torch.compile finds no compiler: install g++, or give --no-compile")
     torch._dynamo.config.recompile_limit = 100         # sd-v1's residual blocks have 14 shapes
     wrapper = wrapper or partial(torch.compile, dynamic=False)      # block by block: whole takes minutes
     for block in network.modules():
@@ -662,8 +663,7 @@ def reading(path: Path) -> Iterator[None]:
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A .safetensors file (8 bytes of header length; a JSON header of name: dtype, shape, byte range; then
     bytes, which the ranges must tile) -> tensors mapped from the file (read when touched), metadata."""
-    with path.open("rb") as file:
-        mapped = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+    mapped = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
     start = 8 + int.from_bytes(mapped[:8].numpy().tobytes(), "little")
     header, tensors = json.loads(mapped[8:start].numpy().tobytes()), {}
     metadata = header.pop("__metadata__", {})
@@ -854,7 +854,7 @@ def export(model: DiffDis, path: Path) -> None:
     config = model.config
     if isinstance(model, Clip) or path.suffix != ".safetensors" or (
             config.autoencoder.kind, config.image_target, config.image_schedule) != ("kl", "noise", "linear"):
-        raise ValueError("only a DiffDis with Stable Diffusion's autoencoder and target is exported")
+        raise ValueError("Stable Diffusion's autoencoder and target alone are exported, to a .safetensors")
     tensors, types, end = model.state_dict(), {dtype: name for name, dtype in DTYPES.items()}, 0
     names = to_compvis(tensors, config)
     header: dict = {"__metadata__": {"format": "pt", "diffdis": json.dumps(describe(model))}}

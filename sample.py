@@ -47,9 +47,9 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
 
     prompts, seeds: B of each, an image depends on its own two alone; steps: sampler steps, 1 to T;
     guidance_scale: 1 + w, 1 is no guidance, None the configuration's; size: (height, width) in px, None the
-    training size; negative: the prompt to guide away from; sampler: one of SAMPLERS
-    -> images [B, 3, H, W] in [-1, 1], float32, on the model's device. Raises ValueError where they are not
-    finite, or on an impossible size or number of steps.
+    training size; negative: the prompt to guide away from; sampler: one of SAMPLERS; progress: what goes
+    around the timesteps, as tqdm -> images [B, 3, H, W] in [-1, 1], float32, on the model's device. Raises
+    ValueError where they are not finite, or on an impossible size or number of steps.
     """
     config, device = model.config, model.device
     shape = model.latent_shape(*(size or (config.image_size, config.image_size)))

@@ -163,7 +163,7 @@ def settle(args: argparse.Namespace, device: torch.device, world: int, base: Con
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.eval_every, args.tasks = args.eval_every or max(1, args.steps // 4), tuple(args.tasks.split(","))
+    args.eval_every, args.tasks = args.eval_every or max(1, args.steps // 4), args.tasks.split(",")
     draws, reads = (task in args.tasks for task in TASKS)
     pairs, left = divmod(args.batch_size, world)
     for is_wrong, words in (
@@ -197,8 +197,7 @@ def sample_noise(config: Config, latent_shape: tuple, seed: int, step: int, rows
                 "noise": torch.randn(latent_shape, generator=generator),
                 "query_noise": torch.randn(config.text.width, generator=generator),
                 "posterior_noise": torch.randn(latent_shape, generator=generator)}
-    noise = [sample(generator_of(seed, step, row)) for row in rows]
-    return {name: torch.stack([row[name] for row in noise]) for name in noise[0]}
+    return torch.utils.data.default_collate([sample(generator_of(seed, step, row)) for row in rows])
 
 
 class JointLoss(nn.Module):
@@ -246,7 +245,7 @@ class ClipLoss(nn.Module):
         self.model, self.bf16 = model, bf16
 
     def forward(self, images: Tensor, tokens: Tensor, noise: dict, only_reads: bool = False) -> tuple:
-        """images [B, S, S, 3] uint8, or normalised [B, 3, S, S]; tokens [B, L] -> as JointLoss."""
+        """images [B, S, S, 3] uint8, or [B, 3, S, S] in [-1, 1]; tokens [B, L] -> as JointLoss."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             pixels = self.model.read_batch(images) if images.dtype == torch.uint8 else images
             embeddings = self.model.encode_image(pixels), self.model.encode_tokens(tokens)
@@ -287,7 +286,7 @@ def backward(loss: nn.Module, parts: list[Part], align_weight: float) -> dict[st
 # ---------------------------------------------------------------- optimiser, averages
 def freeze_unused(model: DiffDis | Clip, tasks: tuple[str, ...], train_text_encoder: bool) -> None:
     """Take gradients away from what these tasks never use, and from what is frozen by design."""
-    for name, parameter in model.named_parameters() if isinstance(model, DiffDis) else ():
+    for name, parameter in model.named_parameters():
         is_decoder = name.startswith(("unet.up_blocks.", "unet.conv_norm_out.", "unet.conv_out."))
         if (name.startswith("autoencoder.") or name.startswith("text_encoder.") and not train_text_encoder
                 or is_new(name) and "alignment" not in tasks or is_decoder and "generation" not in tasks):
@@ -369,24 +368,19 @@ class Averages:
 
 
 # ---------------------------------------------------------------- latents
-def latents_name(source: Source, model: DiffDis) -> str:
-    """Of this data, at this size, by this autoencoder: others make others."""
-    known = len(source), source.fingerprint(), model.config.image_size, model.config.autoencoder
-    digest = hashlib.sha256(repr(known).encode())
-    for value in model.autoencoder.state_dict().values():
-        digest.update(value.cpu().contiguous().numpy())
-    return digest.hexdigest()[:16]
-
-
 @torch.no_grad()
 def add_latents(source: Source, model: DiffDis, folder: Path, workers: int) -> None:
     """--latents: what the frozen autoencoder makes of all of a source's images, to be read in place of these.
 
-    DIR/NAME.npy holds mean and log-variance, float16 [N, 2C, h, w], mapped, NaN for an unusable image; in
+    DIR/NAME.npy holds mean and log-variance, float16 [N, 2C, h, w], mapped, NaN for an unusable image;
     NAME.done.npy says which rows are there. The ranks, which must see the same folder, share what is missing.
     """
-    (rank, world), size, name = rank_and_world(), model.config.image_size, latents_name(source, model)
-    path, marks = folder / f"{name}.npy", folder / f"{name}.done.npy"
+    (rank, world), size = rank_and_world(), model.config.image_size
+    # NAME says of which data, at which size, by which autoencoder: others make others.
+    name = hashlib.sha256(repr((len(source), source.fingerprint(), size, model.config.autoencoder)).encode())
+    for value in model.autoencoder.state_dict().values():
+        name.update(value.cpu().contiguous().numpy())
+    path, marks = (folder / f"{name.hexdigest()[:16]}{ending}" for ending in (".npy", ".done.npy"))
     if rank == 0 and not (path.exists() and marks.exists()):
         channels, height, width = model.latent_shape(size, size)
         folder.mkdir(parents=True, exist_ok=True)
@@ -471,15 +465,14 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.model = make_model(args, self.source, path if checkpoint else args.init,
                                 partial(settle, args, device, world))
-        self.model.tasks = args.tasks
-        freeze_unused(self.model, args.tasks, args.train_text_encoder)
+        self.model.tasks = tuple(args.tasks)
+        freeze_unused(self.model, self.model.tasks, args.train_text_encoder)
         self.model.to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, args.lr, args.beta2, args.weight_decay,
                                         args.slower if args.init else None, args.muon)
         self.optimizer.bf16 = args.precision == "bf16"
         self.averages = Averages(self.model, args.ema)
-        self.flags = {name: list(value) if isinstance(value, tuple) else value
-                      for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+        self.flags = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
         known = [len(self.source), len(self.val), *([source.fingerprint()] if args.data != "shapes" else [])]
         self.flags |= {"latents": bool(args.latents), "samples": known}
         if checkpoint:
@@ -511,7 +504,7 @@ class Trainer:
             for norm in (m for m in self.model.modules() if isinstance(m, nn.GroupNorm)):
                 norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         loss = (ClipLoss(self.model, bf16) if isinstance(self.model, Clip)
-                else JointLoss(self.model, args.tasks, args.p_drop_image, bf16)).to(self.device)
+                else JointLoss(self.model, self.model.tasks, args.p_drop_image, bf16)).to(self.device)
         if args.compile:
             models.wrap_blocks(self.model)
         if args.recompute:
@@ -571,8 +564,7 @@ class Trainer:
         record = self.agree({**{"accuracy" if name == "hits" else f"loss_{name}": values.float().mean()
                                 for name, values in losses.items()},
                              "grad_norm": norm, "logit_scale": self.model.logit_scale.detach()})
-        if not all(map(math.isfinite, record.values())):
-            wrong = [name for name, value in record.items() if not math.isfinite(value)]
+        if wrong := [name for name, value in record.items() if not math.isfinite(value)]:
             raise ValueError(f"step {self.step}: {', '.join(wrong)} not finite; the last checkpoint is from "
                              "before it: start anew from that one with --init and a lower --lr")
         self.optimizer.step()

@@ -158,7 +158,6 @@ def result_of(*flags: str) -> dict:
 
 def test_the_command_equals_its_parts_done_slowly(drawer, monkeypatch, capsys) -> None:
     """Compared are the text queries which a checkpoint reads from the pictures."""
-    monkeypatch.setattr(evaluate, "time", SimpleNamespace(monotonic=iter([3.0, 11.0] * 2).__next__))
     compiled, stances = [], []
     monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: stances.append(stance) or nullcontext())
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic: compiled.append(forward) or forward)
@@ -180,7 +179,7 @@ def test_the_command_equals_its_parts_done_slowly(drawer, monkeypatch, capsys) -
     slow = slow - 2 * roots
     assert found["fid"] == pytest.approx(slow.item(), rel=1e-3)
     assert abs(np.asarray(Image.open("drawn/000011.png"), int) - drawn[11]).max() <= 1
-    assert len(list(Path("drawn").iterdir())) == 40 and found["images_per_s"] == 5.0
+    assert len(list(Path("drawn").iterdir())) == 40
     assert "fid" in capsys.readouterr().out
     number = len(compiled)
     for name in ("drawn/000003.png", "drawn/000039.png"):      # of the first and of the last batch

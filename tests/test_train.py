@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,7 +193,7 @@ def test_a_clip_trains_all_of_itself_by_its_own_recipe(small, tmp_path, monkeypa
     monkeypatch.setitem(train.RECIPES["clip-tiny"], "muon", 0)       # as the larger ones'
     trainer = small("--preset", "clip-tiny")
     args, model = trainer.args, trainer.model
-    assert args.tasks == ("alignment",) and args.weight_decay == 0.1 and args.batch_size == 8
+    assert args.tasks == ["alignment"] and args.weight_decay == 0.1 and args.batch_size == 8
     assert not args.augment, "RandAugment would make captions about colours and places untrue"
     trainer.train()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
@@ -520,7 +522,12 @@ def test_defaults_follow_what_is_given(small, capsys, monkeypatch) -> None:
     assert "--preset tiny" in fail_of(capsys, "--data", "cc3m"), "no CUDA: say how to train something"
     with monkeypatch.context() as patch:
         patch.setattr(models, "which", lambda name: None)
-        assert "needs g++" in fail_of(capsys, "--compile")
+        assert "finds no compiler" in fail_of(capsys, "--compile")
+        patch.setattr(models, "which", lambda name: name == "clang")
+        for is_cuda in (True, False):        # Triton is content with it
+            weights = [SimpleNamespace(is_cuda=is_cuda)]
+            with nullcontext() if is_cuda else pytest.raises(ValueError):
+                models.wrap_blocks(SimpleNamespace(parameters=lambda: iter(weights), modules=tuple))
     monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cuda"))
     for flags, expected in (([], ("tiny", None)), (["--data", "cc3m"], ("sd-v1", "sd-v1-5")),
                             (["--data", "cc3m", "--preset", "small"], ("small", None)),
