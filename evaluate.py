@@ -358,7 +358,9 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
     network: what compares, by `read_queries`; n: pictures, of samples from all over the source by their first
     captions, the i-th from seed + i; out: a folder for them; drawing: options of `draw_images`.
     """
-    size, chosen = model.config.image_size, evenly_spaced(source, n)
+    size, chosen = model.config.image_size, copy.copy(evenly_spaced(source, n))
+    blank = np.zeros((size, size, 3), np.uint8)
+    chosen.name, chosen.image = "draw", lambda *_: blank        # of these samples only captions are needed
 
     def draw(_: Tensor, places: list[int]) -> Tensor:
         prompts, seeds = [chosen.captions(i)[0] for i in places], [reading.seed + i for i in places]
@@ -370,7 +372,7 @@ def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, rea
         inputs = network.read_batch(torch.from_numpy(np.stack(pictures)).to(network.device))
         return read_queries(network, inputs, places, reading)
     read = over_images(network, source, reading, size=size)
-    drawn = over_images(network, chosen, reading, draw, size).values
+    drawn = over_images(network, chosen, reading._replace(max_bad=1.0, workers=0), draw, size).values
     count, width = min(len(drawn), len(read.values)), drawn.shape[1]
     if count < 2:
         raise ValueError(f"{count} pictures: a distance between sets needs two or more of each")

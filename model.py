@@ -531,8 +531,8 @@ class Clip(nn.Module):
 def wrap_blocks(network: nn.Module, wrapper: Callable[[Callable], Callable] | None = None) -> None:
     """Each block's forward becomes wrapper(forward), or is compiled. Raises ValueError without compiler."""
     is_cuda = next(network.parameters()).is_cuda            # Triton needs one of C, on a CPU inductor of C++
-    compilers = (getenv("CC", "gcc"), "clang") if is_cuda else (getenv("CXX", "g++"),)
-    if wrapper is None and not any(map(which, compilers)):
+    given, usual = (getenv("CC"), "gcc clang") if is_cuda else (getenv("CXX"), "g++")
+    if wrapper is None and not any(map(which, (given or usual).split())):
         raise ValueError("torch.compile finds no compiler: install g++, or give --no-compile")
     torch._dynamo.config.recompile_limit = 100         # sd-v1's residual blocks have 14 shapes
     wrapper = wrapper or partial(torch.compile, dynamic=False)      # block by block: whole takes minutes

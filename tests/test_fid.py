@@ -163,13 +163,13 @@ def test_the_command_equals_its_parts_done_slowly(drawer, monkeypatch, capsys) -
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic: compiled.append(forward) or forward)
     monkeypatch.setattr(models, "which", lambda name: name)
     found = result_of("retrieval", *OWN, "--batch-size", "7", "--out", "drawn", "--seed", "5", "--compile",
-                      "--control", "no-image")["fid"]        # which is for retrieval alone
+                      "--n", "20", "--control", "no-image")["fid"]        # which is for retrieval alone
     assert len(compiled) > 10
-    assert stances == ["default"] * 5 + ["force_eager"], "the last batch is smaller"
-    assert found["n"] == found["n_reference"] == 40 and found["features"] == "DiffDis"
+    assert stances == ["default"] * 2 + ["force_eager"], "the last batch is smaller"
+    assert (found["n"], found["n_reference"], found["features"]) == (20, 40, "DiffDis")
     model, source, queries = models.load("c.pt"), data.open_source("refs"), []
-    drawn = [np.asarray(to_pil(sample.draw_images(model, source.captions(i)[:1], [5 + i], steps=2)[0]))
-             for i in range(40)]
+    drawn = [np.asarray(to_pil(sample.draw_images(model, source.captions(place)[:1], [5 + i], steps=2)[0]))
+             for i, place in enumerate(np.linspace(0, 39, 20).astype(int))]
     for pictures in (drawn, [data.to_square(source.read(i).image, 32) for i in range(40)]):
         queries.append(torch.cat([sample.draw_queries(model, model.read_batch(torch.from_numpy(
             picture[None].copy())), [i], seed=5) for i, picture in enumerate(pictures)]).double())
@@ -179,13 +179,13 @@ def test_the_command_equals_its_parts_done_slowly(drawer, monkeypatch, capsys) -
     slow = slow - 2 * roots
     assert found["fid"] == pytest.approx(slow.item(), rel=1e-3)
     assert abs(np.asarray(Image.open("drawn/000011.png"), int) - drawn[11]).max() <= 1
-    assert len(list(Path("drawn").iterdir())) == 40
+    assert len(list(Path("drawn").iterdir())) == 20
     assert "fid" in capsys.readouterr().out
     number = len(compiled)
-    for name in ("drawn/000003.png", "drawn/000039.png"):      # of the first and of the last batch
+    for name in ("drawn/000003.png", "drawn/000019.png"):      # of the first and of the last batch
         Path(name).unlink()
         Path(name).mkdir()
-        argv = [*FID, *OWN, "--batch-size", "7", "--out", "drawn"]
+        argv = [*FID, *OWN, "--batch-size", "7", "--n", "20", "--out", "drawn"]
         assert name in error_of(capsys, evaluate.main, argv)
         Path(name).rmdir()
     assert len(compiled) == number, "not compiled where nobody asked"
@@ -209,7 +209,9 @@ def test_damaged_pictures_are_said_and_too_many_refused(drawer, capsys) -> None:
     for i in (3, 9):
         Path(f"refs/{i:02d}.png").write_bytes(b"no picture")
     found = result_of(*OWN, "--max-bad", "0.1")
-    assert found["n_reference"] == 38 and found["skipped"]["skipped"] == {"unreadable image": 2}
+    assert (found["n"], found["n_reference"]) == (40, 38), "the captions are sound"
+    assert found["skipped"]["skipped"] == {"unreadable image": 2}
+    assert result_of(*OWN, "--max-bad", "0.1", "--n", "5")["n"] == 5, "of which one has no image"
     assert "skipped: 2 unreadable image" in capsys.readouterr().out
     assert "unusable" in error_of(capsys, evaluate.main, [*FID, *OWN, "--max-bad", "0.01"])
 

@@ -222,7 +222,7 @@ def test_an_index_is_kept_and_forgotten_when_a_shard_changes(tmp_path, monkeypat
         again = open_source(str(tmp_path / "tars"))
     assert captions_of(again) == captions_of(first) and again.captions(6) == ["caption 1_3"]
     assert again.skipped == first.skipped
-    assert again.skipped["damaged shard"] == 1 and "9.tar is damaged" in str(recwarn[0].message)
+    assert again.skipped["damaged shard"] == 1 and any("9.tar is damaged" in str(w.message) for w in recwarn)
     assert len(uneven(tmp_path / "tars", [3, 5])) == 8
     for index in (tmp_path / "cache").iterdir():
         index.write_bytes(b"damaged")

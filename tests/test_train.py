@@ -12,6 +12,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -521,10 +522,11 @@ def test_runs_do_not_overwrite_each_other_and_a_mistake_takes_no_name(small, cap
 def test_defaults_follow_what_is_given(small, capsys, monkeypatch) -> None:
     assert "--preset tiny" in fail_of(capsys, "--data", "cc3m"), "no CUDA: say how to train something"
     with monkeypatch.context() as patch:
+        patch.delenv("CC", raising=False)
         patch.setattr(models, "which", lambda name: None)
         assert "finds no compiler" in fail_of(capsys, "--compile")
-        patch.setattr(models, "which", lambda name: name == "clang")
-        for is_cuda in (True, False):        # Triton is content with it
+        for name, is_cuda in product(("gcc", "clang"), (True, False)):        # Triton is content with either
+            patch.setattr(models, "which", lambda wanted: wanted == name)
             weights = [SimpleNamespace(is_cuda=is_cuda)]
             with nullcontext() if is_cuda else pytest.raises(ValueError):
                 models.wrap_blocks(SimpleNamespace(parameters=lambda: iter(weights), modules=tuple))

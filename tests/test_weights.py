@@ -161,6 +161,10 @@ def test_export_and_load_is_bit_exact(whole, tmp_path, capsys) -> None:
     assert same(whole, again, only_theirs=False)
     assert again.config == whole.config and again.tokenizer.merges == whole.tokenizer.merges
     assert again.data == "photos" and again.tasks == ("generation", "alignment")
+    raw = (tmp_path / "out.safetensors").read_bytes()
+    for parameter in again.parameters():         # mapped from the file, never written to it
+        parameter.zero_()
+    assert (tmp_path / "out.safetensors").read_bytes() == raw
     single = safetensors.load_file(tmp_path / "out.safetensors")
     assert {name for name in single if name.startswith("diffdis.")}, "the query stream is not there"
     for name, value in original_names(whole).items():
