@@ -522,7 +522,8 @@ def test_runs_do_not_overwrite_each_other_and_a_mistake_takes_no_name(small, cap
 def test_defaults_follow_what_is_given(small, capsys, monkeypatch) -> None:
     assert "--preset tiny" in fail_of(capsys, "--data", "cc3m"), "no CUDA: say how to train something"
     with monkeypatch.context() as patch:
-        patch.delenv("CC", raising=False)
+        for name in ("CC", "CXX"):
+            patch.delenv(name, raising=False)
         patch.setattr(models, "which", lambda name: None)
         assert "finds no compiler" in fail_of(capsys, "--compile")
         for name, is_cuda in product(("gcc", "clang"), (True, False)):        # Triton is content with either
