@@ -60,6 +60,7 @@ RECIPES = {name: dict(zip(COLUMNS, values)) for name, *values in (
 P_UNCOND = 0.1             # share of captions replaced by the empty prompt, for guidance
 MAX_NORM = 1.0             # of the gradient
 MOMENTUM = 0.8             # of Muon
+FALL = 0.6                 # share of the steps over which a linear rate falls to 0, at last
 LOG_EVERY = 10             # steps between lines of log.jsonl, and of progress
 
 
@@ -345,8 +346,9 @@ def learning_rate_factor(step: int, steps: int, warmup: int, decay: str) -> floa
     """Share of the peak rate at this step: a function of the global step alone, whatever the ranks."""
     if step < warmup:
         return (step + 1) / warmup
-    progress = 0 if decay == "constant" else (step - warmup) / max(1, steps - warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+            "linear": min(1.0, (1 - progress) / FALL)}[decay]
 
 
 class Averages:

@@ -1,4 +1,4 @@
-"""The README's second picture: four drawings for one prompt, and what the same network reads from each.
+"""The README's second picture: a drawing for each of four texts, and what the same network reads from it.
 
     python tests/picture.py CKPT OUT.png [SEED]
 """
@@ -17,10 +17,9 @@ LEFT, SIDE, ROW = 350, 160, 28       # px: of the texts' column, of a picture, o
 
 def main(ckpt: str, out: str, seed: str = "0") -> None:
     model, font = models.load(ckpt), ImageFont.load_default(15)
-    images = draw_images(model, TEXTS[:1] * 4, [int(seed) + k for k in range(4)])
+    images = draw_images(model, TEXTS, [int(seed) + k for k in range(4)])
     cosines = score(model, images, TEXTS, draws=4, seed=int(seed))
     odds = (cosines * model.logit_scale.exp()).softmax(dim=1)
-    best = cosines[:, 0].argmax()
     page = Image.new("RGB", (LEFT + 4 * SIDE, SIDE + ROW * len(TEXTS) + 8), "white")
     pen = ImageDraw.Draw(page)
     for j, text in enumerate(TEXTS):
@@ -28,12 +27,12 @@ def main(ckpt: str, out: str, seed: str = "0") -> None:
     for k, image in enumerate(images):
         left = LEFT + k * SIDE
         page.paste(make_grid(image[None], 1, SIDE // 32 - 1, gap=0), (left + 16, 16))
-        if k == best:
-            pen.rectangle((left + 11, 11, left + SIDE - 12, SIDE - 12), outline="#1f5fa8", width=4)
         for j, share in enumerate(odds[k].tolist()):
             top = SIDE + ROW * j
             pen.rectangle((left + 16, top + 3, left + 16 + (SIDE - 32) * share, top + ROW - 4), "#a8c8f0")
             pen.text((left + 20, top + 5), f"{100 * share:.1f} %   {cosines[k, j]:.2f}", "black", font)
+            if j == k:                   # what it was drawn for
+                pen.rectangle((left + 14, top + 1, left + SIDE - 14, top + ROW - 2), outline="#1f5fa8", width=2)
     page.save(out)
 
 
