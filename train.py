@@ -49,10 +49,10 @@ TASKS = ("generation", "alignment")
 COLUMNS = ("steps", "batch_size", "lr", "muon", "slower", "lr_decay", "warmup", "beta2", "weight_decay",
            "ema", "align_weight")
 RECIPES = {name: dict(zip(COLUMNS, values)) for name, *values in (
-    ("tiny", 480, 64, 1.4e-3, 10, 1, "cosine", 30, 0.99, 1e-2, 0.985, 0.1),
+    ("tiny", 400, 64, 1.4e-3, 10, 1, "linear", 30, 0.99, 1e-2, 0.985, 0.1),
     ("small", 50000, 256, 3e-4, 0, 1, "cosine", 500, 0.99, 1e-2, 0.999, 0.3),
     ("sd-v1", 60000, 1024, 1e-4, 0, 10, "constant", 1000, 0.999, 1e-4, 0.9999, 1.0),
-    ("clip-tiny", 480, 64, 1.4e-3, 10, 100, "cosine", 30, 0.98, 0.1, 0.985, 1.0),
+    ("clip-tiny", 400, 64, 1.4e-3, 10, 100, "linear", 30, 0.98, 0.1, 0.985, 1.0),
     ("clip-small", 50000, 256, 1e-3, 0, 100, "cosine", 500, 0.98, 0.1, 0.999, 1.0),
     ("clip-vit-b32", 57000, 1024, 1e-3, 0, 100, "cosine", 2000, 0.98, 0.1, 0.9999, 1.0),
     ("clip-vit-l14", 57000, 1024, 1e-3, 0, 100, "cosine", 2000, 0.98, 0.1, 0.9999, 1.0))}
