@@ -60,7 +60,6 @@ RECIPES = {name: dict(zip(COLUMNS, values)) for name, *values in (
 P_UNCOND = 0.1             # share of captions replaced by the empty prompt, for guidance
 MAX_NORM = 1.0             # of the gradient
 MOMENTUM = 0.8             # of Muon
-FALL = 0.6                 # share of the steps over which a linear rate falls to 0, at last
 LOG_EVERY = 10             # steps between lines of log.jsonl, and of progress
 
 
@@ -343,12 +342,11 @@ def make_optimizer(model: nn.Module, lr: float, beta2: float, weight_decay: floa
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, decay: str) -> float:
-    """Share of the peak rate at this step: a function of the global step alone, whatever the ranks."""
+    """Share of the peak rate at this step. decay: "linear" is constant, then goes to 0 over the last 0.6."""
     if step < warmup:
         return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-            "linear": min(1.0, (1 - progress) / FALL)}[decay]
+    left = 1 - (step - warmup) / max(1, steps - warmup)
+    return {"constant": 1, "cosine": (1 - math.cos(math.pi * left)) / 2, "linear": min(1, left / 0.6)}[decay]
 
 
 class Averages:
