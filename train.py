@@ -342,7 +342,7 @@ def make_optimizer(model: nn.Module, lr: float, beta2: float, weight_decay: floa
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, decay: str) -> float:
-    """Share of the peak rate at this step. decay: "linear" is constant, then goes to 0 over the last 0.6."""
+    """Share of the peak rate at this step. "linear": constant, then to 0 over the last 0.6 after warm-up."""
     if step < warmup:
         return (step + 1) / warmup
     left = 1 - (step - warmup) / max(1, steps - warmup)

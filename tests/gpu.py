@@ -119,8 +119,8 @@ def main() -> None:
         answers.ask("scripts", 120, {
             "sample": f"sample.py circle -n 8 {ckpt} --steps 10 --precision fp32 --out {folder}/eager.png",
             "sample, CPU": f"sample.py circle -n 8 {ckpt} --steps 10 --out {folder}/cpu.png --device cpu",
-            "read": f"sample.py --image .readme/sample.png circle square cross {ckpt}",
-            "read, CPU": f"sample.py --image .readme/sample.png circle square cross {ckpt} --device cpu",
+            "read": f"sample.py --image .readme/grid.png circle square cross {ckpt}",
+            "read, CPU": f"sample.py --image .readme/grid.png circle square cross {ckpt} --device cpu",
             "sample, bf16": f"sample.py circle {ckpt} --precision bf16 --sampler dpm++ --best-of 2 --steps 4 "
                             f"--out {folder}/bf16.png",
             "evaluate": f"evaluate.py retrieval zeroshot checker {ckpt} --limit 40 --n 4 --steps 4",

@@ -402,11 +402,13 @@ def test_a_step_weighs_the_tasks_follows_the_rate_and_averages_the_weights(small
     assert torch.allclose(parameter, average, atol=1e-6), "pictures are drawn with the averages"
     trainer.averages.swap()
     assert torch.equal(parameter, live) and parameter.data_ptr() == address
-    rates = [train.learning_rate_factor(step, 20, 4, "cosine") for step in (0, 3, 4, 12, 20)]
-    assert rates == pytest.approx([0.25, 1, 1, 0.5, 0]), "warm-up, then half a cosine to nothing"
+    rates = [train.learning_rate_factor(step, 20, 4, "cosine") for step in (0, 3, 4, 8, 12, 20)]
+    assert rates == pytest.approx([0.25, 1, 1, 0.5 + 0.125 ** 0.5, 0.5, 0]), "warm-up, then half a cosine"
     rates = [train.learning_rate_factor(step, 20, 4, "linear") for step in (3, 10, 16, 20)]
     assert rates == pytest.approx([1, 1, 0.25 / 0.6, 0]), "as it is, then a straight line to nothing"
     assert train.learning_rate_factor(19, 20, 4, "constant") == 1
+    trainer.step = 16
+    assert trainer.train_step(next(batches))["lr"] == pytest.approx(1e-3 * 0.25 / 0.6), "tiny's is linear"
 
 
 def test_a_long_gradient_is_clipped_and_the_temperature_bounded(small) -> None:
