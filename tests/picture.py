@@ -32,7 +32,8 @@ def main(ckpt: str, out: str, seed: str = "0") -> None:
             pen.rectangle((left + 16, top + 3, left + 16 + (SIDE - 32) * share, top + ROW - 4), "#a8c8f0")
             pen.text((left + 20, top + 5), f"{100 * share:.1f} %   {cosines[k, j]:.2f}", "black", font)
             if j == k:                   # what it was drawn for
-                pen.rectangle((left + 14, top + 1, left + SIDE - 14, top + ROW - 2), None, "#1f5fa8", 2)
+                frame = (left + 14, top + 1, left + SIDE - 14, top + ROW - 2)
+                pen.rectangle(frame, outline="#1f5fa8", width=2)
     page.save(out)
 
 
