@@ -23,6 +23,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:       # as many threads as cores in each
 import pytest  # noqa: E402  (the environment comes first)
 import torch  # noqa: E402
 
+# Comparisons with other libraries at Stable Diffusion v1's own size, 16 GB: DIFFDIS_FULL_SIZE=1
+# python -m pytest tests/test_parity.py, and tests/test_weights.py -k "layouts or libraries or exports".
+FULL_SIZE = "DIFFDIS_FULL_SIZE" in os.environ
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -106,7 +109,6 @@ def put_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def diffusers_unet(config: Config) -> torch.nn.Module:
-    """diffusers' UNet of the same size."""
     import diffusers
     unet, channels = config.unet, config.autoencoder.latent_channels
     return diffusers.UNet2DConditionModel(

@@ -1,23 +1,17 @@
-"""Runs' logs as one picture: held-out scores and losses over time, a line for each run.
+"""Runs' logs as one picture: held-out scores and losses over the minutes of their steps, a line for each run.
 
     python tests/curves.py runs/shapes-tiny                                  -> curves.png
     python tests/curves.py "before=runs/old" "after=runs/new" --out both.png
-
-Time is that of the steps alone, without held-out scores; --steps takes steps instead.
 """
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import conftest  # noqa: F401  (which puts the project on the import path)
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-import matplotlib  # noqa: E402  (the path comes first)
-
-matplotlib.use("agg")
-from matplotlib import pyplot  # noqa: E402
-
-import model  # noqa: E402
-import train  # noqa: E402
-from sample import Parser, errors_in_one_line  # noqa: E402
+import model
+import train
+from sample import Parser, errors_in_one_line
 
 TITLES = {"val_i2t_r1": "R@1, image → text", "val_t2i_r1": "R@1, text → image", "val_top1": "zero-shot top-1",
           "val_denoising_error": "denoising error", "loss_generation": "loss, generation",
@@ -40,7 +34,6 @@ def read(run: Path) -> list[dict]:
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]FOLDER", help="of runs, as train.py writes them")
-    parser.add_argument("--steps", action="store_true", help="over steps, not minutes")
     parser.add_argument("--out", default="curves.png", help="picture to write")
     args = parser.parse_args()
     logs = {}
@@ -51,19 +44,20 @@ def main() -> None:
         raise ValueError("two runs have one label: give each its own, LABEL=FOLDER")
     names = [name for name in TITLES if any(name in line for log in logs.values() for line in log)]
     rows = -(-len(names) // 2)
-    figure, axes = pyplot.subplots(rows, 2, figsize=(9, 2.6 * rows), squeeze=False)
+    figure = Figure(figsize=(9, 2.6 * rows))
+    axes = figure.subplots(rows, 2, squeeze=False)
     for name, axis in zip(names, axes.flat):
-        for i, (label, log) in enumerate(logs.items()):
-            points = [(line["step" if args.steps else "minutes"], line[name]) for line in log if name in line]
+        for i, log in enumerate(logs.values()):
+            points = [(line["minutes"], line[name]) for line in log if name in line]
             if points:
                 axis.plot(*zip(*points), f"C{i}", marker="." if name.startswith("val_") else "")
-        axis.set(title=TITLES[name], xlabel="steps" if args.steps else "minutes of steps")
+        axis.set(title=TITLES[name], xlabel="minutes of steps")
         if "loss" in name or "error" in name:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(names):]:
         axis.remove()
-    lines = [pyplot.Line2D([], [], color=f"C{i}", label=label) for i, label in enumerate(logs)]
+    lines = [Line2D([], [], color=f"C{i}", label=label) for i, label in enumerate(logs)]
     figure.legend(handles=lines, loc="lower center", ncols=4)
     figure.tight_layout(rect=(0, 0.3 / (2.6 * rows), 1, 1))
     figure.savefig(args.out, dpi=110)

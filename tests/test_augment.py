@@ -1,5 +1,4 @@
 """Random crops and RandAugment against torchvision, to the pixel; batches that depend on the step alone."""
-import io
 import itertools
 
 import numpy as np
@@ -7,17 +6,16 @@ import pytest
 import torch
 from conftest import import_oracle
 from PIL import Image
-from test_sources import captions_of, take, write_tar
+from test_sources import captions_of, encoded, shards, take
 
 import data
-from data import CROP_AREA, CROP_ASPECT, open_source, rand_augment, random_crop
+from data import CROP_AREA, CROP_ASPECT, rand_augment, random_crop
 
 SIZES = [(48, 48), (65, 40), (31, 77)]             # width, height
 
 
 @pytest.fixture(scope="module")
 def torchvision():
-    """torchvision's transforms."""
     return import_oracle("torchvision.transforms")
 
 
@@ -32,17 +30,12 @@ def replay(torchvision, monkeypatch):
     return start
 
 
-def photo(size: tuple[int, int], seed: int = 0, form: str | None = None):
+def photo(size: tuple[int, int], seed: int = 0) -> Image.Image:
     """Blobs with some grain and a narrow range of values, so that every operation has something to do."""
     rng = np.random.default_rng(seed)
     blobs = Image.fromarray(rng.integers(20, 220, (5, 5, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
     grain = rng.integers(-12, 13, (size[1], size[0], 3))
-    image = Image.fromarray((np.asarray(blobs) + grain).clip(3, 251).astype(np.uint8))
-    if form is None:
-        return image
-    file = io.BytesIO()
-    image.save(file, form, quality=95)
-    return file.getvalue()
+    return Image.fromarray((np.asarray(blobs) + grain).clip(3, 251).astype(np.uint8))
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:
@@ -82,12 +75,9 @@ def test_crops_of_reduced_jpegs_are_never_enlarged() -> None:
 @pytest.fixture()
 def source(tmp_path):
     """Twelve pictures, one of them broken, in two tars."""
-    for shard in range(2):
-        write_tar(tmp_path / f"{shard}.tar", [
-            (f"{shard}{i}.{kind}", body) for i in range(6) for kind, body in (
-                ("png", b"broken" if (shard, i) == (1, 2) else photo((40, 28), 6 * shard + i, "PNG")),
-                ("txt", f"caption {shard} {i}".encode()))])
-    return open_source(str(tmp_path))
+    return shards(tmp_path, [6, 6], lambda shard, i: {
+        "png": b"broken" if (shard, i) == (1, 2) else encoded(photo((40, 28), 6 * shard + i), "PNG"),
+        "txt": f"caption {shard} {i}".encode()})
 
 
 def by_sample(batches: list) -> list[dict]:

@@ -18,6 +18,7 @@ from convert_clip import convert  # noqa: E402  (it imports transformers)
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD  # noqa: E402
 
 CAPTIONS = ["a red circle above a small blue square", "", "a dog", "green " * 40]      # the last is cut
+TOWERS = ("vision_config", "text_config")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_vectors_are_those_of_transformers(tokenizer, tmp_path, activation: str,
     """Of images and of texts of every length, padded our way here and OpenAI's way, with 0, there."""
     theirs = put_clip(tmp_path, tokenizer, activation, heads, text_heads)
     config = json.loads((tmp_path / "config.json").read_text())
-    for tower, default in (("vision_config", 12), ("text_config", 8)):       # published files leave these out
+    for tower, default in zip(TOWERS, (12, 8)):              # published files leave these out
         for name, value in (("num_attention_heads", default), ("hidden_act", "quick_gelu")):
             if config[tower].get(name) == value:
                 del config[tower][name]
@@ -70,9 +71,6 @@ def test_vectors_are_those_of_transformers(tokenizer, tmp_path, activation: str,
                         (ours.logit_scale.exp() * image @ text.T, expected.logits_per_image)):
         assert (got - wanted).abs().max() < 1e-5
     assert torch.equal(ours.logit_scale, theirs.logit_scale)
-
-
-TOWERS = ("vision_config", "text_config")
 
 
 @pytest.mark.parametrize("file, changes, message", [

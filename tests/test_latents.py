@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build, error_of, tiny_config
-from test_sources import picture, write_tar
+from test_sources import picture, shards, write_tar
 
 import model as models
 import train
@@ -23,14 +23,13 @@ def begin(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Trainer, "validate", lambda self: None)
     monkeypatch.setitem(models.PRESETS, "tiny", tiny_config())
     Path("pictures").mkdir()
-    for shard, count in enumerate((30, 20)):
-        members = []
-        for i in range(count):
-            key, captions = f"{shard}{i:03d}", [f"picture {shard} {i}", f"image {shard} {i}"][:1 + i % 2]
-            body = picture((40 * shard + 5 * i, 200 - 5 * i, 90), (40, 40), "PNG")
-            body = b"broken" if (shard, i) == (1, 4) else body
-            members += [(f"{key}.png", body), (f"{key}.json", json.dumps({"captions": captions}).encode())]
-        write_tar(Path("pictures") / f"{shard}.tar", members)
+
+    def sample(shard: int, i: int) -> dict[str, bytes]:
+        body = picture((40 * shard + 5 * i, 200 - 5 * i, 90), (40, 40), "PNG")
+        captions = [f"picture {shard} {i}", f"image {shard} {i}"][:1 + i % 2]
+        return {"png": b"broken" if (shard, i) == (1, 4) else body,
+                "json": json.dumps({"captions": captions}).encode()}
+    shards(Path("pictures"), [30, 20], sample)
     model = build(tiny_config(autoencoder=KL))
     models.save("start.pt", model)
     return model
@@ -97,7 +96,7 @@ def test_other_data_size_or_autoencoder_make_other_latents(begin) -> None:
     begin.autoencoder.quant_conv.bias.data += 1
     models.save("start.pt", begin)
     trainer("c", "--latents", "latents")
-    write_tar(Path("pictures/1.tar"), [(f"1{i:03d}.{kind}", body) for i in range(20) for kind, body in (
+    write_tar(Path("pictures/1.tar"), [(f"1_{i}.{kind}", body) for i in range(20) for kind, body in (
         ("png", picture((9, 9, 9), form="PNG")), ("txt", b"of the same names"))])
     trainer("d", "--latents", "latents")
     assert len(list(Path("latents").glob("*.done.npy"))) == 4, "latents of one belong to no other"

@@ -1,7 +1,7 @@
-"""The networks against diffusers and transformers, with the same random weights at small sizes."""
+"""The networks against diffusers and transformers, with the same random weights, at small sizes."""
 import pytest
 import torch
-from conftest import diffusers_unet, diffusers_vae, give_weights, randomise, tiny_config, transformers_text
+from conftest import FULL_SIZE, diffusers_unet, diffusers_vae, give_weights, randomise, transformers_text
 
 from fusion import FusionConfig
 from model import (CLIPS, PRESETS, AutoencoderConfig, Clip, Config, KLAutoencoder, TextConfig, TextEncoder,
@@ -9,6 +9,13 @@ from model import (CLIPS, PRESETS, AutoencoderConfig, Clip, Config, KLAutoencode
 
 for package in ("diffusers", "transformers"):
     pytest.importorskip(package, reason=f"{package} is the oracle: pip install -r tests/requirements.txt")
+
+SIZES = {"small": Config(
+    FusionConfig(64, align_blocks=1, head_width=32), UNetConfig((32, 64, 64), (True, True, False), 2, 4),
+    TextConfig(600, 16, 64, 2, 4), AutoencoderConfig(channels=(32, 32, 64, 64)))}
+if FULL_SIZE:
+    SIZES["sd-v1"] = PRESETS["sd-v1"]
+at_every_size = pytest.mark.parametrize("config", SIZES.values(), ids=SIZES)
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -18,23 +25,23 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def test_unet_equals_diffusers() -> None:
-    config = Config(FusionConfig(64, align_blocks=1, head_width=32),
-                    UNetConfig((32, 64, 64), (True, True, False), 2, 4), TextConfig(600, 16, 64, 2, 4))
+@at_every_size
+def test_unet_equals_diffusers(config: Config) -> None:
     ours = randomise(UNet(config))
     theirs = give_weights(ours, diffusers_unet(config))
     ours.double(), theirs.double()          # in float32 rounding would hide a wrong eps
     for height, width in ((8, 8), (7, 9)):          # an odd side is rounded on the way down
-        latents, t, context = torch.randn(2, 4, height, width), torch.tensor([3, 998]), torch.randn(2, 16, 64)
-        latents, context = latents.double(), context.double()
+        latents, t = torch.randn(2, 4, height, width).double(), torch.tensor([3, 998])
+        context = torch.randn(2, config.text.context_length, config.text.width).double()
         worst = difference(ours(latents, t, context), theirs(latents, t, context).sample)
         assert worst < 1e-7, f"the generation path is not Stable Diffusion's UNet: off by {worst}"
 
 
 @torch.no_grad()
-def test_autoencoder_equals_diffusers() -> None:
-    ours = randomise(KLAutoencoder(AutoencoderConfig(channels=(32, 32, 64, 64))))
-    theirs = give_weights(ours, diffusers_vae(tiny_config(autoencoder=ours.config)))
+@at_every_size
+def test_autoencoder_equals_diffusers(config: Config) -> None:
+    ours = randomise(KLAutoencoder(config.autoencoder))
+    theirs = give_weights(ours, diffusers_vae(config))
     # Random weights amplify float32's rounding: float64 shows the formula alone.
     ours.double(), theirs.double()
     for network in (ours, theirs):
@@ -48,12 +55,12 @@ def test_autoencoder_equals_diffusers() -> None:
 
 
 @torch.no_grad()
-def test_text_encoder_equals_transformers() -> None:
-    config = TextConfig(600, 16, 64, 2, 4)
-    ours = randomise(TextEncoder(config))
-    theirs = give_weights(ours, transformers_text(config))
-    tokens = torch.randint(0, 598, (3, 16))
-    tokens[:, 0], tokens[0, 9:], tokens[1, 4:], tokens[2, 15:] = 598, 599, 599, 599
+@at_every_size
+def test_text_encoder_equals_transformers(config: Config) -> None:
+    ours, end = randomise(TextEncoder(config.text)), config.text.vocab_size - 1
+    theirs = give_weights(ours, transformers_text(config.text))
+    tokens = torch.randint(0, end - 1, (3, 16))
+    tokens[:, 0], tokens[0, 9:], tokens[1, 4:], tokens[2, 15:] = end - 1, end, end, end
     output = theirs(tokens)
     context, query = ours(tokens)
     assert difference(context, output.last_hidden_state) < 1e-4

@@ -4,11 +4,10 @@ import importlib
 import inspect
 import re
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("diffusion", "fusion", "data", "model", "sample", "evaluate", "train")      # imports point back
 PACKAGES = {"torch", "numpy", "PIL", "tqdm", "ftfy", "regex"}
 

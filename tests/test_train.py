@@ -221,8 +221,12 @@ def test_a_run_remembers_what_it_was_trained_for(small, tmp_path, capsys) -> Non
         assert models.load(checkpoint).tasks == (tasks,)
         argv = [*words, "--ckpt", checkpoint, "--device", "cpu"]
         assert "train.py --init" in error_of(capsys, program.main, argv, alone=False)
-        both = small("--init", checkpoint, "--out", f"{tasks}-both")
-        assert both.model.tasks == train.TASKS
+        begin = models.load(checkpoint, weights="raw")
+        both = small("--init", checkpoint, "--out", f"{tasks}-both").model
+        now = both.state_dict()
+        assert not [name for name, value in begin.state_dict().items() if not torch.equal(value, now[name])]
+        assert both.tokenizer.merges == begin.tokenizer.merges and both.data == "shapes"
+        assert both.tasks == train.TASKS
         one = small("--init", f"{tasks}-both", "--tasks", tasks, "--out", f"{tasks}-one")
         assert one.model.tasks == (tasks,), "the other is forgotten"
 
@@ -496,18 +500,14 @@ def test_the_log_tells_what_an_owner_asks(small, capsys, monkeypatch) -> None:
     assert {path.name for path in Path("run/samples").iterdir()} == {"step_000002.png", "step_000004.png"}
 
 
-def test_only_the_log_lines_that_will_not_be_written_again_stay(small) -> None:
-    small("--save-every", "1").train()
+def test_resuming_keeps_the_log_of_what_is_not_done_again_and_says_what_is_missing(small, capsys) -> None:
+    train.main([*SMALL, "--steps", "2", "--out", "run", "--resume"])
+    assert "nothing to resume, run/checkpoint.pt is not there" in capsys.readouterr().out
     lines = Path("run/log.jsonl").read_text()
     with open("run/log.jsonl", "a") as file:
         file.write('{"step": 3}\n{"step": 4, "lo')          # killed in the middle of a line
     small("--resume")
     assert Path("run/log.jsonl").read_text() == lines
-
-
-def test_resuming_says_that_nothing_is_there_or_which_log_is_damaged(small, capsys) -> None:
-    train.main([*SMALL, "--steps", "2", "--out", "run", "--resume"])
-    assert "nothing to resume, run/checkpoint.pt is not there" in capsys.readouterr().out
     Path("run/log.jsonl").write_text("no JSON\n")
     assert "run/log.jsonl cannot be used" in fail_of(capsys, "--out", "run", "--resume")
 
@@ -554,17 +554,6 @@ def test_defaults_follow_what_is_given(small, capsys, monkeypatch) -> None:
     monkeypatch.delitem(models.PRESETS, "sd-v1")
     assert "the one whose recipe" in fail_of(capsys, "--init", "start.pt")
     assert small("--init", "start.pt", "--preset", "small", "--out", "small").args.warmup == 500
-
-
-def test_starting_from_another_checkpoint_keeps_its_weights_and_vocabulary(small, tmp_path) -> None:
-    begin = build()
-    begin.data = "shapes"
-    models.save(tmp_path / "start.pt", begin)
-    small("--init", "start.pt", "--steps", "1", "--lr", "0").train()
-    end = models.load(tmp_path / "run/checkpoint.pt")
-    after = end.state_dict()
-    assert not [name for name, value in begin.state_dict().items() if not torch.equal(value, after[name])]
-    assert end.tokenizer.merges == begin.tokenizer.merges and end.data == "shapes"
 
 
 @pytest.mark.parametrize("flags, message", [
