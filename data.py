@@ -3,8 +3,7 @@ the sources that `--data` names; batches that are a function of the step alone; 
 no files, with a checker that judges a picture by its pixels alone.
 
 A bad sample is never fatal and never silent: it is counted by cause, and too many of them stop the run.
-What it is not: noise, or a network. It imports no other file of the project. Read next: model.py.
-"""
+What it is not: noise, or a network. It imports no other file of the project. Read next: model.py."""
 import copy
 import gzip
 import hashlib
@@ -212,8 +211,7 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- random crop, RandAugment (CLIP's training)
-# Share of the area, uniform: our choice between OpenCLIP's (0.9, 1) and ImageNet's (0.08, 1).
-CROP_AREA = (0.5, 1.0)
+CROP_AREA = (0.5, 1.0)      # share, uniform: our choice between OpenCLIP's (0.9, 1) and ImageNet's (0.08, 1)
 CROP_ASPECT = (3 / 4, 4 / 3)              # width to height, log-uniform
 
 
@@ -286,8 +284,7 @@ class Sample(NamedTuple):
 
 class Source:
     """Image-caption samples by index: images as files, each of a class, with texts, or with KEY.txt or
-    KEY.json beside it. `rows` are those in use, of all there are. Other kinds have a content, or captions and
-    an image, of their own."""
+    KEY.json beside it; subclasses: content, or captions and image, of their own. `rows`: those in use."""
     moments: np.ndarray | None = None          # --latents: float16 [all rows, 2C, h, w], NaN if unusable
     template = "a photo of {a} {}"             # the caption of an image that has just a class
 

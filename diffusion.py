@@ -4,8 +4,7 @@ The same lines noise and denoise images and text queries, so names are generic h
 t timestep, shapes (B, …). There is no network: samplers receive a callable.
 
 Notation: x_t = a x0 + s ε with a = γ √ᾱ_t and s = √(1-ᾱ_t); γ is 1 for images. Schedules are float64 tables.
-Read next: fusion.py (where text and image meet); train.py and sample.py use what is here.
-"""
+Read next: fusion.py (where text and image meet); train.py and sample.py use what is here."""
 import math
 from collections.abc import Callable, Iterable
 
@@ -22,10 +21,8 @@ Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]     # (x_t, t [B]) 
 
 # ---------------------------------------------------------------- randomness
 def generator_of(*key: int) -> torch.Generator:
-    """A CPU generator that is a function of the key alone, e.g. (seed, step, index) or (seed, image).
-
-    All noise is drawn this way, on the CPU: it depends on no device, batch layout, rank or earlier draw.
-    """
+    """A CPU generator that is a function of the key alone, e.g. (seed, step, index) or (seed, image). All
+    noise is drawn this way, on the CPU: it depends on no device, batch layout, rank or earlier draw."""
     # The length goes in because numpy pads a key with zeros: (1,) and (1, 0) would be one.
     seed = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> 1))
@@ -38,10 +35,7 @@ def noise_of(shape: tuple[int, ...], keys: Iterable[tuple[int, ...]]) -> Tensor:
 
 # ---------------------------------------------------------------- schedules
 def make_alphas_cumprod(kind: str, steps: int) -> Tensor:
-    """ᾱ_t = Π (1-β), float64 [T].
-
-    kind: "linear", Stable Diffusion's (in √β, from √0.00085 to √0.012), or "cosine" (Nichol & Dhariwal 2021).
-    """
+    """ᾱ_t = Π (1-β), float64 [T]. "linear": Stable Diffusion's, in √β; "cosine": Nichol & Dhariwal 2021."""
     if kind == "linear":
         betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps, dtype=torch.float64) ** 2
     elif kind == "cosine":
@@ -93,12 +87,10 @@ def alignment_loss(x0_pred: Tensor, text_query: Tensor, logit_scale: Tensor,
                    dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Symmetric InfoNCE between denoised and true text queries, over the batch of all ranks (Eq. 8).
 
-    x0_pred: ê_0 [B, D], any norm; text_query: e [B, D], unit norm;
-    logit_scale: log of the inverse temperature; dropped: pairs without their image [B], bool: with nothing to
-    read they have no part in the image -> text half.
-    -> this rank's rows of the loss [B], float32 (their mean over all ranks is the global loss),
-    and whether each row's own text is the most similar [B], bool.
-    """
+    x0_pred: ê_0 [B, D], any norm; text_query: e [B, D], unit norm; logit_scale: log of the inverse
+    temperature; dropped: pairs without their image [B], bool: with nothing to read they have no part in the
+    image -> text half. -> this rank's rows of the loss [B], float32 (their mean over all ranks is the global
+    loss), and whether each row's own text is the most similar [B], bool."""
     ours, texts = F.normalize(x0_pred.float(), dim=-1), text_query.float()
     all_ours, all_texts, rank = ours, texts, 0
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -125,8 +117,7 @@ def sampling_timesteps(steps: int, total: int, spacing: str) -> list[int]:
 
     spacing: "leading" is Stable Diffusion's (…, 41, 21, 1 for 50 steps: it never visits T-1);
     "trailing" starts at T-1, where what a sampler starts from, pure noise, is what training showed.
-    Raises ValueError on an impossible number of steps.
-    """
+    Raises ValueError on an impossible number of steps."""
     most = total if spacing == "trailing" else total - 1
     if not 1 <= steps <= most:
         raise ValueError(f"sampling steps is {steps}, expected 1 to {most}")
@@ -137,12 +128,9 @@ def sampling_timesteps(steps: int, total: int, spacing: str) -> list[int]:
 
 def make_denoiser(predict: Callable[[Tensor, Tensor], Tensor], kind: str, alphas_cumprod: Tensor,
                   gamma: float = 1.0, unit_norm: bool = False) -> Denoiser:
-    """A network's (guided) prediction as a denoiser.
-
-    predict: (x_t, t [B]) -> prediction of target `kind`.
+    """A network's (guided) prediction as a denoiser. predict: (x_t, t [B]) -> prediction of target `kind`;
     unit_norm: normalise x0_pred and recompute ε̂ from it (Algorithm 3; our choice: text queries have unit
-    norm, so what is denoised should too).
-    """
+    norm, so what is denoised should too)."""
     def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         a, s = signal_and_noise(t, x_t, alphas_cumprod, gamma)
         x0_pred, eps_pred = read_prediction(kind, predict(x_t, t).float(), x_t, a, s)
@@ -161,9 +149,7 @@ def ddim(denoise: Denoiser, x_t: Tensor, timesteps: list[int], alphas_cumprod: T
     data (Stable Diffusion's own sampler stops at ᾱ_0); progress: wraps the timesteps, e.g. tqdm.
     order: 2, for γ = 1, is DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2), good in 20 steps where DDIM needs
     50: x̂0 is taken to change linearly with half the log-SNR, and extrapolated to the middle of the step from
-    this step's and the last one's; the first and the last step use this step's alone.
-    -> x0 (B, …)
-    """
+    this step's and the last one's; the first and the last step use this step's alone. -> x0 (B, …)"""
     after = [float(alphas_cumprod[t]) for t in timesteps[1:]] + [final_alpha_cumprod]
     time, x0_before = (torch.logit(alphas_cumprod[timesteps].double()) / 2).tolist(), None
     for i, (now, alpha_bar) in enumerate(zip(progress(timesteps), after)):

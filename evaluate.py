@@ -5,8 +5,7 @@
     python evaluate.py longtail --data DIR            VL-LTR's two stages on few images of most classes
 The predictor receives only clean latents and noise, of a CLIP pixels; what it reads meets all candidate
 texts, and only then the truth. `--control` breaks that on purpose: a sound evaluation then falls to chance.
-Under torchrun the ranks share the images (but of checker; give `--` before evaluate.py). Read next: train.py.
-"""
+Under torchrun ranks share the images (not checker's; put `--` before evaluate.py). Read next: train.py."""
 import argparse
 import copy
 import hashlib
@@ -34,7 +33,7 @@ from data import (SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_bat
                   open_source, rand_augment, text_lines, to_square, write_atomically)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        signal_and_noise)
-from model import Clip, DiffDis
+from model import Clip, DiffDis, Network
 from sample import (CKPT_HELP, SAMPLERS, SWITCH, Parser, all_finite, denoise_queries, draw_all, draw_images,
                     draw_queries, errors_in_one_line, find_checkpoint, finite, natural, pick_device, positive,
                     require, score, share, target, to_pil, weight)     # noqa: F401  (score is offered here)
@@ -103,8 +102,7 @@ class Read(NamedTuple):
     skipped: dict                 # how many were visited, and of these left out, by cause
 
 
-def read_queries(model: "DiffDis | Clip | Inception", inputs: Tensor, places: list[int], reading: Reading
-                 ) -> Tensor:
+def read_queries(model: "Network | Inception", inputs: Tensor, places: list[int], reading: Reading) -> Tensor:
     """What the model reads from images [B, D]: a denoised text query (Algorithm 3), of a CLIP the image's
     embedding, both comparable with texts and of unit norm; of Inception its features."""
     if isinstance(model, Clip | Inception):
@@ -113,19 +111,16 @@ def read_queries(model: "DiffDis | Clip | Inception", inputs: Tensor, places: li
 
 
 @torch.no_grad()
-def over_images(model: "DiffDis | Clip | Inception", source: Source, reading: Reading,
-                values_of: Callable[[Tensor, list[int]], Tensor] | None = None, size: int | None = None
-                ) -> Read:
+def over_images(model: "Network | Inception", source: Source, reading: Reading,
+                values_of: Callable[..., Tensor] | None = None, size: int | None = None) -> Read:
     """values_of(inputs [B, ...], numbers of the images [B]) -> [B, ...], without it `read_queries`, for all
     usable images. The ranks share them, the controls act here. Raises ValueError where too many are unusable.
-
-    inputs: what the model's read_batch makes of pixels, e.g. clean latents; size: px, without it the model's.
-    """
+    inputs: what the model's read_batch makes of pixels, e.g. clean latents; size: px, else the model's."""
     (rank, world), control, skips, rows = rank_and_world(), reading.control, SkipReport(), []
     values_of = values_of or partial(read_queries, model, reading=reading)
-    mine = source.subset(np.arange(rank, len(source), world))
+    mine, rng = source.subset(np.arange(rank, len(source), world)), np.random.default_rng(reading.seed)
     if control == "shuffle-images":          # every sample with the image of another
-        mine.image = source.subset(shuffled(len(source), reading.seed)[rank::world]).image
+        mine.image = source.subset(rng.permutation(len(source))[rank::world]).image
     batches = evaluation_batches(mine, size or model.config.image_size, reading.batch_size, reading.workers)
     for batch in tqdm(batches, source.name, -(-len(mine) // reading.batch_size), leave=False, unit="batch",
                       disable=None if rank == 0 else True):
@@ -142,21 +137,17 @@ def over_images(model: "DiffDis | Clip | Inception", source: Source, reading: Re
     rows = sorted(sum(rows, []), key=lambda row: row[0])          # by place
     if not rows:
         raise ValueError(f"{source.name} has no usable sample ({total})")
-    order = shuffled(len(rows), reading.seed) if control == "shuffle-labels" else range(len(rows))
+    order = rng.permutation(len(rows)) if control == "shuffle-labels" else range(len(rows))
     _, values, captions, labels = zip(*rows)
     return Read(all_finite(torch.from_numpy(np.stack(values))), [captions[i] for i in order],
                 [labels[i] for i in order], {"visited": total.visited, "skipped": dict(total.skipped)})
 
 
 @torch.no_grad()
-def encode_texts(model: DiffDis | Clip, texts: list[str], batch: int = 256) -> Tensor:
+def encode_texts(model: Network, texts: list[str], batch: int = 256) -> Tensor:
     """Texts -> text queries e [K, D], unit norm, float32, on the CPU."""
     parts = [model.encode_text(texts[i:i + batch])[1] for i in range(0, len(texts), batch)]
     return all_finite(torch.cat(parts).cpu())
-
-
-def shuffled(n: int, seed: int) -> np.ndarray:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
 
 
 # ---------------------------------------------------------------- retrieval, zero-shot, Diffusion Classifier
@@ -181,10 +172,9 @@ def ranks_of_best_match(queries: Tensor, candidates: Tensor, pairs: Tensor, bloc
     return torch.cat(ranks)
 
 
-def retrieval(model: DiffDis | Clip, source: Source, reading: Reading = Reading()) -> dict:
+def retrieval(model: Network, source: Source, reading: Reading = Reading()) -> dict:
     """R@1/5/10 both ways: a hit if any caption of the image is among the k most similar texts, any image with
-    that caption among the k most similar images. Equal captions are one text; with Karpathy's files each is
-    its own, as in the field's protocol."""
+    that caption among the k most similar images. Equal captions are one text, but for Karpathy's tables."""
     read, numbers = over_images(model, source, reading), {}     # (text, where if that matters) -> number
     pairs = torch.tensor([(image, numbers.setdefault((text, source.texts and (image, j)), len(numbers)))
                           for image, own in enumerate(read.captions) for j, text in enumerate(own)])
@@ -208,8 +198,7 @@ def denoising_errors(model: DiffDis, latents: Tensor, places: list[int], context
 
     latents: clean z [B, C, h, w]; places: B numbers that name the images; contexts: text conditions
     [B, L, D] -> [B], float64. Noise is a function of (seed, place, level): an image's is the same for all
-    texts, and the text under which it is denoised best describes it best (Li et al. 2023).
-    """
+    texts, and the text under which it is denoised best describes it best (Li et al. 2023)."""
     config, device, losses = model.config, latents.device, []
     alphas = make_alphas_cumprod(config.image_schedule, config.timesteps).to(device)
     for j in range(levels):
@@ -221,11 +210,10 @@ def denoising_errors(model: DiffDis, latents: Tensor, places: list[int], context
     return torch.stack(losses).double().mean(dim=0)
 
 
-def zeroshot(model: DiffDis | Clip, source: Source, reading: Reading = Reading(),
+def zeroshot(model: Network, source: Source, reading: Reading = Reading(),
              templates: Sequence[str] | None = None, loss_timesteps: int | None = None) -> dict:
-    """Zero-shot classification: a class's text query is the normalised mean of its templates' queries.
-    templates: without them a class's caption in training; loss_timesteps: instead Diffusion Classifier, with
-    so many; a class is its first template."""
+    """Zero-shot classification: a class's text query is the normalised mean of its templates', by default of
+    its caption in training. loss_timesteps: Diffusion Classifier with so many instead, on first templates."""
     names, templates = source.classes or [], templates or [source.template]
     if len(names) < 2:       # of a single class every answer is right
         raise ValueError(f"{source.name} has {len(names)} classes, zeroshot needs two: DIR/CLASS, or a list")
@@ -292,8 +280,7 @@ class Inception:
         """A convolution without bias, batch norm, ReLU."""
         weight = self.tensors[f"{name}.conv.weight"]
         padding = [side // 2 for side in weight.shape[2:]] if pads else 0
-        norm = [self.tensors[f"{name}.bn.{part}"]
-                for part in ("running_mean", "running_var", "weight", "bias")]
+        norm = [self.tensors[f"{name}.bn.{key}"] for key in ("running_mean", "running_var", "weight", "bias")]
         return F.relu(F.batch_norm(F.conv2d(x, weight, None, stride, padding), *norm, eps=0.001))
 
     def block(self, x: Tensor, name: str, branches: dict[str, int]) -> Tensor:
@@ -340,8 +327,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|μ₁ - μ₂|² + tr Σ₁ + tr Σ₂ - 2 tr (Σ₁ Σ₂)^½ of features [N, D] and [M, D] (Heusel et al. 2017).
 
     With Σ = Rᵀ R, R by QR of the centred features, the last trace is the sum of the singular values of
-    R₁ R₂ᵀ. No root is taken: with fewer images than features Σ₁ Σ₂ is singular, and `sqrtm` turns complex.
-    """
+    R₁ R₂ᵀ. No root is taken: with fewer images than features Σ₁ Σ₂ is singular, and `sqrtm` turns complex."""
     a, b = a.double(), b.double()
     first, second = (torch.linalg.qr((x - x.mean(dim=0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (a, b))
     overlap = torch.linalg.svdvals(first @ second.T).sum()
@@ -351,16 +337,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def fid(model: DiffDis, source: Source, network: Inception | DiffDis | Clip, reading: Reading = Reading(),
+def fid(model: DiffDis, source: Source, network: Inception | Network, reading: Reading = Reading(),
         n: int = 30_000, out: Path | None = None, **drawing) -> dict:
     """Fréchet distance between drawn pictures and the images of a source, centre squares of the model's size.
 
     network: what compares, by `read_queries`; n: pictures, of samples from all over the source by their first
-    captions, the i-th from seed + i; out: a folder for them; drawing: options of `draw_images`.
-    """
+    captions, the i-th from seed + i; out: a folder for them; drawing: options of `draw_images`."""
     size, chosen = model.config.image_size, copy.copy(evenly_spaced(source, n))
-    blank = np.zeros((size, size, 3), np.uint8)
-    chosen.name, chosen.image = "draw", lambda *_: blank        # of these samples only captions are needed
+    chosen.name, chosen.image = "draw", lambda *_: np.zeros((size, size, 3), np.uint8)  # captions are enough
 
     def draw(_: Tensor, places: list[int]) -> Tensor:
         prompts, seeds = [chosen.captions(i)[0] for i in places], [reading.seed + i for i in places]
@@ -426,8 +410,7 @@ class LanguageGuidedHead(nn.Module):
     An image attends to the sentences about a class, which so become one vector; its cosine with the image's
     text query is one branch, a perceptron on the query the other. At its start the attention compares queries
     and sentences as they are: its projections are the identity.
-    anchors: sentences' text queries [K, S, D], unit norm, or zeros where a class has fewer.
-    """
+    anchors: sentences' text queries [K, S, D], unit norm, or zeros where a class has fewer."""
     temperature, visual_share = 0.07, 0.2       # both fixed; of the prediction, the rest is the text branch's
 
     def __init__(self, anchors: Tensor) -> None:
@@ -469,24 +452,21 @@ def stage_1_loss(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return (loss(targets, targets, SMOOTHING) + loss(teacher.softmax(dim=1), teacher.T.softmax(dim=1))) / 2
 
 
-def balanced(labels: Tensor, batch_size: int, *key: int) -> Tensor:
-    """An epoch's samples, drawn with replacement, in whole batches: a class of n images counts √n-fold.
-    labels: of all samples [N] -> numbers of samples, a function of the key."""
-    size = max(1, len(labels) // batch_size) * batch_size
-    weights = torch.bincount(labels).double()[labels] ** -BALANCE
-    return torch.multinomial(weights, size, replacement=True, generator=generator_of(*key))
-
-
 def augmented(source: Source, size: int, key: tuple[int, ...], index: int, side: int | None) -> Image.Image:
     """An image's centre square, changed by RandAugment: a function of the key and its place."""
     square = Image.fromarray(to_square(source.image(index, side), size))
     return rand_augment(square, np.random.default_rng([*key, index]))
 
 
-def balanced_batches(data: LongTail, size: int, epochs: int, key: tuple[int, ...], reading: Reading
-                     ) -> Iterator[Batch]:
-    """Balanced epochs of augmented training images at `size` px, a function of the key. Raises ValueError
-    where an image is unusable: its class may have no other."""
+def balanced(labels: Tensor, batch_size: int, *key: int) -> Tensor:
+    """labels [N] -> an epoch's samples in whole batches, with replacement: a class of n counts √n-fold."""
+    size = max(1, len(labels) // batch_size) * batch_size
+    weights = torch.bincount(labels).double()[labels] ** -BALANCE
+    return torch.multinomial(weights, size, replacement=True, generator=generator_of(*key))
+
+
+def balanced_batches(data: LongTail, size: int, epochs: int, reading: Reading, *key: int) -> Iterator[Batch]:
+    """Balanced epochs of augmented training images at `size` px. Raises ValueError where one is unusable."""
     for epoch in range(epochs):
         rows = balanced(data.labels, reading.batch_size, *key, epoch)
         source = data.train.subset(rows.numpy())
@@ -517,10 +497,9 @@ def descend(modules: list[tuple[nn.Module, float]], losses: Iterator[Tensor], st
             warmup: int = 0) -> None:
     """A step of AdamW on each loss. modules: each with its peak learning rate, to which the rate rises for
     `warmup` steps while it falls to 0 as a cosine. Raises ValueError where a loss is not finite."""
-    optimizer = torch.optim.AdamW([
-        {"params": [p for p in module.parameters() if (p.dim() > 1) == is_matrix],
-         "peak_lr": rate, "weight_decay": WEIGHT_DECAY * is_matrix}
-        for module, rate in modules for is_matrix in (True, False)])
+    optimizer = torch.optim.AdamW([{"params": [p for p in module.parameters() if (p.dim() > 1) == is_matrix],
+                                    "peak_lr": rate, "weight_decay": WEIGHT_DECAY * is_matrix}
+                                   for module, rate in modules for is_matrix in (True, False)])
     for step, loss in enumerate(tqdm(losses, stage, steps, unit="step", disable=None)):
         if not torch.isfinite(loss):
             raise ValueError(f"longtail, {stage}, step {step}: the loss is not finite; lower --lr-scale")
@@ -532,21 +511,18 @@ def descend(modules: list[tuple[nn.Module, float]], losses: Iterator[Tensor], st
         optimizer.step()
 
 
-def fine_tune(model: DiffDis | Clip, data: LongTail, epochs: int, lr_scale: float, reading: Reading
-              ) -> DiffDis | Clip:
-    """VL-LTR's first stage, on a copy of the model, which then only reads.
-
-    Our choice: a text query is denoised from pure noise, as in evaluation, so that no sentence can leak.
-    """
+def fine_tune(model: Network, data: LongTail, epochs: int, lr_scale: float, reading: Reading) -> Network:
+    """VL-LTR's first stage, on a copy of the model, which then only reads. Our choice: a text query is
+    denoised from pure noise, as in evaluation, so that no sentence can leak."""
     student, seed = copy.deepcopy(model).float().requires_grad_(True), reading.seed
 
-    def logits_of(network: DiffDis | Clip, inputs: Tensor, noise: Tensor, chosen: list[str]) -> Tensor:
+    def logits_of(network: Network, inputs: Tensor, noise: Tensor, chosen: list[str]) -> Tensor:
         queries = (network.encode_image(inputs) if isinstance(network, Clip) else
                    denoise_queries(network, inputs, noise))
         return network.logit_scale.exp() * queries @ network.encode_text(chosen)[1].T
 
     def losses() -> Iterator[Tensor]:
-        batches = balanced_batches(data, model.config.image_size, epochs, (seed, 5), reading)
+        batches = balanced_batches(data, model.config.image_size, epochs, reading, seed, 5)
         for step, batch in enumerate(batches):
             rng = np.random.default_rng([seed, 6, step])
             chosen = [data.sentences[k][rng.integers(len(data.sentences[k]))] for k in batch.labels]
@@ -586,7 +562,7 @@ def select_anchors(images: Tensor, labels: Tensor, texts: Sequence[Tensor], scal
     return nn.utils.rnn.pad_sequence(best, batch_first=True)
 
 
-def train_head(model: DiffDis | Clip, data: LongTail, texts: Sequence[Tensor], epochs: int, lr_scale: float,
+def train_head(model: Network, data: LongTail, texts: Sequence[Tensor], epochs: int, lr_scale: float,
                reading: Reading) -> LanguageGuidedHead:
     """VL-LTR's second stage: a head on the frozen model's text queries of mixed images, its two branches'
     losses summed. texts: of each class, its sentences' text queries [M, D]."""
@@ -599,7 +575,7 @@ def train_head(model: DiffDis | Clip, data: LongTail, texts: Sequence[Tensor], e
     steps = max(1, len(data.train) // reading.batch_size)        # of an epoch
 
     def losses() -> Iterator[Tensor]:
-        batches = balanced_batches(data, model.config.image_size, epochs, (reading.seed, 8), reading)
+        batches = balanced_batches(data, model.config.image_size, epochs, reading, reading.seed, 8)
         for i, batch in enumerate(batches):
             rng = np.random.default_rng([reading.seed, 8, 9, *divmod(i, steps)])
             pixels, targets = mix(batch.images, one_hot[batch.labels], rng)
@@ -613,7 +589,7 @@ def train_head(model: DiffDis | Clip, data: LongTail, texts: Sequence[Tensor], e
     return head
 
 
-def longtail(model: DiffDis | Clip, data: LongTail, reading: Reading = Reading(batch_size=128),
+def longtail(model: Network, data: LongTail, reading: Reading = Reading(batch_size=128),
              templates: Sequence[str] | None = None, epochs: int = 50, head_epochs: int = 50,
              lr_scale: float = 1.0) -> dict:
     """VL-LTR's two stages with this model as the backbone (Table 8). epochs, head_epochs: of stage 1 and 2, 0
@@ -704,18 +680,17 @@ def report(task: str, result: dict, name: str) -> None:
         print(f"  skipped: {count} {cause}")
 
 
-def check_tasks(args: argparse.Namespace, model: DiffDis | Clip) -> None:
+def check_tasks(args: argparse.Namespace, model: Network) -> None:
     """Refuse what these weights cannot do, before anything is computed. Raises ValueError."""
     for task in args.tasks:
         draws = task in DRAWS or task == "zeroshot" and args.loss_timesteps
         reads = not draws or task == "checker" and args.best_of > 1
-        needed = ["generation"] * bool(draws) + ["alignment"] * reads
-        require(model, needed, f"{task} of images")
+        require(model, ["generation"] * bool(draws) + ["alignment"] * reads, f"{task} of images")
         if task == "longtail" and rank_and_world()[1] > 1:
             raise ValueError("longtail trains in one process: start it with python, not torchrun")
 
 
-def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict:
+def run_task(task: str, model: Network, args: argparse.Namespace) -> dict:
     """Open the task's data and measure."""
     scale, workers, size = args.guidance_scale, 2 * (args.data != "shapes"), model.config.image_size
     reading = Reading(args.text_steps, args.draws, 1.0 if scale is None else scale, args.seed,
@@ -747,34 +722,29 @@ def run_task(task: str, model: DiffDis | Clip, args: argparse.Namespace) -> dict
     return fid(model, source, network, reading, n, args.out and Path(args.out), **drawing)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> None:
-    """All tasks on one model; their tables and the JSON."""
-    table = args.json and target("--json", args.json)
-    path, results = in_turn(lambda: models.locate(find_checkpoint(args.ckpt))), {}
-    model = models.load(path, device, precision=args.precision).to(memory_format=torch.channels_last)
-    check_tasks(args, model)
-    if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    about = {"settings": {name: value for name, value in vars(args).items() if name not in ("tasks", "json")},
-             "command": " ".join(sys.argv), "date": date.today().isoformat(), "checkpoint": str(path),
-             "ranks": rank_and_world()[1], "device": str(device), "torch": torch.__version__}
-    for task in args.tasks:
-        result, name = run_task(task, model, args), "shapes" if task == "checker" else args.data
-        results[task] = {"task": task, "data": name, **result, **about}
-        if table and rank_and_world()[0] == 0:       # now: a later task may end in an error
-            numbers = results if len(args.tasks) > 1 else results[task]
-            table.write_text(json.dumps(numbers, indent=1) + "\n")
-        report(task, result, name)
-
-
 @errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args, results = parse_args(argv), {}
     try:
-        rank, _, device = join_ranks(args.device)
+        rank, world, device = join_ranks(args.device)
         if rank:      # the first speaks for all
             sys.stdout = open(os.devnull, "w")
-        run(args, device)
+        table = args.json and target("--json", args.json)
+        path = in_turn(lambda: models.locate(find_checkpoint(args.ckpt)))
+        model = models.load(path, device, precision=args.precision).to(memory_format=torch.channels_last)
+        check_tasks(args, model)
+        if args.out:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+        settings = {name: value for name, value in vars(args).items() if name not in ("tasks", "json")}
+        about = {"settings": settings, "command": " ".join(sys.argv), "date": date.today().isoformat(),
+                 "checkpoint": str(path), "ranks": world, "device": str(device), "torch": torch.__version__}
+        for task in args.tasks:
+            result, name = run_task(task, model, args), "shapes" if task == "checker" else args.data
+            results[task] = {"task": task, "data": name, **result, **about}
+            if table and rank == 0:       # now: a later task may end in an error
+                numbers = results if len(args.tasks) > 1 else results[task]
+                table.write_text(json.dumps(numbers, indent=1) + "\n")
+            report(task, result, name)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -8,8 +8,7 @@ sees there. `SpatialTransformer` is that block; `AlignmentTransformer` follows t
 Letters: B batch, N image tokens, C their width, L text tokens, D width of the text query.
 Module names are Stable Diffusion's own wherever it has the module, so that its weights load by name; all that
 DiffDis adds is named `query_...`, so that `"query_" in name` tells new parameters from pretrained ones.
-Read next: data.py, or straight on to model.py, which stacks these blocks.
-"""
+Read next: data.py, or straight on to model.py, which stacks these blocks."""
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +32,8 @@ class FusionConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head attention by PyTorch's fused kernel: softmax(q kᵀ / √d) v.
-
-    Without `context` it is self-attention. bias: of q, k and v, which only the autoencoder's have.
-    """
+    """Multi-head attention by PyTorch's fused kernel: softmax(q kᵀ / √d) v. Without `context` it is
+    self-attention. bias: of q, k and v, which only the autoencoder's have."""
 
     def __init__(self, width: int, heads: int, context_width: int | None = None, bias: bool = False) -> None:
         super().__init__()
@@ -80,13 +77,11 @@ class FeedForward(nn.Sequential):
 
 
 class TransformerBlock(nn.Module):
-    """Stable Diffusion's block: self-attention, cross-attention to the text, feed-forward, each pre-norm and
-    residual.
+    """Stable Diffusion's block: self-attention, cross-attention to text, feed-forward; pre-norm, residual.
 
     With `fusion` it is the dual-stream block: the query token goes through the *shared* self-attention beside
     the image tokens, then through a feed-forward of its own, without cross-attention.
-    `context_width` None leaves the cross-attention out (the M blocks of the alignment transformer).
-    """
+    `context_width` None leaves the cross-attention out (the M blocks of the alignment transformer)."""
 
     def __init__(self, width: int, heads: int, context_width: int | None,
                  fusion: FusionConfig | None = None) -> None:
@@ -128,8 +123,7 @@ class SpatialTransformer(nn.Module):
     """A UNet attention block: GroupNorm, 1×1 in, K transformer blocks, 1×1 out, residual.
 
     With `fusion` it carries the text query along: FC_in adds the state left by the previous block to the
-    noised query (the skip connection across blocks), FC_out hands the state on.
-    """
+    noised query (the skip connection across blocks), FC_out hands the state on."""
 
     def __init__(self, width: int, heads: int, context_width: int, depth: int = 1,
                  fusion: FusionConfig | None = None) -> None:
@@ -171,8 +165,7 @@ class AlignmentTransformer(nn.Module):
         self.predictor = nn.Linear(width, width)
 
     def forward(self, state: Tensor, features: Tensor) -> Tensor:
-        """state h_e [B, D], features of the middle block [B, C, H, W] -> the text target's prediction [B, D]
-        (Eq. 7)."""
+        """State h_e [B, D], middle features [B, C, H, W] -> the text target's prediction [B, D] (Eq. 7)."""
         image_tokens = self.image_fc(features.flatten(2).transpose(1, 2))              # [B, N, D]
         tokens = torch.cat([self.query_fc(state).unsqueeze(1), image_tokens], dim=1)   # [B, 1+N, D]
         for block in self.blocks:

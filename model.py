@@ -3,8 +3,7 @@
 What it is: the UNet first, then what only serves it (autoencoder, text encoder), `DiffDis`, which holds the
 three, CLIP, with which the paper compares, and last the files: published weights in, checkpoints in and out.
 What it is not: attention blocks (fusion.py), noise, losses and samplers (diffusion.py), or data (data.py).
-Parameters are named as in diffusers' folders; what DiffDis adds: see `is_new`. Read next: sample.py.
-"""
+Parameters are named as in diffusers' folders; what DiffDis adds: see `is_new`. Read next: sample.py."""
 import argparse
 import json
 import math
@@ -163,16 +162,14 @@ class ResBlock(nn.Module):
 # ---------------------------------------------------------------- UNet
 class Level(nn.Module):
     """Residual blocks with these channels into each, an attention block after the first `attentions` of them:
-    a level of the UNet, or its middle. With `fusion` the text query passes through (section 3.3)."""
+    a level of the UNet, or its middle. Where `fused` the text query passes through (section 3.3)."""
 
-    def __init__(self, config: Config, inputs: list[int], width: int, attentions: int,
-                 fusion: FusionConfig | None) -> None:
+    def __init__(self, config: Config, inputs: list[int], width: int, attentions: int, fused: bool) -> None:
         super().__init__()
-        unet = config.unet
+        unet, fusion = config.unet, config.fusion if fused else None
         self.resnets = nn.ModuleList(ResBlock(channels, width, 4 * unet.channels[0]) for channels in inputs)
-        self.attentions = nn.ModuleList(
-            SpatialTransformer(width, unet.heads, config.text.width, unet.depth, fusion)
-            for _ in range(attentions))
+        self.attentions = nn.ModuleList(SpatialTransformer(
+            width, unet.heads, config.text.width, unet.depth, fusion) for _ in range(attentions))
         self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()      # one in all, or none
 
 
@@ -183,23 +180,23 @@ class UNet(nn.Module):
         super().__init__()
         unet, channels, blocks = config.unet, config.unet.channels, config.unet.res_blocks
         self.fused, self.condition_timestep = config.fusion.fusion, config.condition_timestep
-        fusion, latent_channels = config.fusion if self.fused else None, config.autoencoder.latent_channels
+        latent_channels = config.autoencoder.latent_channels
         self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
         self.down_blocks = nn.ModuleList()
         before, skips = channels[0], [channels[0]]            # channels of what `encode` keeps for `decode`
         for c, attention in zip(channels, unet.attention):
-            level = Level(config, [before] + [c] * (blocks - 1), c, blocks * attention, fusion)
+            level = Level(config, [before] + [c] * (blocks - 1), c, blocks * attention, self.fused)
             self.down_blocks.append(level)
             if len(self.down_blocks) < len(channels):
                 level.downsamplers.append(chain(conv=nn.Conv2d(c, c, 3, stride=2, padding=1)))
             skips += [c] * (blocks + len(level.downsamplers))
             before = c
-        self.mid_block = Level(config, [before, before], before, 1, fusion)
+        self.mid_block = Level(config, [before, before], before, 1, self.fused)
         self.up_blocks = nn.ModuleList()
         for c, attention in zip(channels[::-1], unet.attention[::-1]):     # the query never comes here
             inputs = [skips.pop() + (c if i else before) for i in range(blocks + 1)]
-            level = Level(config, inputs, c, len(inputs) * attention, None)
+            level = Level(config, inputs, c, len(inputs) * attention, fused=False)
             self.up_blocks.append(level)
             if skips:
                 level.upsamplers.append(chain(conv=nn.Conv2d(c, c, 3, padding=1)))
@@ -216,8 +213,7 @@ class UNet(nn.Module):
     def encode(self, latents: Tensor, t_image: Tensor, context: Tensor, noisy_query: Tensor | None = None,
                t_text: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
         """The encoder half: latents [B, C, H, W], t_image [B], context [B or 1, L, D], and e_t [B, D] with
-        t_text [B], or neither -> middle features, skips for the decoder half, timestep embedding, the query's
-        last state h_e."""
+        t_text [B], or neither -> middle features, skips for `decode`, timestep embedding, query state h_e."""
         emb, dtype, query, state = self.time_embedding(t_image), self.conv_in.weight.dtype, None, None
         if noisy_query is not None:
             query = noisy_query.to(dtype) + self.query_time_embedding(t_text)
@@ -251,14 +247,11 @@ class UNet(nn.Module):
         x, skips, emb, _ = self.encode(noisy_latents, t_image, context)
         return self.decode(x, skips, emb, context)
 
-    def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor,
-                      null_context: Tensor) -> Tensor:
-        """Φ_θ (Eq. 7): e_t [B, D], t_text [B], clean latents, null_context [1, L, D] -> prediction [B, D]."""
+    def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor, null: Tensor) -> Tensor:
+        """Φ_θ (Eq. 7): e_t [B, D], t_text [B], clean latents, null [1, L, D] of "" -> prediction [B, D]."""
         t_image = torch.full_like(t_text, self.condition_timestep)      # for all: 0 … T-1 mean noisy images
-        features, _, _, state = self.encode(latents, t_image, null_context, noisy_query, t_text)
+        features, _, _, state = self.encode(latents, t_image, null, noisy_query, t_text)
         return self.query_head(state, features)
-
-    forward = denoise_image
 
 
 # ---------------------------------------------------------------- autoencoders
@@ -548,13 +541,12 @@ PARTS = {"unet": "unet/diffusion_pytorch_model", "autoencoder": "vae/diffusion_p
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 PREFIXES = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.",
             "text_encoder": "cond_stage_model.transformer.text_model."}
-QUERY_PREFIX = "diffdis."         # what Stable Diffusion does not have, in files we write under its names
 RES_BLOCK = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
              "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 
 
 def to_compvis(names: Iterable[str], config: Config) -> dict[str, str]:
-    """Our parameters' names -> {our name: CompVis's, or QUERY_PREFIX and ours}, by one rule after another: a
+    """Our parameters' names -> {our name: CompVis's, or "diffdis." and ours}, by one rule after another: a
     pattern, and its new spelling or a function of the numbers in it, of level x and block i in the level.
     CompVis's UNet counts through flat lists, where a level has n entries."""
     n, attention = config.unet.res_blocks + 1, config.unet.attention[::-1]
@@ -581,7 +573,7 @@ def to_compvis(names: Iterable[str], config: Config) -> dict[str, str]:
         for pattern, to in rules.get(part, []):
             new = to if isinstance(to, str) else lambda match: to(*map(int, match.groups()))
             rest = re.sub(pattern, new, rest)
-        spellings[name] = QUERY_PREFIX + name if is_new(name) else PREFIXES[part] + rest
+        spellings[name] = "diffdis." + name if is_new(name) else PREFIXES[part] + rest
     return spellings
 
 
@@ -641,6 +633,7 @@ def obey(path: Path, said: dict) -> Config:
 
 # ---------------------------------------------------------------- files; nothing in them is ever run
 FORMAT = "diffdis-1"
+Network = DiffDis | Clip               # what our checkpoints hold
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64}
 HARMLESS = ("pytorch_lightning.", "lightning.", "numpy.")      # whose objects training programs leave behind
@@ -741,24 +734,21 @@ def locate(path: str | Path) -> Path:
 
 
 # ---------------------------------------------------------------- save, load, export
-def describe(model: DiffDis | Clip) -> dict:
+def describe(model: Network) -> dict:
     """What a file must remember besides tensors."""
     return {"config": asdict(model.config), "tokenizer": asdict(model.tokenizer), "data": model.data,
             "tasks": list(model.tasks)}
 
 
-def save(path: str | Path, model: DiffDis | Clip, ema: dict | None = None,
-         training: dict | None = None) -> None:
+def save(path: str | Path, model: Network, ema: dict | None = None, training: dict | None = None) -> None:
     """Write a checkpoint, or leave the old one and raise OSError. ema: averaged parameters by name, preferred
     by `load`; training: what resuming needs, tensors and dicts."""
-    contents = describe(model) | {"format": FORMAT, "model": model.state_dict(), "ema": ema,
-                                  "training": training}
-    write_atomically(Path(path), lambda file: torch.save(contents, file))
+    said = describe(model) | {"format": FORMAT, "model": model.state_dict(), "ema": ema, "training": training}
+    write_atomically(Path(path), lambda file: torch.save(said, file))
 
 
 def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
-    """Any file or folder that `load` takes -> its description, as `describe` writes it, and its tensors under
-    our names or CompVis's."""
+    """What `load` takes -> a description as `describe` writes it, tensors under our names or CompVis's."""
     tensors, said, starts = {}, {}, ("unet.", PREFIXES["unet"], *["model_ema.diff"] * (weights == "ema"))
     if path.is_dir():
         for part, stem in PARTS.items():
@@ -790,8 +780,7 @@ def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "ema",
-         precision: str | None = "fp32", adapt: Callable[[Config], Config] = lambda config: config
-         ) -> DiffDis | Clip:
+         precision: str | None = "fp32", adapt: Callable[[Config], Config] = lambda given: given) -> Network:
     """A checkpoint as a model in eval mode. Raises FileNotFoundError or ValueError.
 
     path: what `save` or `export` wrote; or, its query stream from random weights, Stable Diffusion v1: .ckpt,
@@ -826,7 +815,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     return model.eval().requires_grad_(False)
 
 
-def put_tensors(model: DiffDis | Clip, tensors: dict[str, Tensor], path: Path, foreign: bool) -> None:
+def put_tensors(model: Network, tensors: dict[str, Tensor], path: Path, foreign: bool) -> None:
     """Make a file's tensors the model's own, without a copy, or raise ValueError naming what does not fit.
     foreign: another program's file may hold more, which is listed, and lacks the query stream."""
     missing, unknown = model.load_state_dict(tensors, strict=False, assign=True)      # other shapes raise

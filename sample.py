@@ -4,8 +4,7 @@
     python sample.py --image photo.jpg "a cat" "a dog" "a dog on a beach"
 
 The paper's Algorithm 2 (`draw_images`) and Algorithm 3 (`draw_queries`), each a few lines around `ddim` of
-diffusion.py; what the scripts share; and a command line. Read next: evaluate.py, which measures.
-"""
+diffusion.py; what the scripts share; and a command line. Read next: evaluate.py, which measures."""
 import argparse
 import json
 import os
@@ -26,7 +25,7 @@ from tqdm import tqdm
 import model as models
 from data import CAPTION, clean, decode_image, to_float, to_square, write_atomically
 from diffusion import ddim, guide, make_alphas_cumprod, make_denoiser, noise_of, sampling_timesteps
-from model import Clip, DiffDis
+from model import Clip, DiffDis, Network
 
 SAMPLERS = {"ddim": (1, "DDIM"), "dpm++": (2, "DPM++ 2M")}      # order; name in Stable Diffusion's programs
 
@@ -49,8 +48,7 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
     guidance_scale: 1 + w, 1 is no guidance, None the configuration's; size: (height, width) in px, None the
     training size; negative: the prompt to guide away from; sampler: one of SAMPLERS; progress: what goes
     around the timesteps, as tqdm -> images [B, 3, H, W] in [-1, 1], float32, on the model's device. Raises
-    ValueError where they are not finite, or on an impossible size or number of steps.
-    """
+    ValueError where they are not finite, or on an impossible size or number of steps."""
     config, device = model.config, model.device
     shape = model.latent_shape(*(size or (config.image_size, config.image_size)))
     z_T = noise_of(shape, [(seed,) for seed in seeds]).to(device)
@@ -103,18 +101,16 @@ def draw_queries(model: DiffDis, latents: Tensor, indices: list[int], steps: int
     (seed, index); steps: 1 is one pass from t = T-1; draws: noise draws whose results are averaged;
     guidance_scale: 1 + w, with the zeroed latent as the unconditional image
     -> text queries [B, D], unit norm, float32. Raises ValueError where they are not finite.
-    No text goes in: whatever comes out was read from the image.
-    """
+    No text goes in: whatever comes out was read from the image."""
     total = 0
     for draw in range(draws):
         noise = noise_of((model.config.text.width,), [(seed, index, draw) for index in indices])
-        query = denoise_queries(model, latents, noise, steps, guidance_scale)
-        total = total + F.normalize(query, dim=-1)
+        total = total + F.normalize(denoise_queries(model, latents, noise, steps, guidance_scale), dim=-1)
     return F.normalize(all_finite(total), dim=-1)
 
 
 @torch.no_grad()
-def score(model: DiffDis | Clip, images: Tensor, texts: list[str], text_steps: int = 1, draws: int = 1,
+def score(model: Network, images: Tensor, texts: list[str], text_steps: int = 1, draws: int = 1,
           guidance_scale: float = 1.0, seed: int = 0, indices: list[int] | None = None) -> Tensor:
     """images [B, 3, H, W] in [-1, 1], K texts -> cosine similarities of what is read from the images
     (Algorithm 3; a CLIP embeds them) and the texts [B, K], float32; times model.logit_scale.exp(), logits.
@@ -224,7 +220,7 @@ def find_checkpoint(given: str | None, otherwise: str | None = None) -> str | Pa
     return path
 
 
-def require(model: DiffDis | Clip, tasks: list[str], what: str) -> None:
+def require(model: Network, tasks: list[str], what: str) -> None:
     """Raises ValueError where a model was not trained for these tasks; what: for the message."""
     if not set(tasks) <= set(model.tasks):
         raise ValueError(f"{what}: this needs weights trained with --tasks {','.join(tasks)}, these were for "
@@ -281,8 +277,7 @@ def draw_all(model: DiffDis, prompts: list[str], seeds: list[int], best_of: int 
         drawn.append(images.cpu())
         if best_of > 1:
             places = [(i + j) % best_of for j in range(len(texts))]
-            own = score(model, images, texts, draws=4, seed=seeds[0], indices=places).diagonal()
-            cosines += own.tolist()
+            cosines += score(model, images, texts, draws=4, seed=seeds[0], indices=places).diagonal().tolist()
     notes = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds)]
     if best_of == 1:
         return torch.cat(drawn), notes
@@ -310,7 +305,7 @@ def draw(model: DiffDis, args: argparse.Namespace, path: Path) -> list[dict]:
     return notes
 
 
-def read(model: DiffDis | Clip, args: argparse.Namespace) -> list[dict]:
+def read(model: Network, args: argparse.Namespace) -> list[dict]:
     """A table: of each picture the texts, from the likeliest on."""
     texts, notes = args.prompts, []
     images = torch.cat([load_image(file, model.config.image_size) for file in args.image]).split(64)

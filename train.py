@@ -6,8 +6,7 @@
 
 Top to bottom: flags and recipes; the loss, as the paper writes it; optimiser, averages; latents; a run.
 Nothing random here has a state: batches, timesteps and noise are functions of (seed, step, index in the
-global batch). So a resumed run is the run that was never stopped, and N ranks see what one rank would see.
-"""
+global batch). So a resumed run is the run that was never stopped, and N ranks see what one rank would see."""
 import argparse
 import gc
 import hashlib
@@ -38,7 +37,7 @@ from diffusion import (SCHEDULES, TARGETS, alignment_loss, generation_loss, gene
                        make_target, q_sample, read_prediction, signal_and_noise)
 from evaluate import (Reading, checker, denoising_errors, everybody, in_turn, join_ranks, over_images,
                       rank_and_world, report, retrieval, zeroshot)
-from model import CLIPS, PRESETS, Clip, ClipConfig, Config, DiffDis, TextConfig, is_new
+from model import CLIPS, PRESETS, Clip, ClipConfig, Config, DiffDis, Network, TextConfig, is_new
 from sample import (SWITCH, Parser, draw_all, errors_in_one_line, make_grid, natural, pick_device, positive,
                     share, weight, within)
 
@@ -157,9 +156,8 @@ def settle(args: argparse.Namespace, device: torch.device, world: int, base: Con
     defaults = RECIPES[preset] | {
         "preset": preset, "tasks": "alignment" if is_clip else ",".join(TASKS), "compile": cuda,
         "precision": "bf16" if cuda or torch.cpu._is_avx512_bf16_supported() else "fp32",
-        "workers": 0 if is_shapes else 2, "p_drop_image": 0.0,
-        "augment": is_clip and not is_shapes,        # the captions of shapes are about places and colours
-        "train_text_encoder": args.init is None}
+        "workers": 0 if is_shapes else 2, "p_drop_image": 0.0, "train_text_encoder": args.init is None,
+        "augment": is_clip and not is_shapes}        # the captions of shapes are about places and colours
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -185,9 +183,6 @@ def settle(args: argparse.Namespace, device: torch.device, world: int, base: Con
 
 
 # ---------------------------------------------------------------- the loss (Algorithm 1)
-Part = tuple[Tensor, Tensor, dict[str, Tensor]]       # a micro-batch: images, tokens, noise
-
-
 def sample_noise(config: Config, latent_shape: tuple, seed: int, step: int, rows: range) -> dict[str, Tensor]:
     """All that is random in one step for these rows of the global batch, each row from its own generator."""
     def sample(generator: torch.Generator) -> dict[str, Tensor]:
@@ -252,14 +247,13 @@ class ClipLoss(nn.Module):
         return pixels, None, *embeddings, torch.zeros_like(tokens[:, 0], dtype=torch.bool)
 
 
-def backward(loss: nn.Module, parts: list[Part], align_weight: float) -> dict[str, Tensor]:
+def backward(loss: nn.Module, parts: list[tuple], align_weight: float) -> dict[str, Tensor]:
     """Gradients of L = L_IG + λ L_ITA (Algorithm 1) over this rank's batch, whole or in micro-batches.
 
     InfoNCE (Eq. 8) is over the whole global batch however many parts it comes in: of several, a first pass
     takes all embeddings without keeping anything else, and in the second each part in its turn brings its own
     with gradient (Gao et al. 2021). So memory is that of one part, and the loss that of the batch.
-    -> "generation", "alignment": loss of each pair [B]; "hits": whether its own text is the most similar.
-    """
+    -> "generation", "alignment": loss of each pair [B]; "hits": whether its own text is the most similar."""
     joint, count = getattr(loss, "module", loss), sum(len(tokens) for _, tokens, _ in parts)
     reads, passed, image_losses, result = "alignment" in joint.tasks, [], [], {}
     if reads and len(parts) > 1:
@@ -284,7 +278,7 @@ def backward(loss: nn.Module, parts: list[Part], align_weight: float) -> dict[st
 
 
 # ---------------------------------------------------------------- optimiser, averages
-def freeze_unused(model: DiffDis | Clip, tasks: tuple[str, ...], train_text_encoder: bool) -> None:
+def freeze_unused(model: Network, tasks: tuple[str, ...], train_text_encoder: bool) -> None:
     """Take gradients away from what these tasks never use, and from what is frozen by design."""
     for name, parameter in model.named_parameters():
         is_decoder = name.startswith(("unet.up_blocks.", "unet.conv_norm_out.", "unet.conv_out."))
@@ -373,8 +367,7 @@ def add_latents(source: Source, model: DiffDis, folder: Path, workers: int) -> N
     """--latents: what the frozen autoencoder makes of all of a source's images, to be read in place of these.
 
     DIR/NAME.npy holds mean and log-variance, float16 [N, 2C, h, w], mapped, NaN for an unusable image;
-    NAME.done.npy says which rows are there. The ranks, which must see the same folder, share what is missing.
-    """
+    NAME.done.npy says which rows are there. The ranks, which must see the folder, share what is missing."""
     (rank, world), size = rank_and_world(), model.config.image_size
     # NAME says of which data, at which size, by which autoencoder: others make others.
     name = hashlib.sha256(repr((len(source), source.fingerprint(), size, model.config.autoencoder)).encode())
@@ -407,7 +400,7 @@ def add_latents(source: Source, model: DiffDis, folder: Path, workers: int) -> N
 
 # ---------------------------------------------------------------- a run
 def make_model(args: argparse.Namespace, source: Source, weights: str | Path | None, adapt: Callable
-               ) -> DiffDis | Clip:
+               ) -> Network:
     """A model from these weights, or from scratch; adapt: as of `model.load`, here `settle`."""
     if weights is not None:
         in_turn(lambda: models.locate(weights))
@@ -445,10 +438,9 @@ def read_log(path: Path) -> list[dict]:
 
 
 class Trainer:
-    """Everything a run holds."""
+    """All that a run holds, from the flags or from the run's checkpoint. Raises ValueError or OSError."""
 
     def __init__(self, args: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
-        """All of it from the flags, or from the run's checkpoint. Raises ValueError or OSError."""
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.step, self.result, self.signal, self.is_stopped = 0, None, 0, False
         # torchrun starts a failed run's processes again with the command they had: then they are to go on.
@@ -520,8 +512,7 @@ class Trainer:
         everybody(None)          # every rank knows the folder's name before it is taken
         if self.rank == 0:
             # Without these flags the folder is new: another run that began just now may have taken it.
-            self.folder.mkdir(parents=True, exist_ok=bool(self.args.out or self.args.resume))
-            (self.folder / "samples").mkdir(exist_ok=True)
+            (self.folder / "samples").mkdir(parents=True, exist_ok=bool(self.args.out or self.args.resume))
             lines = [line for line in read_log(self.folder / "log.jsonl") if line["step"] <= self.step]
             text = "".join(json.dumps(line) + "\n" for line in lines)
             write_atomically(self.folder / "log.jsonl", lambda file: file.write(text.encode()))
@@ -539,8 +530,8 @@ class Trainer:
             models.save(self.folder / "checkpoint.pt", self.model, self.averages.values, state)
 
     # ------------------------------------------------------------ one step
-    def parts(self, batch: Batch) -> list[Part]:
-        """This rank's share of a batch as micro-batches on the device."""
+    def parts(self, batch: Batch) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """This rank's share of a batch as micro-batches on the device: images, tokens, noise."""
         def move(values: Tensor) -> tuple[Tensor, ...]:
             return values.to(self.device, non_blocking=True).split(self.args.micro_batch or len(values))
         noise = {name: move(values) for name, values in (batch.drawn or {}).items()}
@@ -561,9 +552,17 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses = backward(self.loss, parts, args.align_weight)
         norm = nn.utils.clip_grad_norm_(self.averages.live.values(), MAX_NORM)
-        record = self.agree({**{"accuracy" if name == "hits" else f"loss_{name}": values.float().mean()
-                                for name, values in losses.items()},
-                             "grad_norm": norm, "logit_scale": self.model.logit_scale.detach()})
+        record = {**{"accuracy" if name == "hits" else f"loss_{name}": values.float().mean()
+                     for name, values in losses.items()},
+                  "grad_norm": norm, "logit_scale": self.model.logit_scale.detach()}
+        # Means over all ranks, and whether one was told to stop: a step waits for the device only here.
+        values = torch.stack([*record.values(), torch.tensor(float(self.signal > 0), device=self.device)])
+        if self.world > 1:
+            dist.all_reduce(values)
+        *means, stop = (values / self.world).tolist()
+        self.is_stopped, record = stop > 0, dict(zip(record, means))
+        weighed = args.align_weight * record.get("loss_alignment", 0.0)
+        record["loss"] = record.get("loss_generation", 0.0) + weighed
         if wrong := [name for name, value in record.items() if not math.isfinite(value)]:
             raise ValueError(f"step {self.step}: {', '.join(wrong)} not finite; the last checkpoint is from "
                              "before it: start anew from that one with --init and a lower --lr")
@@ -574,17 +573,6 @@ class Trainer:
         self.averages.update(self.step)
         self.step += 1
         return {**record, "lr": args.lr * factor}
-
-    def agree(self, record: dict[str, Tensor]) -> dict[str, float]:
-        """A step's numbers, their means over all ranks, and whether one of these was told to stop: the one
-        place of a step that waits for the device."""
-        values = torch.stack([*record.values(), torch.tensor(float(self.signal > 0), device=self.device)])
-        if self.world > 1:
-            dist.all_reduce(values)
-        *means, stop = (values / self.world).tolist()
-        self.is_stopped, record = stop > 0, dict(zip(record, means))
-        return record | {"loss": record.get("loss_generation", 0.0)
-                         + self.args.align_weight * record.get("loss_alignment", 0.0)}
 
     # ------------------------------------------------------------ the loop
     def batches(self) -> Iterator[Batch]:

@@ -57,8 +57,9 @@ def main() -> None:
     inputs = torch.randint(config.timesteps, (args.batch,), device=device), context[:args.batch]
 
     def train_step(network: torch.nn.Module) -> None:
-        output = network(latents, *inputs)
-        (output if network is model.unet else output.sample).square().mean().backward()
+        is_ours = network is model.unet
+        output = network.denoise_image(latents, *inputs) if is_ours else network(latents, *inputs).sample
+        output.square().mean().backward()
         network.zero_grad(set_to_none=True)
     calls = {"ours": lambda: train_step(model.unet), "diffusers": lambda: train_step(theirs)}
     if args.draw:
@@ -66,7 +67,8 @@ def main() -> None:
         calls = {"ours": lambda: draw_images(model, prompts, seeds, args.draw, 7.5, (side, side)),
                  "diffusers": lambda: draw_by_diffusers(theirs, vae, latents, context, args.draw)}
     with torch.no_grad():
-        difference = (model.unet(latents, *inputs) - theirs(latents, *inputs).sample).abs().max().item()
+        ours = model.unet.denoise_image(latents, *inputs)
+        difference = (ours - theirs(latents, *inputs).sample).abs().max().item()
     seconds = {}
     for layout, memory_format in LAYOUTS.items():
         for network in networks:

@@ -38,7 +38,7 @@ def test_constants_have_one_home() -> None:
 def test_the_house_grows_no_larger(capsys) -> None:
     """Few lines and few flags are what the code is for: whoever adds takes something away."""
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in ORDER}
-    assert sum(lines.values()) <= 3982 and max(lines.values()) <= 900, lines
+    assert sum(lines.values()) <= 3900 and max(lines.values()) <= 900, lines
     for name, most in (("sample", 15), ("evaluate", 27), ("train", 37), ("model", 1)):  # with --help
         with pytest.raises(SystemExit, match="^0$"):
             importlib.import_module(name).main(["--help"])
