@@ -3,6 +3,8 @@ and nothing is ever half-written."""
 import copy
 import pickle
 import re
+import resource
+import signal
 from dataclasses import replace
 
 import pytest
@@ -55,9 +57,16 @@ def test_tensors_must_fit_exactly(model, tmp_path, lost: str, more: str) -> None
 def test_a_full_disk_leaves_the_old_checkpoint(model, tmp_path) -> None:
     models.save(tmp_path / "c.pt", model)
     before = (tmp_path / "c.pt").read_bytes()
-    (tmp_path / "c.pt.part").symlink_to("/dev/full")         # what is written goes there first, and fails
-    with pytest.raises(OSError, match="disk full.*what was there is intact"):
-        models.save(tmp_path / "c.pt", model)
+    old_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Writing past the limit then fails like a full disk, half way: torch says so in a RuntimeError.
+    old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, old_limit[1]))
+        with pytest.raises(OSError, match="disk full.*what was there is intact"):
+            models.save(tmp_path / "c.pt", model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
+        signal.signal(signal.SIGXFSZ, old_handler)
     assert (tmp_path / "c.pt").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["c.pt"], "a half-written file was left behind"
 
