@@ -284,7 +284,7 @@ class Sample(NamedTuple):
 
 class Source:
     """Image-caption samples by index: images as files, each of a class, with texts, or with KEY.txt or
-    KEY.json beside it; subclasses: content, or captions and image, of their own. `rows`: those in use."""
+    KEY.json beside it. `rows`: which are in use. Subclasses replace `content`, or `captions` and `image`."""
     moments: np.ndarray | None = None          # --latents: float16 [all rows, 2C, h, w], NaN if unusable
     template = "a photo of {a} {}"             # the caption of an image that has just a class
 

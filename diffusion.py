@@ -35,7 +35,7 @@ def noise_of(shape: tuple[int, ...], keys: Iterable[tuple[int, ...]]) -> Tensor:
 
 # ---------------------------------------------------------------- schedules
 def make_alphas_cumprod(kind: str, steps: int) -> Tensor:
-    """ᾱ_t = Π (1-β), float64 [T]. "linear": Stable Diffusion's, in √β; "cosine": Nichol & Dhariwal 2021."""
+    """ᾱ_t = Π (1-β), float64 [T]. "linear" in √β: Stable Diffusion's; "cosine": Nichol & Dhariwal 2021."""
     if kind == "linear":
         betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps, dtype=torch.float64) ** 2
     elif kind == "cosine":

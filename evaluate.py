@@ -174,7 +174,7 @@ def ranks_of_best_match(queries: Tensor, candidates: Tensor, pairs: Tensor, bloc
 
 def retrieval(model: Network, source: Source, reading: Reading = Reading()) -> dict:
     """R@1/5/10 both ways: a hit if any caption of the image is among the k most similar texts, any image with
-    that caption among the k most similar images. Equal captions are one text, but for Karpathy's tables."""
+    that caption among the k most similar images. Equal captions are one text; Karpathy's are each its own."""
     read, numbers = over_images(model, source, reading), {}     # (text, where if that matters) -> number
     pairs = torch.tensor([(image, numbers.setdefault((text, source.texts and (image, j)), len(numbers)))
                           for image, own in enumerate(read.captions) for j, text in enumerate(own)])
@@ -212,8 +212,8 @@ def denoising_errors(model: DiffDis, latents: Tensor, places: list[int], context
 
 def zeroshot(model: Network, source: Source, reading: Reading = Reading(),
              templates: Sequence[str] | None = None, loss_timesteps: int | None = None) -> dict:
-    """Zero-shot classification: a class's text query is the normalised mean of its templates', by default of
-    its caption in training. loss_timesteps: Diffusion Classifier with so many instead, on first templates."""
+    """Zero-shot classification: a class's query is the normalised mean of its templates' queries; without any
+    that of its caption in training. loss_timesteps: Diffusion Classifier, with so many, on the first."""
     names, templates = source.classes or [], templates or [source.template]
     if len(names) < 2:       # of a single class every answer is right
         raise ValueError(f"{source.name} has {len(names)} classes, zeroshot needs two: DIR/CLASS, or a list")
@@ -344,7 +344,7 @@ def fid(model: DiffDis, source: Source, network: Inception | Network, reading: R
     network: what compares, by `read_queries`; n: pictures, of samples from all over the source by their first
     captions, the i-th from seed + i; out: a folder for them; drawing: options of `draw_images`."""
     size, chosen = model.config.image_size, copy.copy(evenly_spaced(source, n))
-    chosen.name, chosen.image = "draw", lambda *_: np.zeros((size, size, 3), np.uint8)  # captions are enough
+    chosen.name, chosen.image = "draw", lambda *_: np.zeros((size, size, 3), np.uint8)  # never looked at
 
     def draw(_: Tensor, places: list[int]) -> Tensor:
         prompts, seeds = [chosen.captions(i)[0] for i in places], [reading.seed + i for i in places]
@@ -459,14 +459,14 @@ def augmented(source: Source, size: int, key: tuple[int, ...], index: int, side:
 
 
 def balanced(labels: Tensor, batch_size: int, *key: int) -> Tensor:
-    """labels [N] -> an epoch's samples in whole batches, with replacement: a class of n counts √n-fold."""
+    """labels [N] -> an epoch's rows, whole batches with replacement: a class of n images counts √n-fold."""
     size = max(1, len(labels) // batch_size) * batch_size
     weights = torch.bincount(labels).double()[labels] ** -BALANCE
     return torch.multinomial(weights, size, replacement=True, generator=generator_of(*key))
 
 
-def balanced_batches(data: LongTail, size: int, epochs: int, reading: Reading, *key: int) -> Iterator[Batch]:
-    """Balanced epochs of augmented training images at `size` px. Raises ValueError where one is unusable."""
+def balanced_batches(data: LongTail, size: int, epochs: int, reading: Reading, key: tuple) -> Iterator[Batch]:
+    """Balanced epochs of augmented images of `size` px, by the key alone. Raises ValueError on a bad one."""
     for epoch in range(epochs):
         rows = balanced(data.labels, reading.batch_size, *key, epoch)
         source = data.train.subset(rows.numpy())
@@ -522,7 +522,7 @@ def fine_tune(model: Network, data: LongTail, epochs: int, lr_scale: float, read
         return network.logit_scale.exp() * queries @ network.encode_text(chosen)[1].T
 
     def losses() -> Iterator[Tensor]:
-        batches = balanced_batches(data, model.config.image_size, epochs, reading, seed, 5)
+        batches = balanced_batches(data, model.config.image_size, epochs, reading, (seed, 5))
         for step, batch in enumerate(batches):
             rng = np.random.default_rng([seed, 6, step])
             chosen = [data.sentences[k][rng.integers(len(data.sentences[k]))] for k in batch.labels]
@@ -575,7 +575,7 @@ def train_head(model: Network, data: LongTail, texts: Sequence[Tensor], epochs: 
     steps = max(1, len(data.train) // reading.batch_size)        # of an epoch
 
     def losses() -> Iterator[Tensor]:
-        batches = balanced_batches(data, model.config.image_size, epochs, reading, reading.seed, 8)
+        batches = balanced_batches(data, model.config.image_size, epochs, reading, (reading.seed, 8))
         for i, batch in enumerate(batches):
             rng = np.random.default_rng([reading.seed, 8, 9, *divmod(i, steps)])
             pixels, targets = mix(batch.images, one_hot[batch.labels], rng)

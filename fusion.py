@@ -165,7 +165,7 @@ class AlignmentTransformer(nn.Module):
         self.predictor = nn.Linear(width, width)
 
     def forward(self, state: Tensor, features: Tensor) -> Tensor:
-        """State h_e [B, D], middle features [B, C, H, W] -> the text target's prediction [B, D] (Eq. 7)."""
+        """state h_e [B, D], middle features [B, C, H, W] -> the text target's prediction [B, D] (Eq. 7)."""
         image_tokens = self.image_fc(features.flatten(2).transpose(1, 2))              # [B, N, D]
         tokens = torch.cat([self.query_fc(state).unsqueeze(1), image_tokens], dim=1)   # [B, 1+N, D]
         for block in self.blocks:

@@ -248,7 +248,7 @@ class UNet(nn.Module):
         return self.decode(x, skips, emb, context)
 
     def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor, null: Tensor) -> Tensor:
-        """Φ_θ (Eq. 7): e_t [B, D], t_text [B], clean latents, null [1, L, D] of "" -> prediction [B, D]."""
+        """Φ_θ (Eq. 7): e_t [B, D], t_text [B], clean latents, null: c of "" [1, L, D] -> answer [B, D]."""
         t_image = torch.full_like(t_text, self.condition_timestep)      # for all: 0 … T-1 mean noisy images
         features, _, _, state = self.encode(latents, t_image, null, noisy_query, t_text)
         return self.query_head(state, features)
@@ -546,7 +546,7 @@ RES_BLOCK = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "e
 
 
 def to_compvis(names: Iterable[str], config: Config) -> dict[str, str]:
-    """Our parameters' names -> {our name: CompVis's, or "diffdis." and ours}, by one rule after another: a
+    """Our names -> {ours: CompVis's; of what is not theirs "diffdis." and ours}, by one rule after another: a
     pattern, and its new spelling or a function of the numbers in it, of level x and block i in the level.
     CompVis's UNet counts through flat lists, where a level has n entries."""
     n, attention = config.unet.res_blocks + 1, config.unet.attention[::-1]
@@ -633,7 +633,7 @@ def obey(path: Path, said: dict) -> Config:
 
 # ---------------------------------------------------------------- files; nothing in them is ever run
 FORMAT = "diffdis-1"
-Network = DiffDis | Clip               # what our checkpoints hold
+Network = DiffDis | Clip               # the whole model, of either kind: what is trained and saved
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64}
 HARMLESS = ("pytorch_lightning.", "lightning.", "numpy.")      # whose objects training programs leave behind
@@ -743,8 +743,8 @@ def describe(model: Network) -> dict:
 def save(path: str | Path, model: Network, ema: dict | None = None, training: dict | None = None) -> None:
     """Write a checkpoint, or leave the old one and raise OSError. ema: averaged parameters by name, preferred
     by `load`; training: what resuming needs, tensors and dicts."""
-    said = describe(model) | {"format": FORMAT, "model": model.state_dict(), "ema": ema, "training": training}
-    write_atomically(Path(path), lambda file: torch.save(said, file))
+    held = describe(model) | {"format": FORMAT, "model": model.state_dict(), "ema": ema, "training": training}
+    write_atomically(Path(path), lambda file: torch.save(held, file))
 
 
 def read_weights(path: Path, weights: str) -> tuple[dict, dict[str, Tensor]]:

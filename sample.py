@@ -77,14 +77,14 @@ def denoise_queries(model: DiffDis, latents: Tensor, noise: Tensor, steps: int =
                     guidance_scale: float = 1.0) -> Tensor:
     """The loop of Algorithm 3, with gradient: noise [B, D] -> text queries [B, D], of unit norm but for
     rounding. latents, steps, guidance_scale: as in `draw_queries`."""
-    config, null_context = model.config, model.text_encoder(model.null_tokens)[0]     # of the empty prompt
+    config, null = model.config, model.text_encoder(model.null_tokens)[0]      # the empty prompt's context
     alphas_cumprod = make_alphas_cumprod(config.text_schedule, config.timesteps).to(model.device)
 
     def predict(e_t: Tensor, t: Tensor) -> Tensor:
-        conditional = model.unet.denoise_query(e_t, t, latents, null_context)
+        conditional = model.unet.denoise_query(e_t, t, latents, null)
         if guidance_scale == 1:
             return conditional
-        unconditional = model.unet.denoise_query(e_t, t, torch.zeros_like(latents), null_context)
+        unconditional = model.unet.denoise_query(e_t, t, torch.zeros_like(latents), null)
         return guide(conditional, unconditional, guidance_scale)
 
     denoise = make_denoiser(predict, config.text_target, alphas_cumprod, config.gamma, unit_norm=True)

@@ -254,7 +254,7 @@ def backward(loss: nn.Module, parts: list[tuple], align_weight: float) -> dict[s
     takes all embeddings without keeping anything else, and in the second each part in its turn brings its own
     with gradient (Gao et al. 2021). So memory is that of one part, and the loss that of the batch.
     -> "generation", "alignment": loss of each pair [B]; "hits": whether its own text is the most similar."""
-    joint, count = getattr(loss, "module", loss), sum(len(tokens) for _, tokens, _ in parts)
+    joint, count = getattr(loss, "module", loss), sum(len(tokens) for images, tokens, noise in parts)
     reads, passed, image_losses, result = "alignment" in joint.tasks, [], [], {}
     if reads and len(parts) > 1:
         with torch.no_grad():
@@ -511,7 +511,7 @@ class Trainer:
         self.waited = self.worked = 0.0
         everybody(None)          # every rank knows the folder's name before it is taken
         if self.rank == 0:
-            # Without these flags the folder is new: another run that began just now may have taken it.
+            # Without these flags the folder is new: samples/ is there if another run has just taken it.
             (self.folder / "samples").mkdir(parents=True, exist_ok=bool(self.args.out or self.args.resume))
             lines = [line for line in read_log(self.folder / "log.jsonl") if line["step"] <= self.step]
             text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -561,8 +561,8 @@ class Trainer:
             dist.all_reduce(values)
         *means, stop = (values / self.world).tolist()
         self.is_stopped, record = stop > 0, dict(zip(record, means))
-        weighed = args.align_weight * record.get("loss_alignment", 0.0)
-        record["loss"] = record.get("loss_generation", 0.0) + weighed
+        weighted = args.align_weight * record.get("loss_alignment", 0.0)
+        record["loss"] = record.get("loss_generation", 0.0) + weighted
         if wrong := [name for name, value in record.items() if not math.isfinite(value)]:
             raise ValueError(f"step {self.step}: {', '.join(wrong)} not finite; the last checkpoint is from "
                              "before it: start anew from that one with --init and a lower --lr")

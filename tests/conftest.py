@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 # Comparisons with other libraries at Stable Diffusion v1's own size, 16 GB: DIFFDIS_FULL_SIZE=1
 # python -m pytest tests/test_parity.py, and tests/test_weights.py -k "layouts or libraries or exports".
-FULL_SIZE = "DIFFDIS_FULL_SIZE" in os.environ
+FULL_SIZE = os.environ.get("DIFFDIS_FULL_SIZE") == "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

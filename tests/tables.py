@@ -54,6 +54,8 @@ class Measure:
         degrees = sum(len(own) - 1 for own in several)
         squares = sum(variance(own) * (len(own) - 1) for own in several)
         self.deviation = math.sqrt(squares / degrees) if degrees else math.inf
+        # At the floor one lucky picture would look like an effect.
+        self.is_floor = self.factor == 100 and max(map(mean, self.values.values()), default=0) < 0.01
 
     def effect(self, row: str) -> tuple[float, bool] | None:
         """Difference of a row's mean from the base's, and whether it is beyond noise; None without either."""
@@ -75,14 +77,18 @@ class Measure:
 
 def table(rows: dict[str, list[dict]]) -> str:
     columns = [column for name, metric in METRICS.items() if (column := Measure(rows, name, metric)).values]
-    lines = [f"| row | seeds | {' | '.join(column.title for column in columns)} |",
-             "|---|---|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join([row, str(len(runs)), *(column.cell(row) for column in columns)])} |"
+    floor = [column.title for column in columns if column.is_floor]
+    shown = [column for column in columns if not column.is_floor]
+    lines = [f"| row | seeds | {' | '.join(column.title for column in shown)} |",
+             "|---|---|" + "---|" * len(shown)]
+    lines += [f"| {' | '.join([row, str(len(runs)), *(column.cell(row) for column in shown)])} |"
               for row, runs in rows.items()]
+    below = f"Under 1 % in every row: {', '.join(floor)}." if floor else ""
     pooled = "; ".join(f"{column.title} {column.factor * column.deviation:.{column.digits}f}"
-                       for column in columns if math.isfinite(column.deviation))
+                       for column in shown if math.isfinite(column.deviation))
     pooled = pooled or "unknown, with one seed nothing is told from noise"
-    return "\n".join([*lines, "", f"Pooled standard deviation over seeds: {pooled}."])
+    below = f"Pooled standard deviation over seeds: {pooled}.{' ' * bool(floor)}{below}"
+    return "\n".join([*lines, "", below])
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Oracle:
     def numbers(self, latents):
         return ((self.inner.decode_image(latents)[:, 0, 0, 0] + 1) * 127.5).round().long()
 
-    def denoise_query(self, noisy_query, t_text, latents, null_context):
+    def denoise_query(self, noisy_query, t_text, latents, null):
         return noisy_query if self.copies else self.queries[self.numbers(latents) % len(self.queries)]
 
     def denoise_image(self, noisy_latents, t_image, context):

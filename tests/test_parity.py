@@ -1,4 +1,4 @@
-"""The networks against diffusers and transformers, with the same random weights, at small sizes."""
+"""The networks against diffusers and transformers, with the same random weights, small or at full size."""
 import pytest
 import torch
 from conftest import FULL_SIZE, diffusers_unet, diffusers_vae, give_weights, randomise, transformers_text

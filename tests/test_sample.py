@@ -52,7 +52,7 @@ def test_queries_follow_algorithm_3(monkeypatch, gamma: float) -> None:
     model, seen = build(tiny_config(gamma=gamma)), []
     *answers, nothing = torch.eye(32)[:3].split(1)
 
-    def network(self, e_t, t, latents, null_context):
+    def network(self, e_t, t, latents, null):
         seen.append((e_t, int(t)))
         return answers[(len(seen) - 1) // 4] if latents.any() else nothing        # a draw is four passes
     monkeypatch.setattr(type(model.unet), "denoise_query", network)
@@ -72,15 +72,17 @@ def test_a_noise_predicting_model_stops_where_stable_diffusion_stops(monkeypatch
     monkeypatch.setattr(type(model), "denoise_image", lambda self, z, t, context: torch.ones_like(z))
     x0 = (noise_of((192, 4, 4), [(3,)]) - (1 - alphas[1]).sqrt()) / alphas[1].sqrt()
     expected = model.decode_image(alphas[0].sqrt() * x0 + (1 - alphas[0]).sqrt()).clamp(-1, 1)
-    image = draw_images(model, ["a red circle"], [3], steps=1, guidance_scale=1)
-    assert torch.allclose(image, expected, atol=1e-4)
+    for sampler, picture in (("ddim", expected), ("dpm++", model.decode_image(x0).clamp(-1, 1))):
+        image = draw_images(model, ["a red circle"], [3], steps=1, guidance_scale=1, sampler=sampler)
+        assert torch.allclose(image, picture, atol=1e-4), sampler
+    assert (expected - picture).abs().max() > 1e-3
 
 
 def test_the_condition_is_the_empty_prompt_encoded_once(base, monkeypatch) -> None:
     empty, calls, conditions = base.encode_text([""])[0], [], []
     base.text_encoder.register_forward_hook(lambda *_: calls.append(1))
-    monkeypatch.setattr(type(base.unet), "denoise_query", lambda self, e_t, t, latents, null_context:
-                        conditions.append(null_context) or torch.ones_like(e_t))
+    monkeypatch.setattr(type(base.unet), "denoise_query", lambda self, e_t, t, latents, null:
+                        conditions.append(null) or torch.ones_like(e_t))
     draw_queries(base, torch.randn(2, 192, 4, 4), [0, 1], steps=3, guidance_scale=2.0)
     assert len(calls) == 1 and len(conditions) == 6
     assert all(torch.equal(condition, empty) for condition in conditions)
@@ -121,6 +123,7 @@ def test_a_full_disk_leaves_the_old_picture(base, tmp_path, capsys) -> None:
     (tmp_path / "keep.png.part").symlink_to("/dev/full")     # what is written goes there first, and fails
     argv = ["a red circle", "--ckpt", str(tmp_path / "c.pt"), "--steps", "1", "--device", "cpu"]
     assert "No space" in error_of(capsys, sample.main, [*argv, "--out", str(tmp_path / "keep.png")])
+    assert not (tmp_path / "keep.png").is_symlink(), "the half-written file took its place"
     assert (tmp_path / "keep.png").read_bytes() == b"precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pt", "keep.png"]
 

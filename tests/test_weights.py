@@ -31,7 +31,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 @pytest.fixture()
 def whole(monkeypatch, tmp_path):
-    """A small Stable Diffusion with random weights; `sd-v1` means its configuration here."""
+    """Stable Diffusion with random weights, small unless FULL_SIZE; `sd-v1` means its configuration here."""
     model = build(replace(models.PRESETS["sd-v1"], image_size=64) if FULL_SIZE else Config(
         FusionConfig(64, align_blocks=1, head_width=32), UNetConfig((32, 64, 64), (True, True, False), 2, 8),
         TextConfig(560, 77, 64, 2, 4), AutoencoderConfig(channels=(32, 32, 64, 64)), image_size=64))
