@@ -212,8 +212,8 @@ def denoising_errors(model: DiffDis, latents: Tensor, places: list[int], context
 
 def zeroshot(model: Network, source: Source, reading: Reading = Reading(),
              templates: Sequence[str] | None = None, loss_timesteps: int | None = None) -> dict:
-    """Zero-shot classification: a class's query is the normalised mean of its templates' queries; without any
-    that of its caption in training. loss_timesteps: Diffusion Classifier, with so many, on the first."""
+    """Zero-shot classification: a class's query is the normalised mean of its templates' queries, or that of
+    its caption in training. loss_timesteps: by Diffusion Classifier over so many, of its first template."""
     names, templates = source.classes or [], templates or [source.template]
     if len(names) < 2:       # of a single class every answer is right
         raise ValueError(f"{source.name} has {len(names)} classes, zeroshot needs two: DIR/CLASS, or a list")
