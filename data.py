@@ -352,8 +352,7 @@ class Source:
         captions = self.captions(index)          # first: a bad one costs no decoding
         return Sample(self.image(index, side), captions, self.labels and self.labels[self.rows[index]], index)
 
-    def __getitem__(self, index: int) -> tuple[Sample | None, list[str]]:
-        """As `make_batch` takes it."""
+    def __getitem__(self, index: int) -> tuple[Sample | None, list[str]]:        # as `make_batch` takes it
         try:
             return self.read(index), []
         except BadSample as bad:

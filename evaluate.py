@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")       # before torch; see train.py
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -735,8 +736,7 @@ def main(argv: list[str] | None = None) -> None:
         check_tasks(args, model)
         if args.out:
             Path(args.out).mkdir(parents=True, exist_ok=True)
-        settings = {name: value for name, value in vars(args).items() if name not in ("tasks", "json")}
-        about = {"settings": settings, "command": " ".join(sys.argv), "date": date.today().isoformat(),
+        about = {"settings": vars(args), "command": " ".join(sys.argv), "date": date.today().isoformat(),
                  "checkpoint": str(path), "ranks": world, "device": str(device), "torch": torch.__version__}
         for task in args.tasks:
             result, name = run_task(task, model, args), "shapes" if task == "checker" else args.data

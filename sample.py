@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")       # before torch; see train.py
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
@@ -131,8 +132,7 @@ def to_pil(image: Tensor) -> Image.Image:
 def load_image(file: str | Path, size: int) -> Tensor:
     """Any picture -> its upright centre square [1, 3, size, size] in [-1, 1]. Raises ValueError."""
     with models.reading(file):
-        square = to_square(decode_image(Path(file).read_bytes()), size)
-    return to_float(torch.tensor(square)[None])
+        return to_float(torch.tensor(to_square(decode_image(Path(file).read_bytes()), size))[None])
 
 
 def make_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Image.Image:

@@ -1,5 +1,6 @@
-"""The scripts beside the tests: what measures speed, what asks a GPU, on a CPU, and what makes tables."""
+"""All scripts' environment; those beside the tests: what measures speed, asks a GPU, makes tables."""
 import json
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,16 @@ from conftest import ROOT, error_of, tiny_config
 
 import model as models
 from model import AutoencoderConfig, ClipConfig
+
+
+@pytest.mark.parametrize("script", ("train", "evaluate", "sample"))
+def test_threads_hardly_spin_where_other_programs_want_the_cores(script) -> None:
+    env = {**os.environ, "OMP_DISPLAY_ENV": "VERBOSE"}
+    env.pop("GOMP_SPINCOUNT", None)
+    run = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=ROOT, env=env, capture_output=True)
+    if b"GOMP_" not in run.stderr:
+        pytest.skip("torch's OpenMP is not GNU's")
+    assert b"GOMP_SPINCOUNT = '1000'" in run.stderr and b"--device" in run.stdout
 
 
 def test_speed_measures_every_kind_of_step(monkeypatch, tmp_path, capsys) -> None:
