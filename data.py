@@ -37,7 +37,7 @@ CACHE = Path(torch.hub.get_dir()) / "diffdis"     # downloads, and indices of ta
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a file that is complete under its name, or the old one stays. Raises OSError."""
+    """`write` fills a file; its name holds either all of that or what was there before. Raises OSError."""
     part = path.with_name(path.name + ".part")      # one name: what a killed program left is overwritten
     try:
         with part.open("wb") as file:
@@ -177,7 +177,7 @@ class BadSample(Exception):
 
 def decode_image(raw: bytes, side: int | None = None) -> Image.Image:
     """Bytes of a JPEG, PNG, WebP or GIF (first frame), of any mode -> upright RGB picture. Raises BadSample.
-    side: px that are needed, a JPEG more than twice as large is decoded smaller, to save time; None: all."""
+    side: px that are needed, a JPEG of four times as many is decoded smaller, to save time; None: all."""
     try:
         image = Image.open(io.BytesIO(raw), formats=IMAGE_FORMATS)
         if side is not None:
@@ -285,6 +285,7 @@ class Sample(NamedTuple):
 class Source:
     """Image-caption samples by index: images as files, each of a class, with texts, or with KEY.txt or
     KEY.json beside it. `rows`: which are in use. Subclasses replace `content`, or `captions` and `image`."""
+    KINDS = ("image", "txt", "json")           # of what a sample is made of
     moments: np.ndarray | None = None          # --latents: float16 [all rows, 2C, h, w], NaN if unusable
     template = "a photo of {a} {}"             # the caption of an image that has just a class
 
@@ -312,7 +313,7 @@ class Source:
         """A digest of names, classes, labels, texts and 1000 samples' contents, wherever the data lies."""
         known = [path.name for path in self.images], self.classes, self.labels, self.texts
         digest, part = hashlib.sha256(repr(known).encode()), evenly_spaced(self, 1000)
-        for index, kind in product(range(len(part)), TarSource.KINDS):
+        for index, kind in product(range(len(part)), self.KINDS):
             digest.update(part.content(index, kind))
         return digest.hexdigest()[:8]
 
@@ -362,7 +363,6 @@ class Source:
 class TarSource(Source):
     """img2dataset's tars (CC3M's layout): KEY.jpg, KEY.txt and/or KEY.json, members of a sample side by side.
     The headers are read once, and the index kept in CACHE: then a sample is a few reads at known places."""
-    KINDS = ("image", "txt", "json")
 
     def __init__(self, name: str, tars: list[Path]) -> None:
         super().__init__(name)
@@ -485,8 +485,8 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def open_folder(path: Path, split: str) -> Source:
-    """Tars, images with .txt or .json beside them, or class folders (DIR/CLASS/IMAGE), in DIR/SPLIT, or in a
-    DIR without halves: nothing may be trained on that is tested on. Raises ValueError on anything else."""
+    """Tars, images with .txt or .json beside them, or class folders (DIR/CLASS/IMAGE), in DIR/SPLIT; without
+    halves DIR is taken whole, whatever the split. Raises ValueError on anything else."""
     root = path / split if (path / split).is_dir() else path
     entries = {entry: entry.is_dir() for entry in walk(root)}
     files, folders = ([entry for entry in entries if entries[entry] == kind] for kind in (False, True))
@@ -510,7 +510,7 @@ def open_folder(path: Path, split: str) -> Source:
         source, without = Source(path.name, captioned), texts - {image.with_suffix("") for image in images}
         source.skipped += {"no caption": len(images) - len(captioned), "no image": len(without)}
         return source
-    odd = [folder for folder in (root, *folders) if (folder.parent == root) != (folder in classes)]
+    odd = [folder for folder in (root, *folders) if (folder.parent == root) != (folder in classes)]   # deeper
     if tars or odd or len(classes) < 2:
         raise ValueError(f"{root} holds {len(tars)} tars and {len(images)} images, not in two or more class "
                          f"folders (see {[root, *odd][-1].name}): expected tars, KEY.jpg + .txt, CLASS/IMAGE")
@@ -618,7 +618,7 @@ class Stream:
         """An epoch's order: shards in a fresh sequence, each stretch of `shuffle_buffer` samples at random.
         So files are read one after another; all over 100 GB nearly every sample would be a seek."""
         rng, size = np.random.default_rng([self.seed, epoch]), len(self.source)
-        if isinstance(self.source, Shapes):      # random already; each seed has its own stretch
+        if isinstance(self.source, Shapes):      # random already; each seed begins elsewhere
             return range(self.seed * 10_000_000, self.seed * 10_000_000 + size)
         if not isinstance(self.source, TarSource) or self.shuffle_buffer >= size:
             return rng.permutation(size)
@@ -786,9 +786,9 @@ class Shapes(Source):
     """Procedural scenes with captions: sample i is a function of (seed, split, i) alone.
 
     split "train": endless in practice, pairs of TRAIN_PAIRS, one scene in ten a single thing. Scenes come in
-    twos whose captions have the same words and another meaning: they share a batch, so that telling captions
-    apart means reading all of them, not just spotting a colour. "val": each meaning of held-out pairs once
-    ("A above B" and "B below A" are one). "classes": single things of 24 classes such as "red circle"."""
+    twos that share a batch; their captions have the same words, but for the side they are told from, and
+    another meaning: all must be read to tell them apart. "val": each meaning of held-out pairs once ("A above
+    B" and "B below A" are one). "classes": single things of 24 classes such as "red circle"."""
     template = "a {}"
 
     def __init__(self, split: str = "train", seed: int = 0) -> None:

@@ -21,7 +21,7 @@ Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]     # (x_t, t [B]) 
 
 # ---------------------------------------------------------------- randomness
 def generator_of(*key: int) -> torch.Generator:
-    """A CPU generator that is a function of the key alone, e.g. (seed, step, index) or (seed, image). All
+    """A CPU generator that is a function of the key alone, e.g. (seed, step, row) or (seed, image, draw). All
     noise is drawn this way, on the CPU: it depends on no device, batch layout, rank or earlier draw."""
     # The length goes in because numpy pads a key with zeros: (1,) and (1, 0) would be one.
     seed = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]

@@ -626,7 +626,7 @@ COUNT, WHOLE = {"type": positive}, {"type": natural}
 FLAGS = (
     ("ckpt", TASKS, {}, f"{CKPT_HELP}; to read images also a CLIP"),
     ("data", OF_DATA, {"default": "shapes"}, "as in train.py; longtail: a folder with two lists"),
-    ("limit", OF_DATA, COUNT, "images of --data to use, evenly spaced; without it all"),
+    ("limit", OF_DATA, COUNT, "images to use, of longtail to test on, evenly spaced; without it all"),
     ("json", TASKS, {"metavar": "FILE"}, "also write the numbers here; rates are fractions"),
     ("seed", TASKS, {**WHOLE, "default": 0}, "seed of all noise and of the controls' shuffling"),
     ("device", TASKS, {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
@@ -694,8 +694,8 @@ def check_tasks(args: argparse.Namespace, model: Network) -> None:
 def run_task(task: str, model: Network, args: argparse.Namespace) -> dict:
     """Open the task's data and measure."""
     scale, workers, size = args.guidance_scale, 2 * (args.data != "shapes"), model.config.image_size
-    reading = Reading(args.text_steps, args.draws, 1.0 if scale is None else scale, args.seed,
-                      args.control if task in READS else "none",
+    reading = Reading(args.text_steps, args.draws, 1.0 if scale is None or task in DRAWS else scale,
+                      args.seed, args.control if task in READS else "none",
                       args.batch_size or {"fid": 16, "longtail": 128}.get(task, 100),
                       workers if args.workers is None else args.workers, args.max_bad)
     if task == "longtail":

@@ -7,7 +7,7 @@ sees there. `SpatialTransformer` is that block; `AlignmentTransformer` follows t
 
 Letters: B batch, N image tokens, C their width, L text tokens, D width of the text query.
 Module names are Stable Diffusion's own wherever it has the module, so that its weights load by name; all that
-DiffDis adds is named `query_...`, so that `"query_" in name` tells new parameters from pretrained ones.
+DiffDis adds here is named `query_...`, so that `"query_" in name` tells new parameters from pretrained ones.
 Read next: data.py, or straight on to model.py, which stacks these blocks."""
 from dataclasses import dataclass
 

@@ -249,7 +249,7 @@ class UNet(nn.Module):
 
     def denoise_query(self, noisy_query: Tensor, t_text: Tensor, latents: Tensor, null: Tensor) -> Tensor:
         """Φ_θ (Eq. 7): e_t [B, D], t_text [B], clean latents, null: c of "" [1, L, D] -> answer [B, D]."""
-        t_image = torch.full_like(t_text, self.condition_timestep)      # for all: 0 … T-1 mean noisy images
+        t_image = torch.full_like(t_text, self.condition_timestep)      # T: 0 … T-1 mean noisy images
         features, _, _, state = self.encode(latents, t_image, null, noisy_query, t_text)
         return self.query_head(state, features)
 
@@ -357,7 +357,7 @@ class ClipLayer(nn.Module):
 
 
 def initialise(tower: nn.Module, config: TextConfig | ClipConfig) -> None:
-    """CLIP's start, for training from scratch, of token embeddings and of layers."""
+    """CLIP's start, for training from scratch, of embeddings and layers."""
     inner, residual = config.width ** -0.5, (2 * config.layers) ** -0.5
     deviations = {"token_embedding": 0.02, "position_embedding": 0.01, "fc1": (2 * config.width) ** -0.5,
                   **dict.fromkeys(("q_proj", "k_proj", "v_proj"), inner),
@@ -423,7 +423,7 @@ class DiffDis(nn.Module):
         return self.read_batch(self.autoencoder.moments(images))
 
     def read_batch(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Batch.images, uint8 pixels or the autoencoder's moments, and noise, as the latents
+        """Batch.images, uint8 pixels or the autoencoder's moments, and noise of the latents' shape
         -> latents: a sample of the posterior, or without noise its mean, scaled."""
         is_pixels = images.dtype == torch.uint8
         moments = self.autoencoder.moments(to_float(images)) if is_pixels else images.float()
@@ -504,7 +504,7 @@ class Clip(nn.Module):
             nn.init.normal_(layer.weight, std=config.width ** -0.5)
         nn.init.normal_(self.text_projection.weight, std=config.text.width ** -0.5)
 
-    device, read_batch = DiffDis.device, staticmethod(to_float)
+    device, read_batch = DiffDis.device, staticmethod(to_float)       # the same property; pixels are read
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images [B, 3, S, S] in [-1, 1] -> [B, embedding], unit norm, float32."""
@@ -590,7 +590,7 @@ def from_compvis(raw: dict[str, Tensor], model: DiffDis, weights: str) -> dict[s
     return raw | tensors
 
 
-# What a refused file is, by a tensor's name and shape: the last only where no UNet is beside it.
+# What a refused file is, by part of a tensor's name and shape; the last only where no UNet is beside it.
 KINDS = {
     "scaled float8": "scaled_fp8|scale_weight", "an LCM": r"embedding\.cond_proj",
     "Stable Diffusion XL": r"conditioner\.|attn2\.to_k\.weight \[\d+, 2048",

@@ -45,7 +45,7 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
                 negative: str = "", sampler: str = "ddim", progress=iter) -> Tensor:
     """Draw one image per prompt and seed (Algorithm 2): a sampler with classifier-free guidance.
 
-    prompts, seeds: B of each, an image depends on its own two alone; steps: sampler steps, 1 to T;
+    prompts, seeds: B of each, an image depends on its own two alone; steps: sampler steps, 1 to T - 1;
     guidance_scale: 1 + w, 1 is no guidance, None the configuration's; size: (height, width) in px, None the
     training size; negative: the prompt to guide away from; sampler: one of SAMPLERS; progress: what goes
     around the timesteps, as tqdm -> images [B, 3, H, W] in [-1, 1], float32, on the model's device. Raises
@@ -247,7 +247,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=positive, default=50, help="sampler steps")
     add("--guidance-scale", type=finite, help="1 + w, 1 is none; without it the checkpoint's own")
     add("--negative", default="", help="prompt to guide away from")
-    add("--seed", type=natural, default=0, help="of all noise; the k-th image of a prompt has seed + k")
+    add("--seed", type=natural, default=0, help="of all noise; the k-th drawn for a prompt has seed + k")
     add("-n", type=positive, default=1, help="images per prompt")
     add("--best-of", type=positive, default=1, metavar="N", help="draw N for each, keep the one read best")
     add("--size", type=within(int, 1, 4096), nargs=2, metavar=("WIDTH", "HEIGHT"), help="px; else as trained")
@@ -312,7 +312,7 @@ def read(model: Network, args: argparse.Namespace) -> list[dict]:
     cosines = torch.cat([          # from the same noise: what is read depends on no other picture
         score(model, part, texts, draws=4, seed=args.seed, indices=[0] * len(part)) for part in images])
     odds = (cosines * model.logit_scale.exp()).softmax(dim=1)          # at the model's own temperature
-    print("probability  cosine  text, picture")
+    print(f"probability  cosine  text, picture (seed {args.seed})")
     for file, cosine, odd in zip(args.image, cosines.tolist(), odds.tolist()):
         notes.append({"image": file, "cosines": cosine, "probabilities": odd})
         for k in sorted(range(len(texts)), key=lambda k: -cosine[k]):
@@ -334,12 +334,12 @@ def main(argv: list[str] | None = None) -> None:
     for text in args.prompts if model.data == "shapes" else ():
         if not CAPTION.fullmatch(clean(text)):
             print(f"warning: {text!r} is not in the grammar of 'a red circle above a small blue square', all "
-                  "this model has seen: Stable Diffusion draws anything (--ckpt sd-v1-5)", file=sys.stderr)
+                  "this model has seen; --ckpt sd-v1-5, Stable Diffusion, draws anything", file=sys.stderr)
     notes = read(model, args) if args.image else draw(model, args, path)
     if table:
-        about = {"task": "read" if args.image else "draw", "n": len(notes), "chance": 1 / len(args.prompts),
-                 "seed": args.seed, "texts": args.prompts, "images": notes, "checkpoint": str(path)}
-        table.write_text(json.dumps(about, indent=1) + "\n")
+        out = {"task": "read" if args.image else "draw", "n": len(notes), "seed": args.seed, "images": notes,
+               "chance": args.image and 1 / len(args.prompts), "texts": args.prompts, "checkpoint": str(path)}
+        table.write_text(json.dumps(out, indent=1) + "\n")
 
 
 if __name__ == "__main__":

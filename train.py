@@ -43,8 +43,8 @@ from sample import (SWITCH, Parser, draw_all, errors_in_one_line, make_grid, nat
                     share, weight, within)
 
 TASKS = ("generation", "alignment")
-# What training starts from where no flag says otherwise. sd-v1: the paper's run on CC3M; a CLIP's rate, decay
-# and 20 epochs are those of the paper's appendix. Weights of --init learn at lr / slower. Matrices take
+# What training starts from where no flag says otherwise. sd-v1: the paper's run on CC3M; the large CLIPs'
+# rate, decay and 20 epochs are its appendix's. Weights of --init learn at lr / slower. Matrices take
 # Muon's steps at lr × muon; where that is 0, AdamW's, as all the rest.
 COLUMNS = ("steps", "batch_size", "lr", "muon", "slower", "lr_decay", "warmup", "beta2", "weight_decay",
            "ema", "align_weight")
@@ -67,6 +67,7 @@ LOG_EVERY = 10             # steps between lines of log.jsonl, and of progress
 N, WHOLE, X, SHARE = ({"type": kind, "metavar": name} for kind, name in (
     (positive, "N"), (natural, "N"), (weight, "X"), (share, "SHARE")))
 # Without a default a flag that is not given is None, until `settle` knows from what training starts.
+METHOD = "the method and its ablations, not for CLIP; --init brings its own"
 FLAGS = {"the run": (
     ("data", {"default": "shapes"}, "shapes, cc3m, or a folder, tar, list or table as in the README"),
     ("preset", {"choices": (*PRESETS, *CLIPS)}, "networks, recipe; else --init's; else tiny, of cc3m sd-v1"),
@@ -77,7 +78,7 @@ FLAGS = {"the run": (
      "generation, alignment or generation,alignment; without it both, of a CLIP alignment"),
     ("seed", {"default": 0, **WHOLE}, "of everything"),
     ("val", {"default": 500, **N}, "pairs held out of --data, or of its own val/"),
-    ("image_size", {"type": within(int, 1, 4096), "metavar": "N"}, "px; without it the preset's"),
+    ("image_size", {"type": within(int, 1, 4096), "metavar": "N"}, "px; else the preset's or --init's"),
     ("device", {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
     ("precision", {"choices": ("fp32", "bf16")}, "without it bf16 on CUDA and AVX512-BF16, else fp32"),
     ("compile", SWITCH, "torch.compile the networks' blocks; without it on CUDA"),
@@ -95,7 +96,7 @@ FLAGS = {"the run": (
     ("lr", X, "peak learning rate of AdamW; of Muon, in tiny and clip-tiny, ten times that"),
     ("warmup", WHOLE, "steps over which it rises"),
     ("align_weight", X, "λ, weight of the alignment loss")),
-    "the method and its ablations, not for CLIP": (
+    METHOD: (
     ("p_drop_image", SHARE, "of images dropped in alignment; without it none"),
     ("text_target", {"choices": TARGETS}, "predicted for text queries (Table 2); without it data"),
     ("text_schedule", {"choices": SCHEDULES}, "noise of text queries (Table 3); without it cosine"),
@@ -123,7 +124,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             group.add_argument("--" + name.replace("_", "-"), help=text, **options)
     args = parser.parse_args(argv)
     if args.preset is None and args.init is None:
-        args.preset, args.init = ("sd-v1", "sd-v1-5") if args.data == "cc3m" else ("tiny", None)
+        args.preset, args.init = ("sd-v1", "sd-v1-5") if str(Path(args.data)) == "cc3m" else ("tiny", None)
         if args.init and pick_device(args.device).type != "cuda":
             raise ValueError("--data cc3m trains Stable Diffusion, which needs CUDA: or give --preset tiny")
     return args
@@ -152,7 +153,7 @@ def settle(args: argparse.Namespace, device: torch.device, world: int, base: Con
     if preset is None or own not in (None, preset) or is_clip != (preset in CLIPS):
         raise ValueError(f"{args.init or args.out} has the networks of {own or 'no preset'}, --preset is "
                          f"{args.preset}: give {own or 'the one whose recipe to take'} as --preset")
-    not_for_clip = ("recompute", "latents", *(name for name, *_ in [*FLAGS.values()][-1]))
+    not_for_clip = ("recompute", "latents", *(name for name, *_ in FLAGS[METHOD]))
     foreign = [name for name in not_for_clip if is_clip and getattr(args, name) is not None]
     defaults = RECIPES[preset] | {
         "preset": preset, "tasks": "alignment" if is_clip else ",".join(TASKS), "compile": cuda,
@@ -434,8 +435,7 @@ def read_log(path: Path) -> list[dict]:
     """The lines of a log; the last one may have been cut short by a kill. Raises ValueError."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     with models.reading(path):
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
-        return sorted(records, key=lambda record: record["step"])
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class Trainer:
@@ -467,7 +467,7 @@ class Trainer:
         self.averages = Averages(self.model, args.ema)
         self.flags = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
         known = [len(self.source), len(self.val), *([source.fingerprint()] if args.data != "shapes" else [])]
-        self.flags |= {"latents": bool(args.latents), "samples": known}
+        self.flags |= {"latents": bool(args.latents), "data": known}      # wherever it lies
         if checkpoint:
             self.restore(checkpoint)
         if args.latents:
@@ -512,7 +512,7 @@ class Trainer:
         self.waited = self.worked = 0.0
         everybody(None)          # every rank knows the folder's name before it is taken
         if self.rank == 0:
-            # Without these flags the folder is new: samples/ is there if another run has just taken it.
+            # Without these flags the name was free: a samples/ means that another run has just taken it.
             (self.folder / "samples").mkdir(parents=True, exist_ok=bool(self.args.out or self.args.resume))
             lines = [line for line in read_log(self.folder / "log.jsonl") if line["step"] <= self.step]
             text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -641,7 +641,7 @@ class Trainer:
             few = evenly_spaced(self.val, 100)
             errors = over_images(self.model, few, reading, lambda latents, places: denoising_errors(
                 self.model, latents, places, self.model.encode_text(
-                    [few.captions(place)[0] for place in places])[0], 10, args.seed))
+                    [few.captions(place)[0] for place in places])[0], levels=10, seed=args.seed))
             scores["val_denoising_error"] = round(errors.values.mean().item(), 6)
             if self.rank == 0:       # always of the same prompts, from the same noise
                 prompts = [captions[0] for captions in usable_captions(self.val, 32)]

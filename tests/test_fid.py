@@ -163,12 +163,12 @@ def test_the_command_equals_its_parts_done_slowly(drawer, monkeypatch, capsys) -
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic: compiled.append(forward) or forward)
     monkeypatch.setattr(models, "which", lambda name: name)
     found = result_of("retrieval", *OWN, "--batch-size", "7", "--out", "drawn", "--seed", "5", "--compile",
-                      "--n", "20", "--control", "no-image")["fid"]        # which is for retrieval alone
+                      "--n", "20", "--guidance-scale", "3", "--control", "no-image")["fid"]   # of reading alone
     assert len(compiled) > 10
     assert stances == ["default"] * 2 + ["force_eager"], "the last batch is smaller"
     assert (found["n"], found["n_reference"], found["features"]) == (20, 40, "DiffDis")
     model, source, queries = models.load("c.pt"), data.open_source("refs"), []
-    drawn = [np.asarray(to_pil(sample.draw_images(model, source.captions(place)[:1], [5 + i], steps=2)[0]))
+    drawn = [np.asarray(to_pil(sample.draw_images(model, source.captions(place)[:1], [5 + i], 2, 3.0)[0]))
              for i, place in enumerate(np.linspace(0, 39, 20).astype(int))]
     for pictures in (drawn, [data.to_square(source.read(i).image, 32) for i in range(40)]):
         queries.append(torch.cat([sample.draw_queries(model, model.read_batch(torch.from_numpy(

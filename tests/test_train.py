@@ -535,7 +535,7 @@ def test_defaults_follow_what_is_given(small, capsys, monkeypatch) -> None:
             with nullcontext() if is_cuda else pytest.raises(ValueError):
                 models.wrap_blocks(SimpleNamespace(parameters=lambda: iter(weights), modules=tuple))
     monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cuda"))
-    for flags, expected in (([], ("tiny", None)), (["--data", "cc3m"], ("sd-v1", "sd-v1-5")),
+    for flags, expected in (([], ("tiny", None)), (["--data", "cc3m/"], ("sd-v1", "sd-v1-5")),
                             (["--data", "cc3m", "--preset", "small"], ("small", None)),
                             (["--data", "cc3m", "--init", "x.pt"], (None, "x.pt"))):
         args = train.parse_args(flags)
@@ -591,8 +591,10 @@ def test_a_run_goes_on_only_as_it_began(small, capsys) -> None:
     assert "add --resume" in fail_of(capsys, *flags)
     assert "--steps was 2, is 3" in fail_of(capsys, *flags, "--resume", "--steps", "3")
     Path("data/07.txt").write_text("another")
-    assert re.search(r"--samples was \[57, 3, '\w{8}'\], is \[57, 3, '\w{8}'\]", fail_of(
+    assert re.search(r"--data was \[57, 3, '\w{8}'\], is \[57, 3, '\w{8}'\]", fail_of(
         capsys, *flags, "--resume")), "other data, other run"
+    Path("data/07.txt").write_text("picture 7")
+    train.main([*SMALL, *flags, "--steps", "2", "--resume", "--data", str(Path("data").rename("moved"))])
 
 
 def test_some_pairs_are_held_out_from_all_over(small, capsys) -> None:
