@@ -500,6 +500,8 @@ class Trainer:
                 else JointLoss(self.model, self.model.tasks, args.p_drop_image, bf16)).to(self.device)
         if args.compile:
             models.wrap_blocks(self.model)
+            eager = torch.compiler.set_stance("force_eager")       # for other batch sizes nothing is compiled
+            self.evaluate, self.validate = eager(self.evaluate), eager(self.validate)
         if args.recompute:
             models.wrap_blocks(self.model.unet, lambda run: partial(recompute, run, use_reentrant=False))
         # The buffers never change, and gradients need no second copy beside the buckets they are sent in.
@@ -627,7 +629,6 @@ class Trainer:
                   f"left {(self.args.steps - self.step) / steps_per_s:.0f} s", flush=True)
 
     # ------------------------------------------------------------ held-out scores
-    @torch.compiler.set_stance("force_eager")        # other batch sizes, each to be compiled for minutes
     def evaluate(self) -> dict:
         """The averaged weights on held-out pairs, by all ranks -> scores; a grid of pictures."""
         args, scores = self.args, {}
@@ -651,7 +652,6 @@ class Trainer:
         self.averages.swap()
         return scores
 
-    @torch.compiler.set_stance("force_eager")
     def validate(self) -> None:
         """The run's last word: what the averaged weights can do on pairs that training never saw."""
         if self.result is not None:
