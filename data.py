@@ -333,9 +333,9 @@ class Source:
         (text, said), meta = (decode_text(self.content(index, kind)) for kind in ("txt", "json")), {}
         with suppress(ValueError, TypeError, RecursionError):      # no JSON object, or absurdly nested
             meta = dict(json.loads(said))
-        listed = meta["captions"] if isinstance(meta.get("captions"), list) else [meta.get("caption")]
+        given = meta["captions"] if isinstance(meta.get("captions"), list) else [meta.get("caption")]
         lines, listed = ([text.strip() for text in texts if isinstance(text, str) and clean(text)]
-                         for texts in (text.splitlines(), listed))
+                         for texts in (text.splitlines(), given))
         # KEY.txt wins: the list in KEY.json is used only where it agrees with it.
         if captions := listed if listed and (not lines or lines[0] in listed) else lines:
             return captions
@@ -497,7 +497,7 @@ def open_folder(path: Path, split: str) -> Source:
     # Halves of the data are a folder called train, or cars_train beside cars_test, but no "train station".
     halves = {half[1].lower(): entry.name for entry in (*folders, *tars) if (half := HALF.search(entry.stem))}
     is_half = any(HALF.fullmatch(folder.name.rstrip("0123456789")) for folder in folders)
-    is_half |= bool(tars) and any((half[:5] == "train") != (split == "train") for half in halves)
+    is_half |= bool(tars) and any(half.startswith("train") != (split == "train") for half in halves)
     if root == path and (is_half or len(halves) > 1):
         raise ValueError(f"{path} has no folder {split}, but below it {', '.join(sorted(halves.values()))}: "
                          "name one, or put each half into a folder, train and val")

@@ -151,7 +151,7 @@ def ddim(denoise: Denoiser, x_t: Tensor, timesteps: list[int], alphas_cumprod: T
     50: x̂0 is taken to change linearly with half the log-SNR, and extrapolated to the middle of the step from
     this step's and the last one's; the first and the last step use this step's alone. -> x0 (B, …)"""
     after = [float(alphas_cumprod[t]) for t in timesteps[1:]] + [final_alpha_cumprod]
-    time, x0_before = (torch.logit(alphas_cumprod[timesteps].double()) / 2).tolist(), None
+    time, x0_before = (torch.logit(alphas_cumprod[timesteps].double()) / 2).tolist(), None     # log-SNR / 2
     for i, (now, alpha_bar) in enumerate(zip(progress(timesteps), after)):
         t = torch.full((len(x_t),), now, device=x_t.device)
         x0_pred, eps_pred = denoise(x_t, t)
