@@ -45,7 +45,7 @@ def draw_images(model: DiffDis, prompts: list[str], seeds: list[int], steps: int
                 negative: str = "", sampler: str = "ddim", progress=iter) -> Tensor:
     """Draw one image per prompt and seed (Algorithm 2): a sampler with classifier-free guidance.
 
-    prompts, seeds: B of each, an image depends on its own two alone; steps: sampler steps, 1 to T - 1;
+    prompts, seeds: B of each, an image depends on its own two alone; steps: sampler steps, 1 to T;
     guidance_scale: 1 + w, 1 is no guidance, None the configuration's; size: (height, width) in px, None the
     training size; negative: the prompt to guide away from; sampler: one of SAMPLERS; progress: what goes
     around the timesteps, as tqdm -> images [B, 3, H, W] in [-1, 1], float32, on the model's device. Raises

@@ -66,8 +66,8 @@ LOG_EVERY = 10             # steps between lines of log.jsonl, and of progress
 # ---------------------------------------------------------------- flags
 N, WHOLE, X, SHARE = ({"type": kind, "metavar": name} for kind, name in (
     (positive, "N"), (natural, "N"), (weight, "X"), (share, "SHARE")))
-# Without a default a flag that is not given is None, until `settle` knows from what training starts.
 METHOD = "the method and its ablations, not for CLIP; --init brings its own"
+# Without a default a flag that is not given is None, until `settle` knows from what training starts.
 FLAGS = {"the run": (
     ("data", {"default": "shapes"}, "shapes, cc3m, or a folder, tar, list or table as in the README"),
     ("preset", {"choices": (*PRESETS, *CLIPS)}, "networks, recipe; else --init's; else tiny, of cc3m sd-v1"),
@@ -109,8 +109,8 @@ FLAGS = {"the run": (
     ("align_blocks", WHOLE, "M, blocks after the middle block; without it the preset's"),
     ("train_text_encoder", SWITCH, "train T; without it only if it did not come pretrained"))}
 # Flags that may differ between a run and its resumption without changing what is computed.
-FREE_ON_RESUME = ("resume", "out", "device", "workers", "max_bad", "save_every", "eval_every", "micro_batch",
-                  "recompute")
+FREE_ON_RESUME = ("resume", "data", "out", "device", "workers", "max_bad", "save_every", "eval_every",
+                  "micro_batch", "recompute")        # data: its samples are compared, wherever they lie
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -433,9 +433,9 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 def read_log(path: Path) -> list[dict]:
     """The lines of a log; the last one may have been cut short by a kill. Raises ValueError."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    log = path.read_text() if path.exists() else ""
     with models.reading(path):
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return sorted(map(json.loads, log[:log.rfind("\n") + 1].splitlines()), key=lambda line: line["step"])
 
 
 class Trainer:
@@ -467,7 +467,7 @@ class Trainer:
         self.averages = Averages(self.model, args.ema)
         self.flags = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
         known = [len(self.source), len(self.val), *([source.fingerprint()] if args.data != "shapes" else [])]
-        self.flags |= {"latents": bool(args.latents), "data": known}      # wherever it lies
+        self.flags |= {"latents": bool(args.latents), "samples": known}
         if checkpoint:
             self.restore(checkpoint)
         if args.latents:

@@ -591,7 +591,7 @@ def test_a_run_goes_on_only_as_it_began(small, capsys) -> None:
     assert "add --resume" in fail_of(capsys, *flags)
     assert "--steps was 2, is 3" in fail_of(capsys, *flags, "--resume", "--steps", "3")
     Path("data/07.txt").write_text("another")
-    assert re.search(r"--data was \[57, 3, '\w{8}'\], is \[57, 3, '\w{8}'\]", fail_of(
+    assert re.search(r"--samples was \[57, 3, '\w{8}'\], is \[57, 3, '\w{8}'\]", fail_of(
         capsys, *flags, "--resume")), "other data, other run"
     Path("data/07.txt").write_text("picture 7")
     train.main([*SMALL, *flags, "--steps", "2", "--resume", "--data", str(Path("data").rename("moved"))])
