@@ -163,7 +163,7 @@ def test_the_command_equals_its_parts_done_slowly(drawer, monkeypatch, capsys) -
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic: compiled.append(forward) or forward)
     monkeypatch.setattr(models, "which", lambda name: name)
     found = result_of("retrieval", *OWN, "--batch-size", "7", "--out", "drawn", "--seed", "5", "--compile",
-                      "--n", "20", "--guidance-scale", "3", "--control", "no-image")["fid"]   # of reading alone
+                      "--n", "20", "--guidance-scale", "3", "--control", "no-image")["fid"]   # of retrieval
     assert len(compiled) > 10
     assert stances == ["default"] * 2 + ["force_eager"], "the last batch is smaller"
     assert (found["n"], found["n_reference"], found["features"]) == (20, 40, "DiffDis")
