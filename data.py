@@ -510,7 +510,7 @@ def open_folder(path: Path, split: str) -> Source:
         source, without = Source(path.name, captioned), texts - {image.with_suffix("") for image in images}
         source.skipped += {"no caption": len(images) - len(captioned), "no image": len(without)}
         return source
-    odd = [folder for folder in (root, *folders) if (folder.parent == root) != (folder in classes)]   # deeper
+    odd = [folder for folder in (root, *folders) if (folder.parent == root) != (folder in classes)]
     if tars or odd or len(classes) < 2:
         raise ValueError(f"{root} holds {len(tars)} tars and {len(images)} images, not in two or more class "
                          f"folders (see {[root, *odd][-1].name}): expected tars, KEY.jpg + .txt, CLASS/IMAGE")
