@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")       # before torch; see train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")      # before torch; see train.py
 import numpy as np
 import torch
 import torch.distributed as dist

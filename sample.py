@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")       # before torch; see train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")      # before torch; see train.py
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor

@@ -22,7 +22,7 @@ from dataclasses import is_dataclass, replace
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")    # before torch; else 10 times slower where cores are shared
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # before torch; else 10 times slower where cores are shared
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -80,7 +80,7 @@ FLAGS = {"the run": (
     ("val", {"default": 500, **N}, "pairs held out of --data, or of its own val/"),
     ("image_size", {"type": within(int, 1, 4096), "metavar": "N"}, "px; else the preset's or --init's"),
     ("device", {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
-    ("precision", {"choices": ("fp32", "bf16")}, "without it bf16 on CUDA and AVX512-BF16, else fp32"),
+    ("precision", {"choices": ("fp32", "bf16")}, "without it bf16 on CUDA, else fp32"),
     ("compile", SWITCH, "torch.compile the networks' blocks; without it on CUDA"),
     ("workers", WHOLE, "processes per rank that read data; without it 2, for shapes 0"),
     ("max_bad", {"default": 0.05, **SHARE}, "stop when more of the samples is unusable"),
@@ -157,7 +157,7 @@ def settle(args: argparse.Namespace, device: torch.device, world: int, base: Con
     foreign = [name for name in not_for_clip if is_clip and getattr(args, name) is not None]
     defaults = RECIPES[preset] | {
         "preset": preset, "tasks": "alignment" if is_clip else ",".join(TASKS), "compile": cuda,
-        "precision": "bf16" if cuda or torch.cpu._is_avx512_bf16_supported() else "fp32",
+        "precision": "bf16" if cuda else "fp32",
         "workers": 0 if is_shapes else 2, "p_drop_image": 0.0, "train_text_encoder": args.init is None,
         "augment": is_clip and not is_shapes}        # the captions of shapes are about places and colours
     for name, value in defaults.items():
