@@ -22,7 +22,7 @@ from dataclasses import is_dataclass, replace
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # before torch; else 10 times slower where cores are shared
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # before torch; else far slower where cores are shared
 import numpy as np
 import torch
 import torch.distributed as dist
