@@ -529,12 +529,11 @@ def text_lines(path: Path) -> list[str]:
 
 def class_names(root: Path, tags: list[str]) -> tuple[list[str], list[int]]:
     """Each image's class, as its folder or a list has it -> the names of all classes, sorted by tag, and each
-    image's label. A name is the tag, or what classnames.txt, in `root` or above it, gives first in its line
-    "TAG NAME, …". Raises ValueError."""
+    image's label. A name is the tag, or what classnames.txt, there or above, has first in "TAG NAME, …"."""
     number = {tag: i for i, tag in enumerate(sorted(set(tags)))}
     names = [regex.sub(r"^(n\d{8}-|\d+\.|\d{3,}_)(?=\p{L})", "", tag).replace("_", " ") for tag in number]
     if table := next(filter(Path.is_file, (root / "classnames.txt", root.parent / "classnames.txt")), None):
-        lines = [line.partition(",")[0].split(maxsplit=1) for line in text_lines(table)]
+        lines = [line.partition(",")[0].rstrip("_ ").split(maxsplit=1) for line in text_lines(table)]
         said = sorted((words[0], words[1].replace("_", " ").strip()) for words in lines if len(words) > 1)
         wrong, names = {tag for tag, _ in said} ^ number.keys(), [name for _, name in said]
         if wrong or len(lines) > len(number):
@@ -553,8 +552,8 @@ def open_list(table: Path, split: str) -> Source:
     tags = [tag.strip() or image.parent.name for image, (_, _, tag) in zip(images, rows)]
     # SUN397 has church/outdoor and cathedral/outdoor, which by their folders' names would be one class.
     folders = {image.parent for image, (_, _, tag) in zip(images, rows) if not tag.strip()}
-    if len({folder.name for folder in folders}) < len(folders) or len(set(tags)) == 1:
-        raise ValueError(f"{table} has one class, or two folders of one name: expected lines PATH<TAB>CLASS")
+    if len({path.name for path in folders}) < len(folders) or len(set(tags)) == 1 or "\t" in "".join(tags):
+        raise ValueError(f"{table}: one class, two folders of one name, or three columns, not PATH<TAB>CLASS")
     return Source(table.stem, images, *class_names(table.parent, tags))
 
 
@@ -597,10 +596,18 @@ def make_batch(size: int, tokenizer: Tokenizer | None, draw: Callable[[int], dic
                  tokenizer and tokenizer(captions), draw and draw(places[0] // batch_size))
 
 
+def load(source: Sequence, collate: Callable, workers: int, **options) -> Iterator[Batch]:
+    """A DataLoader's batches; a worker's pages of traceback, or its death, are one ValueError."""
+    try:
+        yield from DataLoader(source, num_workers=workers, collate_fn=collate, **options)
+    except (ValueError, RuntimeError) as error:
+        error.__traceback__ = None       # its frames would keep the loader, and workers that no signal ends
+        raise ValueError(str(error).split("ValueError: ")[-1].strip()) from None
+
+
 def evaluation_batches(source: Source, image_size: int, batch_size: int, workers: int = 0) -> Iterator[Batch]:
     """The source's samples once, in order, with all their captions; bad ones are left out and counted."""
-    return iter(DataLoader(source, batch_size, num_workers=workers,
-                           collate_fn=partial(make_batch, image_size, None, None, 1)))
+    return load(source, partial(make_batch, image_size, None, None, 1), workers, batch_size=batch_size)
 
 
 @dataclass(eq=False)
@@ -619,7 +626,7 @@ class Stream:
         So files are read one after another; all over 100 GB nearly every sample would be a seek."""
         rng, size = np.random.default_rng([self.seed, epoch]), len(self.source)
         if isinstance(self.source, Shapes):      # random already; each seed begins elsewhere
-            return range(self.seed * 10_000_000, self.seed * 10_000_000 + size)
+            return range(first := self.seed * 10_000_000 + self.seed // 100 * 64_000, first + size)
         if not isinstance(self.source, TarSource) or self.shuffle_buffer >= size:
             return rng.permutation(size)
         shards = self.source.places[self.source.rows, 0]
@@ -666,14 +673,9 @@ def training_batches(source: Source, image_size: int, batch_size: int, seed: int
     batch_size: over all ranks; workers: processes that read, decode, crop and tokenise, which close() ends;
     draw: number of the batch -> what else training needs; options: of `Stream`. Raises ValueError."""
     rows = (range(k * batch_size + rank, (k + 1) * batch_size, world) for k in count(start))
-    try:
-        yield from DataLoader(
-            Stream(source, image_size, seed, **options), batch_sampler=rows, num_workers=workers,
-            collate_fn=partial(make_batch, image_size, tokenizer, draw, batch_size),
-            prefetch_factor=4 if workers else None, worker_init_fn=leave_signals)
-    except (ValueError, RuntimeError) as error:        # out of a worker: pages of traceback, or its death
-        error.__traceback__ = None       # its frames would keep the loader, and workers that no signal ends
-        raise ValueError(str(error).split("ValueError: ")[-1].strip()) from None
+    return load(Stream(source, image_size, seed, **options),
+                partial(make_batch, image_size, tokenizer, draw, batch_size), workers, batch_sampler=rows,
+                prefetch_factor=4 if workers else None, worker_init_fn=leave_signals)
 
 
 @dataclass
@@ -688,8 +690,9 @@ class SkipReport:
         self.skipped += batch.skipped
 
     def check(self, final: bool = False) -> None:
-        """Raises ValueError when more than max_bad were bad; judged from the 100th sample on, or at last."""
-        if (final or self.visited >= 100) and self.skipped.total() > self.max_bad * self.visited:
+        """Raises ValueError when more than max_bad were bad; on the way, from 100 on, beyond chance (3 σ)."""
+        most = self.max_bad * self.visited
+        if (final or self.visited >= 100) and self.skipped.total() > most + (not final) * 3 * most ** 0.5:
             raise ValueError(f"too much of the data is unusable ({self}); mend it, or raise --max-bad")
 
     def __str__(self) -> str:

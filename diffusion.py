@@ -129,8 +129,7 @@ def sampling_timesteps(steps: int, total: int, spacing: str) -> list[int]:
 def make_denoiser(predict: Callable[[Tensor, Tensor], Tensor], kind: str, alphas_cumprod: Tensor,
                   gamma: float = 1.0, unit_norm: bool = False) -> Denoiser:
     """A network's (guided) prediction as a denoiser. predict: (x_t, t [B]) -> prediction of target `kind`;
-    unit_norm: normalise x0_pred and recompute ε̂ from it (Algorithm 3; our choice: text queries have unit
-    norm, so what is denoised should too)."""
+    unit_norm: normalise x0_pred, as text queries are, and recompute ε̂ from it (Algorithm 3; our choice)."""
     def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         a, s = signal_and_noise(t, x_t, alphas_cumprod, gamma)
         x0_pred, eps_pred = read_prediction(kind, predict(x_t, t).float(), x_t, a, s)

@@ -391,8 +391,6 @@ def open_longtail(name: str) -> LongTail:
     """A folder with lists train.txt and test.txt, as `open_source` reads them, and, as far as there are,
     texts/CLASS.txt, a sentence a line. Raises FileNotFoundError or ValueError."""
     root = Path(name)
-    if not root.is_dir():
-        raise FileNotFoundError(f"--data is {name!r}: longtail expects a folder with train.txt and test.txt")
     train, test = (open_source(str(root / f"{split}.txt")) for split in ("train", "test"))
     if train.classes != test.classes:
         raise ValueError(f"train.txt and test.txt in {root} are not of the same classes")
@@ -400,8 +398,8 @@ def open_longtail(name: str) -> LongTail:
         raise ValueError(f"{len(shared)} images are in both lists of {root}: expected others to test on")
     texts = {path.stem.replace("_", " "): path for path in (root / "texts").glob("*.txt")}
     sentences = [text_lines(texts[name]) if name in texts else [] for name in train.classes]
-    if texts and not any(sentences):
-        raise ValueError(f"no file in {root / 'texts'} is called as a class: expected {train.classes[0]}.txt")
+    if strays := texts.keys() - set(train.classes):
+        raise ValueError(f"{texts[min(strays)]} is called as no class: expected as {train.classes[0]}.txt")
     return LongTail(train, torch.tensor(train.labels), test, sentences)
 
 
@@ -527,8 +525,7 @@ def fine_tune(model: Network, data: LongTail, epochs: int, lr_scale: float, read
         for step, batch in enumerate(batches):
             rng = np.random.default_rng([seed, 6, step])
             chosen = [data.sentences[k][rng.integers(len(data.sentences[k]))] for k in batch.labels]
-            keys = [(seed, 7, step, i) for i in range(len(chosen))]
-            noise = noise_of((model.config.text.width,), keys)
+            noise = noise_of((model.config.text.width,), [(seed, 7, step, i) for i in range(len(chosen))])
             with torch.no_grad():       # so the autoencoder stays as it is
                 inputs = model.read_batch(batch.images.to(model.device))
                 teacher = logits_of(model, inputs, noise, chosen)

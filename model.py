@@ -803,8 +803,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", weights: str = "e
     config = adapt(config)           # whose mistakes are the flags', not the file's
     with torch.device("meta"):       # no storage: nothing is initialised only to be overwritten
         model = network(config, tokenizer)
-    model.tasks, model.data = tuple(said["tasks"]), said["data"]
     with reading(path):
+        model.tasks, model.data = tuple(said["tasks"]), said["data"]
         if network is DiffDis:
             tensors = from_compvis(tensors, model, weights)
         put_tensors(model, tensors, path, "foreign" in said)

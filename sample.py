@@ -26,7 +26,7 @@ from tqdm import tqdm
 import model as models
 from data import CAPTION, clean, decode_image, to_float, to_square, write_atomically
 from diffusion import ddim, guide, make_alphas_cumprod, make_denoiser, noise_of, sampling_timesteps
-from model import Clip, DiffDis, Network
+from model import DiffDis, Network
 
 SAMPLERS = {"ddim": (1, "DDIM"), "dpm++": (2, "DPM++ 2M")}      # order; name in Stable Diffusion's programs
 
@@ -276,8 +276,8 @@ def draw_all(model: DiffDis, prompts: list[str], seeds: list[int], best_of: int 
         images = draw_images(model, texts, own_seeds, size=(height, width), progress=progress, **settings)
         drawn.append(images.cpu())
         if best_of > 1:
-            places = [(i + j) % best_of for j in range(len(texts))]
-            cosines += score(model, images, texts, draws=4, seed=seeds[0], indices=places).diagonal().tolist()
+            alike = score(model, images, texts, draws=4, seed=seeds[0], indices=[0] * len(texts))
+            cosines += alike.diagonal().tolist()       # all from the same noise, whose luck is not to choose
     notes = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds)]
     if best_of == 1:
         return torch.cat(drawn), notes

@@ -455,6 +455,8 @@ class Trainer:
             print(f"nothing to resume, {path} is not there: starting anew")
         source = in_turn(lambda: open_source(args.data, "train", args.max_bad))
         self.source, self.val = in_turn(lambda: hold_out(source, args.data, args.val, args.max_bad))
+        if not next(evaluation_batches(evenly_spaced(self.val, 32), 32, 32)).places:     # or hours are lost
+            raise ValueError(f"no held-out sample of {args.data} can be read: put others into its val/")
         torch.manual_seed(args.seed)
         self.model = make_model(args, self.source, path if checkpoint else args.init,
                                 partial(settle, args, device, world))
@@ -542,8 +544,7 @@ class Trainer:
                 for i, (images, tokens) in enumerate(zip(move(batch.images), move(batch.tokens)))]
 
     def train_step(self, batch: Batch) -> dict:
-        """One gradient step on a batch -> what to log. Raises ValueError on every rank, before anything is
-        updated, if a number is not finite."""
+        """One gradient step on a batch -> what to log. Raises ValueError before one that is not finite."""
         args, parts = self.args, self.parts(batch)
         factor = learning_rate_factor(self.step, args.steps, args.warmup, args.lr_decay)
         for group in self.optimizer.param_groups:

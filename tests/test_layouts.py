@@ -57,7 +57,7 @@ def test_names_of_class_folders(folders, place: str, text: str) -> None:
 @pytest.mark.parametrize("text, look_at", [
     ("tench\ncrane\ncrane\n", "n01440764"),
     ("n01440764 tench\nn02012849 crane\nn03126708 crane\n", "n03126707"),
-    ("n01440764 tench\nn02012849\nn03126707 crane\n", "n02012849"),
+    ("n01440764 tench\nn02012849 _\nn03126707 crane\n", "n02012849"),
     ("n01440764 tench\nn02012849 a\nn03126707 b\n\nn02012849 c\n", "doubles"),
     ("n01440764 tench\nn02012849 a\nn03126707 b\nn99999999 c\n", "n99999999"), ("", "n01440764")])
 def test_names_that_do_not_fit_are_refused(folders, text: str, look_at: str) -> None:
@@ -134,6 +134,7 @@ def test_a_list_chooses_images_and_their_classes(images) -> None:
     ("pizza/1.jpg\npizza/8.jpg\nnone\n", "2 of the 3 images .*pizza/8", FileNotFoundError),
     ("\n", "no usable sample", ValueError),
     ("c/church/outdoor/5.jpg\nc/cathedral/outdoor/6.jpg\n", "two folders of one name", ValueError),
+    ("pizza/1.jpg\tpizza\t0\npizza/3.png\tpie\t1\n", "or three columns", ValueError),
     ("pizza/1.jpg\thot_dog\npizza/3.png\thot dog\n", "names that differ", ValueError)])
 def test_lists_that_are_refused(images, text: str, words: str, error: type) -> None:
     with pytest.raises(error, match=words):

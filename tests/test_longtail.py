@@ -48,6 +48,7 @@ def test_places_lt_becomes_lists_and_articles_by_name(places) -> None:
         lines = (places / f"{split}.txt").read_text().replace("\tairplane", " 0").replace("\thall", " 2")
         (places / f"Places_LT_{split}.txt").write_text("/" + lines.replace("\tart_gallery", " 1"))
         (places / f"{split}.txt").unlink()
+    (places / "texts" / "airplane.txt").unlink()
     (places / "labels.txt").write_text("airfield 0\nart_gallery 1\nbeer/hall 2\n")
     (places / "wiki").mkdir()
     (places / "wiki" / "desc_0.txt").write_text(ARTICLE)
@@ -244,8 +245,9 @@ def test_learning_beats_chance_and_its_controls_do_not(places, monkeypatch) -> N
 
 
 @pytest.mark.parametrize("change, flags, message", [
-    (lambda p: None, ["--data", "shapes"], "longtail expects a folder with train.txt and test.txt"),
+    (lambda p: None, ["--data", "shapes"], "no data at shapes/train.txt"),
     (lambda p: (p / "test.txt").unlink(), [], "no data at"),
+    (lambda p: (p / "texts" / "hal.txt").write_text("A."), [], "hal.txt is called as no class"),
     (lambda p: (p / "test" / "hall" / "1.png").unlink(), [], "1 of the 9 images in"),
     (lambda p: (p / "test.txt").write_text("test/hall/0.png\ntest/airplane/0.png\n"), [],
      "not of the same classes"),

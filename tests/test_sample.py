@@ -101,17 +101,16 @@ def test_queries_depend_on_the_image_index_not_on_the_batch(base) -> None:
 
 def test_best_of_keeps_the_highest_similarity(base, monkeypatch) -> None:
     read = base.encode_text(["a white cross", "a blue square", "a red circle", "a"])[1]
-    monkeypatch.setattr(sample, "draw_queries", lambda model, latents, indices, *_: read[indices])
+    given = []
+    monkeypatch.setattr(sample, "draw_queries", lambda model, latents, indices, *rest:
+                        given.append((set(indices), rest[-1])) or read[torch.arange(len(indices)) % 4])
     similarities = score(base, torch.zeros(4, 3, 32, 32), ["a red circle", "a white cross"])
     assert similarities.argmax(dim=0).tolist() == [2, 0] and similarities.shape == (4, 2)
     prompts = ["a red circle"] * 4 + ["a blue square"] * 4
     images, notes = sample.draw_all(base, prompts, [7, 8, 9, 10] * 2, best_of=4, steps=2)
     assert [note["seed"] for note in notes] == [9, 8]
-    indices, noise = [], set()
-    monkeypatch.setattr(sample, "draw_queries", lambda model, latents, k, *rest:
-                        indices.extend(k) or noise.add(rest[-1]) or read[k])
-    sample.draw_all(base, ["a red circle"] * 66, [0, 1, 2] * 22, best_of=3, steps=1)       # 64 at once
-    assert indices == [0, 1, 2] * 22 and noise == {0}, "the first seed's, in every batch"
+    sample.draw_all(base, ["a red circle"] * 66, [5, 1, 2] * 22, best_of=3, steps=1)       # 64 at once
+    assert given[1:] == [({0}, 7), ({0}, 5), ({0}, 5)], "noise is the first seed's own, for every picture"
     for image, note in zip(images, notes, strict=True):
         again = draw_images(base, [note["prompt"]], [note["seed"]], steps=2)[0]
         assert torch.allclose(image, again, atol=1e-4), "the picture is not the one its note names"

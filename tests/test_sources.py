@@ -15,8 +15,8 @@ from conftest import ROOT
 from PIL import Image
 
 import data
-from data import (BadSample, SkipReport, Stream, TarSource, Tokenizer, decode_image, open_source, to_square,
-                  training_batches)
+from data import (BadSample, SkipReport, Stream, TarSource, Tokenizer, decode_image, evaluation_batches,
+                  open_source, to_square, training_batches)
 
 # Broken shards with a list of what a careful loader makes of them; too large to be kept here.
 HOSTILE = Path(os.environ.get("DIFFDIS_DATA", ROOT.parent / "shared" / "data")) / "hostile"
@@ -437,8 +437,16 @@ def test_a_bad_sample_is_replaced_by_any_other_that_is_good(tmp_path, count: int
     assert take(source, 1, 2)[0].captions == [str(count - 1)] * 2
 
 
+def test_a_worker_that_dies_is_one_line() -> None:
+    deadly = type("Deadly", (list,), {"__getitem__": lambda self, place: os._exit(1)})([0])
+    with pytest.raises(ValueError, match="exited unexpectedly"):
+        list(evaluation_batches(deadly, 16, 1, workers=1))
+
+
 def test_too_many_bad_samples_stop() -> None:
     SkipReport(0.05, 99, Counter({"unreadable image": 6})).check()
-    SkipReport(0.05, 120, Counter({"unreadable image": 6})).check()
-    with pytest.raises(ValueError, match="3 no caption, 4 unreadable image"):
-        SkipReport(0.05, 120, Counter({"unreadable image": 4, "no caption": 3})).check()
+    SkipReport(0.05, 120, Counter({"unreadable image": 6})).check(final=True)
+    SkipReport(0.05, 120, Counter({"unreadable image": 13})).check()       # 6 and, by chance, 7.3
+    for bad, final in ((14, False), (7, True)):
+        with pytest.raises(ValueError, match=f"3 no caption, {bad - 3} unreadable image"):
+            SkipReport(0.05, 120, Counter({"unreadable image": bad - 3, "no caption": 3})).check(final)

@@ -45,8 +45,7 @@ def test_control_tokens_in_a_caption_stay_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("<|endoftext|> a dog <|startoftext|>")
     assert max(ids) < tokenizer.start, \
         "a caption must not be able to end itself: the text query is read at the end"
-    spelt = "".join(tokenizer.names[i] for i in ids).replace("</w>", "")
-    assert spelt == "<|endoftext|>adog<|startoftext|>"
+    assert tokenizer.decode(ids).replace(" ", "") == "<|endoftext|>adog<|startoftext|>"
 
 
 def slow_learn(captions: list[str], count: int) -> list[str]:
