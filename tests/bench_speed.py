@@ -3,10 +3,8 @@
     python tests/bench_speed.py --preset tiny
     python tests/bench_speed.py --preset sd-v1 --batch-size 2 --rounds 3 --repeats 1 --json speed.json
 
-Random weights, random pairs. Every kind of step takes its turn --repeats times; the median counts. "By FLOPs"
-is what counting gives as the limit of the two ratios. Where there is an autoencoder every kind is measured
-twice, from pixels and from cached latents.
-"""
+Random weights and pairs; every kind takes its turn --repeats times, the median counts. "By FLOPs" is what the
+ratios could be by counting. Where there is an autoencoder: from pixels, and from cached latents."""
 import argparse
 import json
 import platform

@@ -1,13 +1,11 @@
-"""Time against diffusers' networks of the same size: a training step of the UNet (forward, backward, no
-optimiser), or pictures drawn with guidance.
+"""Time against diffusers' networks of the same size: a UNet's forward and backward pass, or guided drawing.
 
     python tests/bench_unet.py                       the `tiny` preset at its batch of 32
     python tests/bench_unet.py --preset sd-v1 --batch 1 --device cuda
     python tests/bench_unet.py --preset sd-v1 --draw 20 --size 512 --batch 1 --rounds 2     in so many steps
 
 Both UNets hold the same weights; the two take turns within one process, each measured in both memory formats,
-and the better median of each counts. A ratio below 1 means that ours is faster.
-"""
+and the better median of each counts. A ratio below 1 means that ours is faster."""
 import argparse
 import json
 import platform

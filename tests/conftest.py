@@ -37,10 +37,8 @@ from model import (AutoencoderConfig, Clip, ClipConfig, Config, DiffDis, TextCon
 
 def import_oracle(name: str) -> types.ModuleType:
     """A module of torchvision or pytorch-fid; or skip the test.
-
-    They stand in a folder of their own (README): without two operators a torchvision built for another torch
-    cannot be imported, and transformers would try to where it finds one.
-    """
+    They have a folder of their own (README): a torchvision built for another torch cannot be imported without
+    two operators, and transformers would try to where it finds one."""
     with suppress(ImportError, RuntimeError):
         return importlib.import_module(name)       # one that fits this torch
     if not (ROOT / ".oracles").is_dir():

@@ -3,8 +3,7 @@
     python tests/convert_clip.py FOLDER clip.pt
 
 FOLDER holds config.json, model.safetensors, a vocabulary and, where they were published, how its pictures are
-prepared (preprocessor_config.json, open_clip_config.json). OpenCLIP's models come in this form, too.
-"""
+prepared (preprocessor_config.json, open_clip_config.json). OpenCLIP's models come in this form, too."""
 import json
 import sys
 from pathlib import Path

@@ -3,8 +3,7 @@
     python tests/convert_places_lt.py data/places-lt
 
 From Places_LT_{train,test}.txt, lines "PATH LABEL", labels.txt, lines "NAME LABEL", and wiki/desc_LABEL.txt,
-Wikipedia's article on each class, its sections headed "== Name ==".
-"""
+Wikipedia's article on each class, its sections headed "== Name =="."""
 import sys
 from pathlib import Path
 

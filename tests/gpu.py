@@ -5,9 +5,7 @@
 
 Every question is a command with a time limit of its own, most valuable first: the three scripts, and what
 they learn and draw against the CPU; training steps at 256 px with a profile, and reading beside CLIP; drawing
-at 512 px beside diffusers; what is compiled; the largest batch. Random weights. Answers are written as they
-come.
-"""
+at 512 px beside diffusers; what is compiled; the largest batch. Random weights. Answers come one by one."""
 import argparse
 import json
 import os

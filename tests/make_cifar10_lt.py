@@ -3,9 +3,7 @@
     python tests/make_cifar10_lt.py data/cifar10 data/cifar10-lt
 
 4,400 training images of the first class, 44 of the last: class k of K has int(most · imbalance^(-k / (K-1)))
-(Cui et al. 2019), from FOLDERS/train; test images are all of FOLDERS/val. Of other class folders it makes the
-same, without sentences about classes that it does not know.
-"""
+(Cui et al. 2019), from FOLDERS/train; test images are all of FOLDERS/val. Other classes get no sentences."""
 import shutil
 import sys
 from pathlib import Path

@@ -3,10 +3,8 @@
     python tests/tables.py tables                           of every NAME-SEED.json in a folder
     python tests/tables.py .readme/results/joint.jsonl      or of their lines in files, each with its name
 
-A row differs from the joint run if their means are further apart than twice the standard error of their
-difference, whose standard deviation over seeds is pooled over all rows that are runs of their own; else it
-is within noise.
-"""
+A row differs from the joint run if the means are further apart than twice the standard error of their
+difference, its standard deviation pooled over all rows that are runs of their own; else by noise."""
 import json
 import math
 import sys

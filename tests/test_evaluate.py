@@ -25,8 +25,7 @@ from sample import denoise_queries, draw_queries
 
 class Oracle:
     """Stands in for a perfect model: it reads a picture's number from its first pixel and knows that text's
-    query. `copies` makes it the opposite: it returns the noised query or latents that it was given, and can
-    only repeat what is fed in."""
+    query. `copies` makes it the opposite: all it returns is the noised query or latents that it was given."""
 
     def __init__(self, model, texts: list[str], copies: bool = False) -> None:
         self.inner, self.copies, self.unet = model, copies, self

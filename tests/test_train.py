@@ -611,11 +611,14 @@ def test_some_pairs_are_held_out_from_all_over(small, capsys) -> None:
     assert "training needs more" in fail_of(capsys, "--data", "data", "--max-bad", "1")
 
 
-def test_nothing_usable_is_said_in_one_line_even_from_a_worker(small) -> None:
+def test_nothing_usable_is_said_in_one_line_even_from_a_worker(small, capsys) -> None:
     write_pairs(60)
+    shutil.copytree("data", "halves/val")
     for path in Path("data").glob("*.jpg"):
         path.write_bytes(b"no picture")
-    command = [sys.executable, SMALL_RUN, *SMALL, "--data", "data", "--workers", "1", "--max-bad", "1"]
+    assert "no held-out sample of data can be read" in fail_of(capsys, "--data", "data", "--max-bad", "1")
+    Path("data").rename("halves/train")
+    command = [sys.executable, SMALL_RUN, *SMALL, "--data", "halves", "--workers", "1", "--max-bad", "1"]
     job = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)      # and ends
     assert job.returncode == 2 and "100 unusable samples in a row" in job.stderr, job
     assert "Traceback" not in job.stderr

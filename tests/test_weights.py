@@ -307,8 +307,7 @@ def offer(monkeypatch, path, name: str, body: bytes, sha256: str | None = None) 
     """Put a file where it can be downloaded from."""
     monkeypatch.setattr(models, "CACHE", path.parent / "hub")
     path.write_bytes(body)
-    monkeypatch.setitem(models.DOWNLOADS, name,
-                        (path.as_uri(), sha256 or hashlib.sha256(body).hexdigest()))
+    monkeypatch.setitem(models.DOWNLOADS, name, (path.as_uri(), sha256 or hashlib.sha256(body).hexdigest()))
 
 
 def test_without_a_checkpoint_stable_diffusion_comes_once(whole, tmp_path, monkeypatch, capsys) -> None:
