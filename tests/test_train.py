@@ -380,7 +380,7 @@ def test_noise_depends_on_seed_step_and_row_alone() -> None:
     for name in whole:
         assert torch.equal(whole[name][1::2], odd[name]), name
         assert not torch.equal(whole[name], train.sample_noise(config, (4, 2, 2), 1, 8, range(6))[name])
-    first = [next(train.training_batches(Shapes(), 32, 8, seed)).captions for seed in (0, 1, 2)]
+    first = [next(train.training_batches(Shapes(), 32, 8, seed)).captions for seed in (0, 1, 100)]
     assert first[0] != first[1] != first[2] != first[0], "each seed sees its own shapes"
 
 
