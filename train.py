@@ -78,7 +78,7 @@ FLAGS = {"the run": (
      "generation, alignment or generation,alignment; without it both, of a CLIP alignment"),
     ("seed", {"default": 0, **WHOLE}, "of everything"),
     ("val", {"default": 500, **N}, "pairs held out of --data, or of its own val/"),
-    ("image_size", {"type": within(int, 1, 4096), "metavar": "N"}, "px; else the preset's, or --init's, of sd-v1 256"),
+    ("image_size", {"type": within(int, 1, 4096), "metavar": "N"}, "px; else the preset's or --init's"),
     ("device", {"choices": ("auto", "cpu", "cuda"), "default": "auto"}, "where to run"),
     ("precision", {"choices": ("fp32", "bf16")}, "without it bf16 on CUDA, else fp32"),
     ("compile", SWITCH, "torch.compile the networks' blocks; without it on CUDA"),
