@@ -596,18 +596,10 @@ def make_batch(size: int, tokenizer: Tokenizer | None, draw: Callable[[int], dic
                  tokenizer and tokenizer(captions), draw and draw(places[0] // batch_size))
 
 
-def load(source: Sequence, collate: Callable, workers: int, **options) -> Iterator[Batch]:
-    """A DataLoader's batches; a worker's pages of traceback, or its death, are one ValueError."""
-    try:
-        yield from DataLoader(source, num_workers=workers, collate_fn=collate, **options)
-    except (ValueError, RuntimeError) as error:
-        error.__traceback__ = None       # its frames would keep the loader, and workers that no signal ends
-        raise ValueError(str(error).split("ValueError: ")[-1].strip()) from None
-
-
 def evaluation_batches(source: Source, image_size: int, batch_size: int, workers: int = 0) -> Iterator[Batch]:
     """The source's samples once, in order, with all their captions; bad ones are left out and counted."""
-    return load(source, partial(make_batch, image_size, None, None, 1), workers, batch_size=batch_size)
+    return iter(DataLoader(source, batch_size, num_workers=workers,
+                           collate_fn=partial(make_batch, image_size, None, None, 1)))
 
 
 @dataclass(eq=False)
@@ -673,9 +665,14 @@ def training_batches(source: Source, image_size: int, batch_size: int, seed: int
     batch_size: over all ranks; workers: processes that read, decode, crop and tokenise, which close() ends;
     draw: number of the batch -> what else training needs; options: of `Stream`. Raises ValueError."""
     rows = (range(k * batch_size + rank, (k + 1) * batch_size, world) for k in count(start))
-    return load(Stream(source, image_size, seed, **options),
-                partial(make_batch, image_size, tokenizer, draw, batch_size), workers, batch_sampler=rows,
-                prefetch_factor=4 if workers else None, worker_init_fn=leave_signals)
+    try:
+        yield from DataLoader(
+            Stream(source, image_size, seed, **options), batch_sampler=rows, num_workers=workers,
+            collate_fn=partial(make_batch, image_size, tokenizer, draw, batch_size),
+            prefetch_factor=4 if workers else None, worker_init_fn=leave_signals)
+    except (ValueError, RuntimeError) as error:        # out of a worker: pages of traceback, or its death
+        error.__traceback__ = None       # its frames would keep the loader, and workers that no signal ends
+        raise ValueError(str(error).split("ValueError: ")[-1].strip()) from None
 
 
 @dataclass

@@ -391,6 +391,8 @@ def open_longtail(name: str) -> LongTail:
     """A folder with lists train.txt and test.txt, as `open_source` reads them, and, as far as there are,
     texts/CLASS.txt, a sentence a line. Raises FileNotFoundError or ValueError."""
     root = Path(name)
+    if not (root / "train.txt").is_file():
+        raise FileNotFoundError(f"--data is {name!r}: longtail expects a folder with train.txt and test.txt")
     train, test = (open_source(str(root / f"{split}.txt")) for split in ("train", "test"))
     if train.classes != test.classes:
         raise ValueError(f"train.txt and test.txt in {root} are not of the same classes")
@@ -563,8 +565,7 @@ def select_anchors(images: Tensor, labels: Tensor, texts: Sequence[Tensor], scal
 def train_head(model: Network, data: LongTail, texts: Sequence[Tensor], epochs: int, lr_scale: float,
                reading: Reading) -> LanguageGuidedHead:
     """VL-LTR's second stage: a head on the frozen model's text queries of mixed images, its two branches'
-    losses summed. texts: of each class, its sentences' text queries [M, D]."""
-    # At most 50 images of each class choose its anchors.
+    losses summed. texts: of each class, text queries [M, D]; its anchors are chosen by 50 images at most."""
     few = torch.cat([torch.nonzero(data.labels == k)[:50, 0] for k in range(len(texts))]).sort().values
     known = over_images(model, data.train.subset(few.numpy()), reading).values
     anchors = select_anchors(known, data.labels[few], texts, model.logit_scale.exp().item())

@@ -163,8 +163,10 @@ def errors_in_one_line() -> Iterator[None]:
     getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")      # a terminal may lack letters
     try:
         yield
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        fail(error)
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, ValueError | OSError | torch.OutOfMemoryError) or "DataLoader" in str(error):
+            fail(error)          # also of a worker killed while the program is elsewhere
+        raise
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C or SIGTERM", 130)
 

@@ -456,7 +456,7 @@ class Trainer:
         source = in_turn(lambda: open_source(args.data, "train", args.max_bad))
         self.source, self.val = in_turn(lambda: hold_out(source, args.data, args.val, args.max_bad))
         if not next(evaluation_batches(evenly_spaced(self.val, 32), 32, 32)).places:     # or hours are lost
-            raise ValueError(f"no held-out sample of {args.data} can be read: put others into its val/")
+            raise ValueError(f"no held-out sample of {args.data} can be read: mend them, or leave them out")
         torch.manual_seed(args.seed)
         self.model = make_model(args, self.source, path if checkpoint else args.init,
                                 partial(settle, args, device, world))

@@ -245,7 +245,7 @@ def test_learning_beats_chance_and_its_controls_do_not(places, monkeypatch) -> N
 
 
 @pytest.mark.parametrize("change, flags, message", [
-    (lambda p: None, ["--data", "shapes"], "no data at shapes/train.txt"),
+    (lambda p: None, ["--data", "shapes"], "longtail expects a folder with train.txt and test.txt"),
     (lambda p: (p / "test.txt").unlink(), [], "no data at"),
     (lambda p: (p / "texts" / "hal.txt").write_text("A."), [], "hal.txt is called as no class"),
     (lambda p: (p / "test" / "hall" / "1.png").unlink(), [], "1 of the 9 images in"),

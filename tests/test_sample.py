@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 import model as models
 import sample
+from data import evaluation_batches
 from diffusion import make_alphas_cumprod, noise_of
 from sample import draw_images, draw_queries, load_image, make_grid, score
 
@@ -114,6 +116,17 @@ def test_best_of_keeps_the_highest_similarity(base, monkeypatch) -> None:
     for image, note in zip(images, notes, strict=True):
         again = draw_images(base, [note["prompt"]], [note["seed"]], steps=2)[0]
         assert torch.allclose(image, again, atol=1e-4), "the picture is not the one its note names"
+
+
+def test_a_killed_worker_ends_the_program_in_one_line(capsys) -> None:
+    deadly = type("Deadly", (list,), {"__getitem__": lambda self, place: os.kill(os.getpid(), 9)})([0])
+    for error, status in ((RuntimeError, "an own fault"), (SystemExit, "^2$")):
+        with pytest.raises(error, match=status), sample.errors_in_one_line():
+            if error is RuntimeError:
+                raise RuntimeError("an own fault")
+            next(evaluation_batches(deadly, 16, 1, workers=1))
+            time.sleep(60)
+    assert capsys.readouterr().err.startswith("error: DataLoader worker")
 
 
 def test_a_full_disk_leaves_the_old_picture(base, tmp_path, capsys) -> None:

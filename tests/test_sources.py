@@ -15,8 +15,8 @@ from conftest import ROOT
 from PIL import Image
 
 import data
-from data import (BadSample, SkipReport, Stream, TarSource, Tokenizer, decode_image, evaluation_batches,
-                  open_source, to_square, training_batches)
+from data import (BadSample, SkipReport, Stream, TarSource, Tokenizer, decode_image, open_source, to_square,
+                  training_batches)
 
 # Broken shards with a list of what a careful loader makes of them; too large to be kept here.
 HOSTILE = Path(os.environ.get("DIFFDIS_DATA", ROOT.parent / "shared" / "data")) / "hostile"
@@ -435,12 +435,6 @@ def test_a_bad_sample_is_replaced_by_any_other_that_is_good(tmp_path, count: int
     source = shards(tmp_path, [count], lambda _, i: {
         "jpg": picture() if i == count - 1 else b"bad", "txt": str(i).encode()})
     assert take(source, 1, 2)[0].captions == [str(count - 1)] * 2
-
-
-def test_a_worker_that_dies_is_one_line() -> None:
-    deadly = type("Deadly", (list,), {"__getitem__": lambda self, place: os._exit(1)})([0])
-    with pytest.raises(ValueError, match="exited unexpectedly"):
-        list(evaluation_batches(deadly, 16, 1, workers=1))
 
 
 def test_too_many_bad_samples_stop() -> None:
