@@ -529,7 +529,7 @@ def text_lines(path: Path) -> list[str]:
 
 def class_names(root: Path, tags: list[str]) -> tuple[list[str], list[int]]:
     """Each image's class, as its folder or a list has it -> the names of all classes, sorted by tag, and each
-    image's label. A name is the tag, or what classnames.txt, there or above, has first in "TAG NAME, …"."""
+    image's label. A name is the tag, or what classnames.txt, in `root` or above, says. Raises ValueError."""
     number = {tag: i for i, tag in enumerate(sorted(set(tags)))}
     names = [regex.sub(r"^(n\d{8}-|\d+\.|\d{3,}_)(?=\p{L})", "", tag).replace("_", " ") for tag in number]
     if table := next(filter(Path.is_file, (root / "classnames.txt", root.parent / "classnames.txt")), None):
@@ -618,7 +618,7 @@ class Stream:
         So files are read one after another; all over 100 GB nearly every sample would be a seek."""
         rng, size = np.random.default_rng([self.seed, epoch]), len(self.source)
         if isinstance(self.source, Shapes):      # random already; each seed begins elsewhere
-            return range(first := self.seed * 10_000_000 + self.seed // 100 * 64_000, first + size)
+            return range(self.seed * 10_000_000, self.seed * 10_000_000 + size)
         if not isinstance(self.source, TarSource) or self.shuffle_buffer >= size:
             return rng.permutation(size)
         shards = self.source.places[self.source.rows, 0]
@@ -794,7 +794,7 @@ class Shapes(Source):
     def __init__(self, split: str = "train", seed: int = 0) -> None:
         super().__init__("shapes")
         self.split, self.seed = split, seed
-        self.rows = range({"train": 10 ** 9, "val": len(MEANINGS), "classes": 2400}[split])
+        self.rows = range({"train": 10 ** 12, "val": len(MEANINGS), "classes": 2400}[split])
         if split == "classes":
             self.classes = [" ".join(kind) for kind in KINDS]
             self.labels = [i % len(KINDS) for i in self.rows]

@@ -401,7 +401,7 @@ def open_longtail(name: str) -> LongTail:
     texts = {path.stem.replace("_", " "): path for path in (root / "texts").glob("*.txt")}
     sentences = [text_lines(texts[name]) if name in texts else [] for name in train.classes]
     if strays := texts.keys() - set(train.classes):
-        raise ValueError(f"{texts[min(strays)]} is called as no class: expected as {train.classes[0]}.txt")
+        raise ValueError(f"{texts[min(strays)]} is called as no class, unlike {train.classes[0]}.txt")
     return LongTail(train, torch.tensor(train.labels), test, sentences)
 
 

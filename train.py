@@ -544,7 +544,7 @@ class Trainer:
                 for i, (images, tokens) in enumerate(zip(move(batch.images), move(batch.tokens)))]
 
     def train_step(self, batch: Batch) -> dict:
-        """One gradient step on a batch -> what to log. Raises ValueError before one that is not finite."""
+        """A gradient step on a batch -> what to log. Raises ValueError on all ranks before one not finite."""
         args, parts = self.args, self.parts(batch)
         factor = learning_rate_factor(self.step, args.steps, args.warmup, args.lr_decay)
         for group in self.optimizer.param_groups:

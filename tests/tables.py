@@ -4,7 +4,7 @@
     python tests/tables.py .readme/results/joint.jsonl      or of their lines in files, each with its name
 
 A row differs from the joint run if the means are further apart than twice the standard error of their
-difference, its standard deviation pooled over all rows that are runs of their own; else by noise."""
+difference, its standard deviation pooled over all rows that are runs of their own; else it is noise."""
 import json
 import math
 import sys
