@@ -104,8 +104,8 @@ def from_dict(config: type, values: dict):
 PRESETS = {
     "tiny": Config(
         FusionConfig(query_width=128, align_blocks=2, head_width=32),
-        UNetConfig((64, 128), (True, True), 1, 4), TextConfig(1024, 24, 128, 2, 8),
-        AutoencoderConfig("patch", 48, 4, 1.0, ()), image_size=32, image_target="data", guidance_scale=2.0),
+        UNetConfig((64, 128), (True, True), 1, 4), TextConfig(1024, 24, 128, 2, 8), image_size=32, gamma=0.1,
+        autoencoder=AutoencoderConfig("patch", 48, 4, 1.0, ()), image_target="data", guidance_scale=2.0),
     "small": Config(
         FusionConfig(query_width=384, align_blocks=4),
         UNetConfig((192, 384, 576), (True, True, True), 2, 6), TextConfig(8192, 48, 384, 6, 6),

@@ -101,7 +101,7 @@ FLAGS = {"the run": (
     ("text_target", {"choices": TARGETS}, "predicted for text queries (Table 2); without it data"),
     ("text_schedule", {"choices": SCHEDULES}, "noise of text queries (Table 3); without it cosine"),
     ("image_schedule", {"choices": SCHEDULES}, "noise of images (Table 3); without it linear"),
-    ("gamma", {"type": within(float, 0.001, 1)}, "γ, scale of the text query in its noise; without it 1"),
+    ("gamma", {"type": within(float, 0.001, 1)}, "γ, scale of e within e_t (Eq. 6); without it the preset's"),
     ("condition_timestep", {"type": within(int, 0, 1000)}, "t_z of a condition (Table 7); without it 1000"),
     ("fusion", SWITCH, "dual-stream attention (Table 4)"),
     ("shared_attention", SWITCH, "the query uses the image tokens' attention weights (Table 5)"),
