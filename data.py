@@ -596,10 +596,10 @@ def make_batch(size: int, tokenizer: Tokenizer | None, draw: Callable[[int], dic
                  tokenizer and tokenizer(captions), draw and draw(places[0] // batch_size))
 
 
-def evaluation_batches(source: Source, image_size: int, batch_size: int, workers: int = 0) -> Iterator[Batch]:
+def evaluation_batches(source: Source, image_size: int, batch_size: int, workers: int = 0) -> DataLoader:
     """The source's samples once, in order, with all their captions; bad ones are left out and counted."""
-    return iter(DataLoader(source, batch_size, num_workers=workers,
-                           collate_fn=partial(make_batch, image_size, None, None, 1)))
+    return DataLoader(source, batch_size, num_workers=workers,
+                      collate_fn=partial(make_batch, image_size, None, None, 1))
 
 
 @dataclass(eq=False)
@@ -771,7 +771,7 @@ def pair_scene(pair: tuple, sizes: tuple[str, str], relation: str, rng: np.rando
 
 
 def same_words(pair: tuple, sizes: tuple, relation: str, rng: np.random.Generator) -> tuple:
-    """Another meaning of the same words: the things change places, or exchange shapes, sizes or both."""
+    """Another meaning of the same words: the things exchange places, shapes, both, or sizes."""
     (colour_a, shape_a), (colour_b, shape_b) = pair
     exchanged = ((colour_a, shape_b), (colour_b, shape_a))
     choices = [(pair, sizes, OPPOSITE[relation])]
@@ -822,7 +822,7 @@ class Shapes(Source):
 
 # ---------------------------------------------------------------- its checker
 THING = f"a (?:(small) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-CAPTION = regex.compile(f"{THING}(?: ({'|'.join(RELATIONS)}) {THING})?")
+CAPTION = regex.compile(rf"{THING}(?: ({'|'.join(RELATIONS)}) (?!a (?:small )?\2 ){THING})?")    # two colours
 MIN_MASS = 12.0          # px of a colour that count as a thing: about half of the smallest thing's inside
 MIN_OVERLAP = 0.75       # with the best shape: a clean thing has 0.95, a blurred blob 0.6
 FAR, MAX_STRAYS = 64, 32     # of 255, px: edges of clean things give up to 17, a speck of 6 px across 36

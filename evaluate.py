@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import model as models
-from data import (SIDE, Batch, Shapes, SkipReport, Source, check, evaluation_batches, evenly_spaced, fill,
-                  open_source, rand_augment, text_lines, to_square, write_atomically)
+from data import (SIDE, Batch, Shapes, SkipReport, Source, check, clean, evaluation_batches, evenly_spaced,
+                  fill, open_source, rand_augment, text_lines, to_square, write_atomically)
 from diffusion import (generation_loss, generator_of, make_alphas_cumprod, make_target, noise_of, q_sample,
                        signal_and_noise)
 from model import Clip, DiffDis, Network
@@ -123,8 +123,7 @@ def over_images(model: "Network | Inception", source: Source, reading: Reading,
     if control == "shuffle-images":          # every sample with the image of another
         mine.image = source.subset(rng.permutation(len(source))[rank::world]).image
     batches = evaluation_batches(mine, size or model.config.image_size, reading.batch_size, reading.workers)
-    for batch in tqdm(batches, source.name, -(-len(mine) // reading.batch_size), leave=False, unit="batch",
-                      disable=None if rank == 0 else True):
+    for batch in tqdm(batches, source.name, leave=False, unit="batch", disable=None if rank == 0 else True):
         skips.add(batch)
         if batch.captions:
             places = [i * world + rank for i in batch.places]
@@ -175,10 +174,10 @@ def ranks_of_best_match(queries: Tensor, candidates: Tensor, pairs: Tensor, bloc
 
 def retrieval(model: Network, source: Source, reading: Reading = Reading()) -> dict:
     """R@1/5/10 both ways: a hit if any caption of the image is among the k most similar texts, any image with
-    that caption among the k most similar images. Equal captions are one text; Karpathy's are each its own."""
+    that caption among the k most similar images. Captions of equal tokens are one text, but Karpathy's."""
     read, numbers = over_images(model, source, reading), {}     # (text, where if that matters) -> number
-    pairs = torch.tensor([(image, numbers.setdefault((text, source.texts and (image, j)), len(numbers)))
-                          for image, own in enumerate(read.captions) for j, text in enumerate(own)])
+    pairs = torch.tensor([(i, numbers.setdefault((clean(text), source.texts and (i, j)), len(numbers)))
+                          for i, own in enumerate(read.captions) for j, text in enumerate(own)])
     pairs, texts = pairs.unique(dim=0), encode_texts(model, [text for text, _ in numbers])
     n, n_texts = len(read.values), len(texts)
     result = {"n": n, "n_texts": n_texts, "seed": reading.seed, "control": reading.control,
@@ -632,7 +631,7 @@ FLAGS = (
     ("batch-size", OF_DATA, COUNT, "images at once; without it 100, fid 16, longtail 128"),
     ("workers", OF_DATA, WHOLE, "processes that decode images; without it 0 for shapes, else 2"),
     ("max-bad", OF_DATA, {"type": share, "default": 0.05}, "share of samples that may be unusable"),
-    ("guidance-scale", TASKS, {"type": finite}, "1 + w; without it 1 to read, the checkpoint's own to draw"),
+    ("guidance-scale", TASKS, {"type": finite}, "1 + w; else 1 to read (see --p-drop-image), own to draw"),
     ("control", READS, {"choices": CONTROLS, "default": "none"}, "break what is read, to see chance"),
     ("text-steps", OF_DATA, {**COUNT, "default": 1}, "denoising steps of the text query"),
     ("draws", OF_DATA, {**COUNT, "default": 1}, "noise draws averaged per image"),

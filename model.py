@@ -722,8 +722,8 @@ def download(name: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError, ValueError) as error:
-            raise OSError(f"could not download {url} ({error}): put the file at {path} yourself, train a "
-                          "model with `python train.py`, or give another as --ckpt") from None
+            raise OSError(f"could not download {url} ({error}): put the file at {path} yourself, or "
+                          "give weights that are here as --ckpt or --features; train.py makes some") from None
     return path
 
 

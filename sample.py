@@ -164,8 +164,9 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, ValueError | OSError | torch.OutOfMemoryError) or "DataLoader" in str(error):
-            fail(error)          # also of a worker killed while the program is elsewhere
+        if isinstance(error, ValueError | OSError | torch.OutOfMemoryError) or re.search(
+                "DataLoader|DefaultCPUAllocator", str(error)):       # a worker killed; memory of the CPU
+            fail(error)
         raise
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C or SIGTERM", 130)
@@ -216,7 +217,7 @@ def find_checkpoint(given: str | None, otherwise: str | None = None) -> str | Pa
     path = given or [otherwise, *runs][-1]
     if path is None:
         raise FileNotFoundError("no --ckpt given and no runs/*/checkpoint.pt here: train one with `python "
-                                "train.py`, or give Stable Diffusion v1 as --ckpt FILE_OR_FOLDER or sd-v1-5")
+                                "train.py`, or give another as --ckpt; sd-v1-5, Stable Diffusion, only draws")
     if not given:
         print(f"checkpoint: {path} (no --ckpt given; checkpoints in runs/: {len(runs)})")
     return path
@@ -243,7 +244,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompts", nargs="+", metavar="TEXT", help="what to draw, a row of the picture each; or to look for")
     add("--image", action="append", metavar="FILE", help="read this picture against the texts; repeatable")
-    add("--ckpt", help=f"{CKPT_HELP}, and without one sd-v1-5")
+    add("--ckpt", help=f"{CKPT_HELP}, and to draw without one sd-v1-5")
     add("--precision", choices=("fp32", "bf16"), help="without it bf16 on CUDA, else fp32")
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ is DPM-Solver++(2M): 20 steps are plenty")
     add("--steps", type=positive, default=50, help="sampler steps")
@@ -328,10 +329,10 @@ def main(argv: list[str] | None = None) -> None:
     table = args.json and target("--json", args.json)
     if not args.image:
         target("--out", args.out, ".png")
-    device, path = pick_device(args.device), models.locate(find_checkpoint(args.ckpt, otherwise="sd-v1-5"))
+    device, reads = pick_device(args.device), bool(args.image) or args.best_of > 1
+    path = models.locate(find_checkpoint(args.ckpt, None if reads else "sd-v1-5"))
     model = models.load(path, device, precision=args.precision)
     model.to(memory_format=torch.channels_last)       # float32, 512 px, CPU: a tenth faster
-    reads = bool(args.image) or args.best_of > 1
     require(model, ["generation"] * (not args.image) + ["alignment"] * reads, str(path))
     for text in args.prompts if model.data == "shapes" else ():
         if not CAPTION.fullmatch(clean(text)):

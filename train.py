@@ -387,8 +387,8 @@ def add_latents(source: Source, model: DiffDis, folder: Path, workers: int) -> N
         moments, done = np.load(path, "r+"), np.load(marks, "r+")
     todo = np.array_split(np.flatnonzero(~done), world)[rank]
     everybody(None)            # each has its share before any is marked as done
-    for batch in tqdm(evaluation_batches(source.subset(todo), size, 32, workers), "latents",
-                      -(-len(todo) // 32), unit="batch", disable=None if rank == 0 else True):
+    for batch in tqdm(evaluation_batches(source.subset(todo), size, 32, workers), "latents", unit="batch",
+                      disable=None if rank == 0 else True):
         if batch.captions:          # else not one of its images is usable
             rows, images = todo[list(batch.places)], to_float(batch.images.to(model.device))
             moments[rows] = model.autoencoder.moments(images).half().cpu().numpy()
@@ -455,7 +455,7 @@ class Trainer:
             print(f"nothing to resume, {path} is not there: starting anew")
         source = in_turn(lambda: open_source(args.data, "train", args.max_bad))
         self.source, self.val = in_turn(lambda: hold_out(source, args.data, args.val, args.max_bad))
-        if not next(evaluation_batches(evenly_spaced(self.val, 32), 32, 32)).places:     # or hours are lost
+        if not next(iter(evaluation_batches(evenly_spaced(self.val, 32), 32, 32))).places:    # not in hours
             raise ValueError(f"no held-out sample of {args.data} can be read: mend them, or leave them out")
         torch.manual_seed(args.seed)
         self.model = make_model(args, self.source, path if checkpoint else args.init,

@@ -126,8 +126,7 @@ def main() -> None:
                              "--limit 40 --n 20 --steps 4"})
         answers.add("scripts", "agree", agree(folder))
         for batch, more in ((small, "--profile"), (middle, "--only generation alignment joint clip")):
-            answers.ask("steps", 150, {
-                f"batch {batch}": f"{bench} --no-compile --batch-size {batch} {more}"})
+            answers.ask("steps", 150, {f"batch {batch}": f"{bench} --no-compile --batch-size {batch} {more}"})
         for batch in (1, 16) if big else (2,):
             answers.ask("draw", 90, {
                 f"draw {batch}": f"tests/bench_unet.py --preset {args.preset} --batch {batch} --size {side} "

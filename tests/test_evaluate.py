@@ -165,9 +165,10 @@ def test_shuffled_images_show_a_leak(base, monkeypatch) -> None:
 
 
 def test_retrieval_takes_any_caption_and_any_image_of_a_caption(base) -> None:
-    class Twins(Numbered):      # pictures 2k and 2k+1 share their first caption
+    class Twins(Numbered):      # pictures 2k and 2k+1 share their first caption, but for spaces and case
         def captions(self, index: int) -> list[str]:
-            return [f"picture {self.rows[index] // 2 * 2}", f"image {self.rows[index]}"]
+            k = self.rows[index]
+            return [("picture {}", " Picture  {}")[k % 2].format(k // 2 * 2), f"image {k}"]
     oracle = Oracle(base, [f"picture {i // 2 * 2}" for i in range(20)])
     result = evaluate.retrieval(oracle, Twins(20))
     assert result["n_texts"] == 30 and result["i2t_r1"] == 1.0, "a text of two images is right for both"

@@ -123,10 +123,11 @@ def test_a_killed_worker_ends_the_program_in_one_line(capsys) -> None:
     with pytest.raises(RuntimeError, match="our own fault"), sample.errors_in_one_line():
         raise RuntimeError("our own fault")
     with pytest.raises(SystemExit, match="^2$"), sample.errors_in_one_line():
-        batches = evaluation_batches(deadly, 16, 1, workers=1)
+        batches = iter(evaluation_batches(deadly, 16, 1, workers=1))
         time.sleep(60)       # busy elsewhere: torch tells of the death in the midst of it
         next(batches)
     assert capsys.readouterr().err.startswith("error: DataLoader worker")
+    assert "allocate memory" in error_of(capsys, sample.errors_in_one_line()(torch.empty), 2 ** 45)
 
 
 def test_a_full_disk_leaves_the_old_picture(base, tmp_path, capsys) -> None:
@@ -235,8 +236,7 @@ def test_a_terminal_without_the_letters_loses_nothing(base, tmp_path) -> None:
         "-n 2", "--best-of 4", "--out y.png", "--sampler dpm++", "--steps 9", "--guidance-scale 1",
         "--negative x", "--size 32 32")),
     ("--image c.pt c.pt", "not a text"), ("--image c.pt --ckpt draws.pt", "--tasks alignment"),
-    ("--ckpt clip.pt", "--tasks generation"),
-    ("--best-of 2 --ckpt draws.pt", "train.py --init")])
+    ("--ckpt clip.pt", "--tasks generation"), ("--best-of 2 --ckpt draws.pt", "train.py --init")])
 def test_mistakes_end_in_one_line_and_status_2(base, tmp_path, monkeypatch, capsys, flags, message) -> None:
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")

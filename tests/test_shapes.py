@@ -134,5 +134,6 @@ def test_scenes_depend_on_seed_and_index_alone() -> None:
 def test_parse_is_the_inverse_of_caption() -> None:
     for scene in SCENES[:200]:
         assert parse(scene.caption()) == (scene.things, scene.relation)
-    with pytest.raises(ValueError, match="grammar"):
-        parse("a dog on a beach")
+    for other in ("a dog on a beach", "a red circle above a small red square"):
+        with pytest.raises(ValueError, match="grammar"):
+            parse(other)

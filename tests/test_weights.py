@@ -189,8 +189,7 @@ def test_exports_draw_the_same_picture_in_diffusers(whole, tmp_path) -> None:
     pipe = diffusers.StableDiffusionPipeline(
         **parts, text_encoder=transformers.CLIPTextModel.from_pretrained(folder / "text_encoder").eval(),
         tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77),
-        safety_checker=None,
-        scheduler=diffusers.DDIMScheduler(
+        safety_checker=None, scheduler=diffusers.DDIMScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
             set_alpha_to_one=False, steps_offset=1), feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
@@ -259,8 +258,7 @@ YAML = "params:\n  linear_end: 0.0120\n  timesteps: 1000 # parameterization: v\n
     ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True, and we compute False"),
     ("scheduler", {"num_train_timesteps": 500}, "1000"), ("scheduler", {"beta_end": 0.02}, "0.012 alone"),
     ("scheduler", {"beta_schedule": "linear"}, "scaled_linear"), ("vae", {"scaling_factor": 0.13}, "0.18215"),
-    ("", YAML + "parameterization : v", ("v", 512)),
-    (".", YAML + "parameterization : v", ("v", 512)),
+    *((where, YAML + "parameterization : v", ("v", 512)) for where in ("", ".")),
     ("beside", YAML + "parameterization: v", ("noise", 512)),
     ("unet", {"freq_shift": 0, "attention_head_dim": 8, "num_attention_heads": None}, ("noise", 512)),
     ("image_encoder", {"hidden_act": "gelu"}, ("noise", 512)),
@@ -323,6 +321,7 @@ def test_without_a_checkpoint_stable_diffusion_comes_once(whole, tmp_path, monke
     sample.main(flags)
     said = capsys.readouterr().out
     assert "checkpoint: sd-v1-5" in said and "hub/v1-5.safetensors" in said
+    assert "no --ckpt" in error_of(capsys, sample.main, [*flags, "--best-of", "2"]), "drawn, but not read"
     assert Image.open("sample.png").size == (256, 256)
     weights.unlink()
     assert same(whole, models.load("sd-v1-5")), "the second time from the cache"
