@@ -455,7 +455,7 @@ class Trainer:
             print(f"nothing to resume, {path} is not there: starting anew")
         source = in_turn(lambda: open_source(args.data, "train", args.max_bad))
         self.source, self.val = in_turn(lambda: hold_out(source, args.data, args.val, args.max_bad))
-        if not next(iter(evaluation_batches(evenly_spaced(self.val, 32), 32, 32))).places:    # not in hours
+        if not next(iter(evaluation_batches(evenly_spaced(self.val, 32), 32, 32))).places:    # say it now
             raise ValueError(f"no held-out sample of {args.data} can be read: mend them, or leave them out")
         torch.manual_seed(args.seed)
         self.model = make_model(args, self.source, path if checkpoint else args.init,
