@@ -174,7 +174,7 @@ def ranks_of_best_match(queries: Tensor, candidates: Tensor, pairs: Tensor, bloc
 
 def retrieval(model: Network, source: Source, reading: Reading = Reading()) -> dict:
     """R@1/5/10 both ways: a hit if any caption of the image is among the k most similar texts, any image with
-    that caption among the k most similar images. Captions of equal tokens are one text, not Karpathy's."""
+    that caption among the k most similar images. Captions equal by `clean` are one text, not Karpathy's."""
     read, numbers = over_images(model, source, reading), {}     # (text, where if that matters) -> number
     pairs = torch.tensor([(i, numbers.setdefault((clean(text), source.texts and (i, j)), len(numbers)))
                           for i, own in enumerate(read.captions) for j, text in enumerate(own)])

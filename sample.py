@@ -336,8 +336,8 @@ def main(argv: list[str] | None = None) -> None:
     require(model, ["generation"] * (not args.image) + ["alignment"] * reads, str(path))
     for text in args.prompts if model.data == "shapes" else ():
         if not CAPTION.fullmatch(clean(text)):
-            print(f"warning: {text!r} is not in the grammar of 'a red circle above a small blue square', all "
-                  "this model has seen; --ckpt sd-v1-5, Stable Diffusion, draws anything", file=sys.stderr)
+            print(f"warning: {text!r} is not in the grammar of 'a red circle above a small blue square', two "
+                  "colours, all this model has seen; --ckpt sd-v1-5 draws anything", file=sys.stderr)
     notes = read(model, args) if args.image else draw(model, args, path)
     if table:
         out = {"task": "read" if args.image else "draw", "n": len(notes), "seed": args.seed, "images": notes,
